@@ -1,0 +1,5 @@
+"""The `jquant` command."""
+
+
+def main() -> None:
+    raise SystemExit("not yet")

@@ -1,0 +1,257 @@
+"""The nouns that everything else is built from: Format, QuantizedTensor, TensorSpec, Source, Sink.
+
+Axes. Inside a Format the **block index is the last axis**: weights run down, blocks run across. Every
+device vectorises along its last axis, and no step of a search mixes two blocks, so this layout needs no
+shuffles anywhere. `quantize` and `dequantize` do the transposing; a Format never sees a row or a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float, PyTree, UInt8
+
+# Weights per step of the encoding loop: small enough that a block's whole search stays in a core's cache,
+# large enough that the vector units are full. One step shape per format also means one compilation.
+CHUNK_WEIGHTS = 1 << 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How a block of consecutive weights of one row is written in bytes. Hashable: a static jit argument.
+
+    The encoder is split so that error feedback and refits can wrap any format without knowing it:
+    `encode = pack ∘ assign ∘ fit`, `decode = reconstruct ∘ unpack`. With B = block_size and n blocks:
+
+        fit(blocks [B, n], importance [B, n] | None) -> scales        the search for the scales
+        assign(blocks, importance, scales) -> codes                   the best codes for given scales
+        reconstruct(codes, scales) -> blocks [B, n] float32           what a runtime computes
+        pack(codes, scales) -> uint8 [block_bytes, n]                 the bytes of the file
+        unpack(uint8 [block_bytes, n]) -> (codes, scales)
+
+    scales and codes are arrays, or tuples of arrays, whose last axis is n. Codes are integers, and
+    codes[g] belongs to the weights [g · group_size, (g + 1) · group_size) where codes have one entry per
+    group. `importance` weighs the squared error, Σ w (x − x̂)²; None means that no importance is known.
+    A format without `fit` can be read but not yet written.
+    """
+
+    name: str  # ggml's name: "Q4_K"
+    ggml_type: int | None  # None: not a GGUF type
+    block_size: int  # weights per block
+    block_bytes: int
+    group_size: int = 1  # consecutive weights that share one code
+    fit: Callable[..., PyTree] | None = field(default=None, repr=False)
+    assign: Callable[..., PyTree] | None = field(default=None, repr=False)
+    reconstruct: Callable[..., Array] = field(repr=False)
+    pack: Callable[..., Array] = field(repr=False)
+    unpack: Callable[..., tuple[PyTree, PyTree]] = field(repr=False)
+    needs_importance: bool = False  # useless without: llama.cpp refuses it, and so do we
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight."""
+        return 8 * self.block_bytes / self.block_size
+
+    @property
+    def can_encode(self) -> bool:
+        return self.fit is not None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=("format",))
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Bytes of a tensor in a Format: a pytree whose only static part is the format.
+
+    parts["blocks"] is uint8 [*rows, blocks per row · block_bytes]: what GGUF stores. The shape is derived
+    from the leaves, so it stays right under `vmap` and when a leading axis is sliced or stacked.
+    """
+
+    parts: dict[str, Array]
+    format: Format
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *rows, row_bytes = self.parts["blocks"].shape
+        return (*rows, row_bytes // self.format.block_bytes * self.format.block_size)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.size * part.dtype.itemsize for part in self.parts.values())
+
+
+def encode_chunk(
+    format: Format, blocks: Float[Array, "n B"], importance: Float[Array, "n B"] | None = None
+) -> UInt8[Array, "n bytes"]:
+    """One step of the loop: a few blocks to bytes, in the layout of a file (one block a row)."""
+    assert format.fit is not None and format.assign is not None
+    # The barrier keeps the caller's arithmetic out of the search: fused with it, x·a − b would become one
+    # rounded operation instead of two, and bytes would depend on who calls.
+    blocks, importance = lax.optimization_barrier((blocks, importance))
+    blocks = blocks.T
+    importance = None if importance is None else importance.T
+    scales = format.fit(blocks, importance)
+    return format.pack(format.assign(blocks, importance, scales), scales).T
+
+
+def decode_chunk(format: Format, data: UInt8[Array, "n bytes"]) -> Float[Array, "n B"]:
+    """The inverse step: a few blocks of bytes to float32 weights."""
+    return format.reconstruct(*format.unpack(lax.optimization_barrier(data).T)).T
+
+
+def chunk_blocks(format: Format) -> int:
+    """Blocks in one step of the loop."""
+    return max(CHUNK_WEIGHTS // format.block_size, 1)
+
+
+def _over_chunks(step: Callable[..., Array], chunk: int, *arrays: Array) -> Array:
+    """step over [n, …] arrays, `chunk` rows at a time; the last step is padded with zeros."""
+    n = arrays[0].shape[0]
+    steps = -(-n // chunk)
+
+    def split(a: Array) -> Array:
+        return jnp.pad(a, ((0, steps * chunk - n), (0, 0))).reshape(steps, chunk, a.shape[1])
+
+    out = lax.map(lambda args: step(*args), tuple(map(split, arrays)))  # [steps, chunk, out]
+    return out.reshape(steps * chunk, out.shape[-1])[:n]
+
+
+def _batched_by_rows(function: Callable[..., Array]) -> Callable[..., Array]:
+    """`function` of arrays [n, …], whose `vmap` is the same function of more rows.
+
+    Rows are independent, so a batch axis is only more of them. Without this, `vmap` would give the loop
+    body another shape, another fusion, and now and then another last bit.
+    """
+    wrapped = jax.custom_batching.custom_vmap(function)
+
+    @wrapped.def_vmap
+    def rule(axis_size: int, in_batched: list[bool], *arrays: Array):
+        def rows(a: Array, batched: bool) -> Array:
+            a = a if batched else jnp.broadcast_to(a, (axis_size, *a.shape))
+            return a.reshape(axis_size * a.shape[1], *a.shape[2:])
+
+        merged = [rows(a, batched) for a, batched in zip(arrays, in_batched, strict=True)]
+        out = _batched_by_rows(function)(*merged)
+        return out.reshape(axis_size, -1, *out.shape[1:]), True
+
+    return wrapped
+
+
+@partial(jax.jit, static_argnames="format")
+def _encode(x: Array, importance: Array | None, format: Format) -> Array:
+    *rows, cols = x.shape
+    arrays = [x] if importance is None else [x, jnp.broadcast_to(importance, x.shape)]
+    blocks = [a.astype(jnp.float32).reshape(-1, format.block_size) for a in arrays]
+    step = partial(encode_chunk, format)
+    data = _batched_by_rows(partial(_over_chunks, step, chunk_blocks(format)))(*blocks)
+    return data.reshape(*rows, cols // format.block_size * format.block_bytes)
+
+
+@partial(jax.jit, static_argnames="format")
+def _decode(data: Array, format: Format) -> Array:
+    *rows, row_bytes = data.shape
+    step = partial(decode_chunk, format)
+    decode = _batched_by_rows(partial(_over_chunks, step, chunk_blocks(format)))
+    out = decode(data.reshape(-1, format.block_bytes))
+    return out.reshape(*rows, row_bytes // format.block_bytes * format.block_size)
+
+
+def quantize(
+    x: Float[Array, "*rows cols"], format: Format, importance: Float[Array, "..."] | None = None
+) -> QuantizedTensor:
+    """Encode `x`, whose last axis is a whole number of blocks.
+
+    importance: weight of each weight's squared error, of x's shape or broadcast to it; [cols] is the
+    imatrix of the layer's inputs. The bytes are the same eagerly and under `jit`, `vmap`, `lax.map` and
+    `shard_map`.
+
+    Raises ValueError where the format cannot be encoded or the shapes do not fit.
+    """
+    if not format.can_encode:
+        raise ValueError(f"{format.name} can be decoded but not encoded; choose another format.")
+    if x.ndim == 0 or x.shape[-1] % format.block_size:
+        raise ValueError(
+            f"{format.name} needs rows of a multiple of {format.block_size} weights; got shape {x.shape}. "
+            "Choose a format with a smaller block for this tensor, such as Q8_0, or F16."
+        )
+    if importance is None and format.needs_importance:
+        raise ValueError(f"{format.name} needs importance: pass the layer's imatrix, one value a column.")
+    if importance is not None:
+        try:
+            np.broadcast_shapes(importance.shape, x.shape)
+        except ValueError:
+            raise ValueError(f"importance of shape {importance.shape} does not fit {x.shape}.") from None
+    return QuantizedTensor({"blocks": _encode(x, importance, format)}, format)
+
+
+def dequantize(q: QuantizedTensor) -> Float[Array, "*rows cols"]:
+    """The float32 weights that a runtime sees, bit for bit what ggml computes."""
+    return _decode(q.parts["blocks"], q.format)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a header says of a tensor. shape is in NumPy order: (rows…, columns); GGUF's is the reverse."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str  # a key of FORMATS ("F16", "Q4_K", "F8_E4M3"), or a type that is only copied ("I32")
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tensor seen as a matrix; a vector or a scalar has one."""
+        return int(np.prod(self.shape[:-1], dtype=np.int64))
+
+    @property
+    def cols(self) -> int:
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.cols
+
+
+class Source(Protocol):
+    """A model to read: headers at once, rows when asked.
+
+    `read` returns rows [start, stop) of the tensor seen as a matrix, as stored bytes, uint8
+    [stop − start, row bytes]. It may be called from several threads.
+    """
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray: ...
+
+
+class Sink(Protocol):
+    """A file to write, whose layout is known from the start. `write` may be called from several threads."""
+
+    def write(self, name: str, start: int, rows: np.ndarray) -> None:
+        """Put rows (uint8 [k, row bytes]) of a tensor at row `start`."""
+        ...
+
+    def finish(self, name: str) -> None:
+        """All rows of this tensor are written: remember it for a resumed run."""
+        ...
+
+    def finished(self) -> Iterable[str]:
+        """Tensors that an interrupted run has already written."""
+        ...
+
+    def commit(self) -> None:
+        """Make the file appear under its final name."""
+        ...
+
+    def close(self) -> None:
+        """Release the file without committing; what was written stays for a resumed run."""
+        ...

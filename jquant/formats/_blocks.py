@@ -1,0 +1,43 @@
+"""Arithmetic that all formats share. Arrays are [weights, …, blocks]: the block index is the last axis."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def rounded(x: Array) -> Array:
+    """x, rounded to its type before anything else is done with it.
+
+    Within one fused loop the compiler may contract a·b + c into a single rounded operation; ggml rounds
+    twice. Exact products (few significant bits) need no such care.
+    """
+    return lax.optimization_barrier(x)
+
+
+def exact_div(x: Array, y: Array | float) -> Array:
+    """x / y as IEEE divides. The compiler turns division by a constant into a product with 1/y."""
+    y = lax.optimization_barrier(jnp.where(x == x, y, x))  # a full divisor that cannot be folded
+    return lax.optimization_barrier(x / y)
+
+
+def inverse(d: Array) -> Array:
+    """1/d, and 0 where d is 0, so that an all-zero block gets zero codes."""
+    return jnp.where(d == 0, 0.0, exact_div(jnp.ones_like(d), jnp.where(d == 0, 1.0, d)))
+
+
+def f16_round(x: Array) -> Array:
+    """float32 → the nearest float16, as float32: the scale that the file can hold."""
+    return x.astype(jnp.float16).astype(jnp.float32)
+
+
+def f16_bytes(x: Array) -> Array:
+    """[…, n] float32 → uint8 [2, …, n], little endian."""
+    bits = lax.bitcast_convert_type(x.astype(jnp.float16), jnp.uint16)
+    return jnp.stack([bits & 0xFF, bits >> 8]).astype(jnp.uint8)
+
+
+def f16_from_bytes(data: Array) -> Array:
+    """uint8 [2, …, n], little endian → float32 […, n]."""
+    low, high = data.astype(jnp.uint16)
+    return lax.bitcast_convert_type(low | high << 8, jnp.float16).astype(jnp.float32)
