@@ -23,6 +23,10 @@ from jaxtyping import Float, PyTree, UInt8
 CHUNK_WEIGHTS = 1 << 14
 
 
+class UserError(ValueError):
+    """A mistake that the user can mend: one line that says what, where, what was found, what to do."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """How a block of consecutive weights of one row is written in bytes. Hashable: a static jit argument.
