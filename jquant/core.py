@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,7 +98,8 @@ def encode_chunk(
     format: Format, blocks: Float[Array, "n B"], importance: Float[Array, "n B"] | None = None
 ) -> UInt8[Array, "n bytes"]:
     """One step of the loop: a few blocks to bytes, in the layout of a file (one block a row)."""
-    assert format.fit is not None and format.assign is not None
+    assert format.fit is not None
+    assert format.assign is not None
     # The barrier keeps the caller's arithmetic out of the search: fused with it, x·a − b would become one
     # rounded operation instead of two, and bytes would depend on who calls.
     blocks, importance = lax.optimization_barrier((blocks, importance))
@@ -202,6 +204,25 @@ def dequantize(q: QuantizedTensor) -> Float[Array, "*rows cols"]:
     return _decode(q.parts["blocks"], q.format)
 
 
+# A typed value of a GGUF header. NumPy's types tell UINT32 from INT32 and FLOAT32 from FLOAT64, so a value
+# that is read and written again keeps its type: np.uint32(32), np.float32(1e-5), an array of np.int32.
+MetadataValue = str | bool | np.generic | np.ndarray | list[str]
+Metadata = Mapping[str, MetadataValue]
+
+# Types that safetensors has and GGUF has not: (weights, bytes) of a block.
+_ONLY_SAFETENSORS = {"F8_E4M3": (1, 1), "F8_E5M2": (1, 1), "BOOL": (1, 1), "U8": (1, 1)}
+
+
+def block_and_bytes(type: str) -> tuple[int, int]:
+    """Weights and bytes of one block of a stored type, as the file formats define them."""
+    if type in _ONLY_SAFETENSORS:
+        return _ONLY_SAFETENSORS[type]
+    try:
+        return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type]]
+    except KeyError:
+        raise UserError(f"unknown tensor type {type!r}; upgrade the gguf package if it is new.") from None
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """What a header says of a tensor. shape is in NumPy order: (rows…, columns); GGUF's is the reverse."""
@@ -222,6 +243,15 @@ class TensorSpec:
     @property
     def size(self) -> int:
         return self.rows * self.cols
+
+    @property
+    def row_bytes(self) -> int:
+        block, size = block_and_bytes(self.type)
+        return self.cols // block * size
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.row_bytes
 
 
 class Source(Protocol):
