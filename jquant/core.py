@@ -28,6 +28,10 @@ class UserError(ValueError):
     """A mistake that the user can mend: one line that says what, where, what was found, what to do."""
 
 
+class OutputError(UserError):
+    """The output cannot be written: it exists, its folder is missing or read-only, the disk is full."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """How a block of consecutive weights of one row is written in bytes. Hashable: a static jit argument.
