@@ -1,0 +1,88 @@
+"""The architecture's promises: who may import whom, no Torch, and what an installation puts where."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Part of the house → the other parts that it may import. `pipeline` stands for what joins them all.
+CORE = {"core"}
+MAY_IMPORT = {
+    "core": set(),
+    "text": set(),
+    "formats": CORE,
+    "models": CORE,
+    "io": CORE,
+    "transcode": CORE,
+    "plan": CORE | {"formats", "file_types", "rules"},
+    "file_types": CORE,
+    "rules": CORE,
+    "report": CORE | {"plan", "text"},
+    "pipeline": CORE | {"formats", "io", "models", "plan", "transcode"},
+    "convert": CORE | {"formats", "io", "models", "pipeline", "plan"},
+}
+SOURCES = sorted((ROOT / "jquant").rglob("*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute names of the modules that a file imports, at its head or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def part(path: Path) -> str:
+    return path.relative_to(ROOT / "jquant").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_each_part_imports_only_what_it_may(path):
+    if path == ROOT / "jquant" / "__init__.py":
+        return
+    parts = {name.split(".")[1] for name in imported_modules(path) if name.startswith("jquant.")}
+    known = {part(p) for p in SOURCES}
+    assert (parts & known) - {part(path)} <= MAY_IMPORT[part(path)]
+
+
+def test_nothing_imports_the_command_line():
+    assert not any(
+        name.split(".")[0] in {"cli", "jquant_cli"} for path in SOURCES for name in imported_modules(path)
+    )
+
+
+@pytest.mark.parametrize("name", ["torch", "tensorflow", "transformers"])
+def test_neither_library_nor_command_line_imports_another_framework(name):
+    files = [*SOURCES, *(ROOT / "cli").glob("*.py")]
+    assert not any(found.split(".")[0] == name for path in files for found in imported_modules(path))
+
+
+def test_importing_everything_leaves_torch_unloaded():
+    code = (
+        "import pkgutil, sys, jquant, jquant_cli.main\n"
+        "for m in pkgutil.walk_packages(jquant.__path__, 'jquant.'): __import__(m.name)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_exactly_jquant_and_jquant_cli(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"jquant", "jquant_cli"}
+    packaged = {name for name in names if name.startswith("jquant/") and name.endswith(".py")}
+    assert packaged == {str(path.relative_to(ROOT)) for path in SOURCES}
