@@ -66,7 +66,7 @@ _BY_NUMBER = {str(kind.number): kind.name for kind in _TABLE}
 
 
 def file_type(name: str) -> FileType:
-    """The file type of this name (any case), alias or number; UserError, with close names, if there is none."""
+    """The file type of this name (any case), alias or number; UserError with the close names otherwise."""
     key = name.strip().upper()
     key = ALIASES.get(key, _BY_NUMBER.get(key, key))
     if key in FILE_TYPES:

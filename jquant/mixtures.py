@@ -116,12 +116,10 @@ with_imatrix = Condition("with an imatrix", lambda s: s.model.has_imatrix)
 without_imatrix = Condition("without an imatrix", lambda s: not s.model.has_imatrix)
 first_two = Condition("the first two", lambda s: s.i < 2)
 first_four = Condition("the first four", lambda s: s.i < 4)
-first_eighth = Condition("the first eighth of the layers", lambda s: s.i < s.n // 8)
-first_sixteenth = Condition("the first sixteenth of the layers", lambda s: s.i < s.n // 16)
-middle = Condition(
-    "between the first and last eighth of the layers", lambda s: s.n // 8 <= s.i < 7 * s.n // 8
-)
-more_bits = Condition("first and last eighth of the layers and every third between", _is_outer_or_third)
+first_eighth = Condition("the first eighth of layers", lambda s: s.i < s.n // 8)
+first_sixteenth = Condition("the first sixteenth of layers", lambda s: s.i < s.n // 16)
+middle = Condition("between the first and last eighth of layers", lambda s: s.n // 8 <= s.i < 7 * s.n // 8)
+more_bits = Condition("the first and last eighth of layers and every third between", _is_outer_or_third)
 
 
 class Row(NamedTuple):
@@ -244,7 +242,7 @@ def mixture(kind: FileType, model: Model, specs: Iterable[TensorSpec]) -> Iterat
 
 
 def _special(kind: FileType, model: Model, spec: TensorSpec, what: str) -> Choice | None:
-    """The output, whatever the file type, and the file types and architectures that have a rule of their own."""
+    """The output, and the file types and architectures that have a rule of their own."""
     if model.architecture == "glm5-next" and re.search(r"attn_q_[ab]|nextn\.eh_proj", spec.name):
         return Choice("Q8_0", "too sensitive for less in this architecture")
     is_output = what == "output" or (what == "token_embd" and model.is_tied)

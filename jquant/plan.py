@@ -18,7 +18,7 @@ A type whose block does not divide the row falls back to one with smaller blocks
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -207,20 +207,22 @@ def plan(
 
 
 def check_encodable(plan: Plan) -> None:
-    """Raise UserError where a tensor would have to be written in, or read from, a type jquant cannot handle."""
+    """Raise UserError, before anything is read, where jquant cannot decode the source or encode the type."""
     changed = [entry for entry in plan.entries if entry.type != entry.source_type]
-    for what, type_of, is_known in (
-        ("write", lambda e: e.type, lambda type: type in FORMATS and FORMATS[type].can_encode),
-        ("read", lambda e: e.source_type, lambda type: type in FORMATS),
-    ):
-        bad = [entry for entry in changed if not is_known(type_of(entry))]
-        if bad:
-            types = ", ".join(sorted({type_of(entry) for entry in bad}))
-            names = _some(entry.name for entry in bad)
-            raise UserError(
-                f"jquant cannot {what} {types} yet, which {names} would need; "
-                "choose another file type or give these tensors another type, e.g. --rule 'regex=Q8_0'."
-            )
+    unreadable = [entry for entry in changed if entry.source_type not in FORMATS]
+    if unreadable:
+        types = ", ".join(sorted({entry.source_type for entry in unreadable}))
+        raise UserError(
+            f"jquant cannot read {types}, the type of {_some(entry.name for entry in unreadable)}; "
+            "start from a model in another type, such as F16."
+        )
+    unwritable = [e for e in changed if e.type not in FORMATS or not FORMATS[e.type].can_encode]
+    if unwritable:
+        types = ", ".join(sorted({entry.type for entry in unwritable}))
+        raise UserError(
+            f"jquant cannot write {types} yet, the type of {_some(entry.name for entry in unwritable)}; "
+            "choose another file type, or give these tensors another type, e.g. --rule 'regex=Q8_0'."
+        )
 
 
 def _model(specs: Mapping[str, TensorSpec], metadata: Metadata, has_imatrix: bool) -> Model:
@@ -300,7 +302,7 @@ def _check_used(
                 f"rule '{rule}' matches only tensors that are never quantized: {_some(fixed)}; remove it."
             )
         raise UserError(
-            f"rule '{rule}' matches no tensor of this model; names look like {_example(quantizable)}."
+            f"rule '{rule}' matches no tensor of this model, whose names are {_some(reversed(specs))}."
         )
     roles = {role(spec.name) for spec in quantizable}
     if embedding_type and "token_embd" not in roles:
@@ -350,10 +352,3 @@ def _some(names: Iterable[str]) -> str:
     names = list(names)
     more = len(names) - _NAMES_IN_ERRORS
     return ", ".join(names[:_NAMES_IN_ERRORS]) + (f" and {more} more" if more > 0 else "")
-
-
-def _example(specs: Sequence[TensorSpec]) -> str:
-    inner: Callable[[TensorSpec], bool] = lambda spec: spec.name.startswith("blk.")  # noqa: E731
-    return next(
-        (spec.name for spec in specs if inner(spec)), specs[0].name if specs else "blk.0.attn_v.weight"
-    )

@@ -41,7 +41,7 @@ class Rule:
 
 
 def tensor_type(name: str, where: str) -> str:
-    """The name of a ggml type that can hold weights, as ggml spells it; UserError says where and what is close."""
+    """The ggml type of this name (any case) that can hold weights; UserError, which starts with `where`."""
     key = name.strip().upper()
     if key in TENSOR_TYPES:
         return key
