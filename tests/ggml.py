@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-import gguf
 import llama_cpp
 import numpy as np
 
@@ -33,11 +32,17 @@ _lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
 _lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
 
 
+def block_and_bytes(ggml_type: int) -> tuple[int, int]:
+    """Weights and bytes of a block; gguf-py's own table lags behind ggml's."""
+    traits = _lib.ggml_get_type_traits(ggml_type).contents
+    return traits.blck_size, traits.type_size
+
+
 def encode(ggml_type: int, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     """x [rows, cols] float32 → uint8 [rows, row bytes]; importance [cols], as llama-quantize passes it."""
     rows, cols = x.shape
     x = np.ascontiguousarray(x, np.float32)
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(ggml_type)]
+    block, size = block_and_bytes(ggml_type)
     out = np.zeros((rows, cols // block * size), np.uint8)
     weights = None
     if importance is not None:
@@ -53,7 +58,7 @@ def encode(ggml_type: int, x: np.ndarray, importance: np.ndarray | None = None) 
 def decode(ggml_type: int, data: np.ndarray) -> np.ndarray:
     """uint8 [rows, row bytes] → float32 [rows, cols], by ggml's to_float."""
     data = np.ascontiguousarray(data)
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(ggml_type)]
+    block, size = block_and_bytes(ggml_type)
     out = np.empty((data.shape[0], data.shape[1] // size * block), np.float32)
     traits = _lib.ggml_get_type_traits(ggml_type).contents
     traits.to_float(data.ctypes.data, out.ctypes.data_as(_floats), out.size)

@@ -1,0 +1,61 @@
+"""NVFP4, 4.5 bits per weight: 4-bit floats (E2M1) times an 8-bit float (E4M3) per 16.
+
+Block of 64 weights, 36 bytes:
+
+    d   uint8[4]            bytes 0–3, the scale of each 16 weights, E4M3 without its sign
+    qs  4 × 8 bytes         bytes 4–35, for each 16 weights: weight j in the low nibble of byte j, weight
+                            8 + j in the high one
+
+w = d · (−1)^sign · {0, ½, 1, 1½, 2, 3, 4, 6}, the sign in the nibble's high bit; the code for −0 is +0.
+The scale byte 127, NaN in E4M3, is 0, and the byte's high bit is ignored otherwise.
+Source: ggml-common.h, block_nvfp4; ggml-quants.c, dequantize_row_nvfp4; ggml-impl.h, ggml_ue4m3_to_fp32.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int, UInt8
+
+from jquant.core import Format
+from jquant.formats._grids import halves_from_nibbles, nibbles_from_halves, scaled
+
+LEVELS = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.float32) / 2
+LEVELS = np.concatenate([LEVELS, 0 - LEVELS])  # 0 − 0 is +0
+
+
+def scale_values() -> np.ndarray:
+    """The scale that each byte stands for, float32 [256]. All are normal float32."""
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, (byte & 7) / 8
+    values = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7.0))
+    return np.where(byte == 127, 0, values).astype(np.float32)
+
+
+SCALES = scale_values()
+
+
+def reconstruct(codes: Int[Array, "64 n"], scales: Int[Array, "4 n"]) -> Float[Array, "64 n"]:
+    """scales are the file's bytes. The product is exact: 4 significant bits times 2."""
+    d = jnp.asarray(SCALES).at[scales].get(mode="promise_in_bounds")
+    return scaled(d, jnp.asarray(LEVELS).at[codes].get(mode="promise_in_bounds"))
+
+
+def pack(codes: Int[Array, "64 n"], scales: Int[Array, "4 n"]) -> UInt8[Array, "36 n"]:
+    return jnp.concatenate([scales.astype(jnp.uint8), nibbles_from_halves(codes.astype(jnp.uint8), 16)])
+
+
+def unpack(data: UInt8[Array, "36 n"]) -> tuple[Int[Array, "64 n"], Int[Array, "4 n"]]:
+    return halves_from_nibbles(data[4:], 16).astype(jnp.int32), data[:4].astype(jnp.int32)
+
+
+NVFP4 = Format(
+    name="NVFP4",
+    ggml_type=40,
+    block_size=64,
+    block_bytes=36,
+    reconstruct=reconstruct,
+    pack=pack,
+    unpack=unpack,
+)
