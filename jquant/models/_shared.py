@@ -1,0 +1,320 @@
+"""What all architectures share: how a checkpoint becomes GGUF tensors, lazily, and which keys describe it.
+
+Terms. A *weight* is one tensor of the GGUF file. Its *parts* are the tensors of the checkpoint that it is
+made of: one, or one for each expert. *Axes* are named by the config keys that give their lengths, so that a
+wrong shape can be traced to a line of config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import gguf
+import numpy as np
+
+from jquant.core import MetadataValue, Source, TensorSpec, UserError
+
+from . import _config
+from ._config import REQUIRED, Config, Rope
+
+HIDDEN = "hidden_size"
+Q_ROWS = "num_attention_heads * head_dim"
+KV_ROWS = "num_key_value_heads * head_dim"
+
+# What the config of every decoder here has. Absent: the default of the class in transformers, where the
+# classes agree; num_key_value_heads and head_dim then follow from num_attention_heads.
+DECODER_KEYS: Mapping[str, object] = {
+    "hidden_size": REQUIRED,
+    "intermediate_size": REQUIRED,
+    "num_hidden_layers": REQUIRED,
+    "num_attention_heads": REQUIRED,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "vocab_size": REQUIRED,
+    "max_position_embeddings": REQUIRED,
+    "rms_norm_eps": REQUIRED,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+
+# Buffers that old versions of transformers saved; they follow from the config.
+_DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the GGUF file.
+
+    name is what `gguf.get_tensor_name_map` knows it by. rotary: the config key that counts the heads, where
+    rows are rotary pairs that llama.cpp wants side by side: row i of a head's first half next to row i of
+    its second (transformers keeps the halves apart).
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    axes: tuple[str, ...]  # of one part
+    rotary: str | None = None
+    stacked: bool = False  # parts along a new first axis
+
+
+def weight(name: str, *axes: str, rotary: str | None = None) -> Weight:
+    return Weight(name, (name,), axes, rotary)
+
+
+def experts(name: str, *axes: str, count: int) -> Weight:
+    """name with "{}" for the expert's number; the GGUF tensor is [experts, rows, columns]."""
+    parts = tuple(name.format(expert) for expert in range(count))
+    return Weight(name.replace(".{}", ""), parts, axes, stacked=True)
+
+
+def decoder(config: Config, block: Callable[[str], Iterator[Weight]]) -> Iterator[Weight]:
+    """Embedding, blocks, final norm and, unless tied to the embedding, the output matrix."""
+    yield weight("model.embed_tokens.weight", "vocab_size", HIDDEN)
+    for i in range(config.size("num_hidden_layers")):
+        yield from block(f"model.layers.{i}")
+    yield weight("model.norm.weight", HIDDEN)
+    if not config.flag("tie_word_embeddings"):
+        yield weight("lm_head.weight", "vocab_size", HIDDEN)
+
+
+def attention(
+    block: str,
+    *,
+    rotary_pairs: bool,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    qk_norm: bool = False,
+) -> Iterator[Weight]:
+    """Norm and self-attention. rotary_pairs: llama.cpp turns neighbouring rows, q and k are reordered."""
+    q_heads, k_heads = ("num_attention_heads", "num_key_value_heads") if rotary_pairs else (None, None)
+    attn = f"{block}.self_attn"
+    yield weight(f"{block}.input_layernorm.weight", HIDDEN)
+    for name, rows, rotary in (
+        ("q_proj", Q_ROWS, q_heads),
+        ("k_proj", KV_ROWS, k_heads),
+        ("v_proj", KV_ROWS, None),
+    ):
+        yield weight(f"{attn}.{name}.weight", rows, HIDDEN, rotary=rotary)
+        if qkv_bias:
+            yield weight(f"{attn}.{name}.bias", rows, rotary=rotary)
+    yield weight(f"{attn}.o_proj.weight", HIDDEN, Q_ROWS)
+    if output_bias:
+        yield weight(f"{attn}.o_proj.bias", HIDDEN)
+    if qk_norm:
+        yield weight(f"{attn}.q_norm.weight", "head_dim")
+        yield weight(f"{attn}.k_norm.weight", "head_dim")
+    yield weight(f"{block}.post_attention_layernorm.weight", HIDDEN)
+
+
+def mlp(prefix: str, width: str = "intermediate_size", *, bias: bool = False) -> Iterator[Weight]:
+    """Gated feed-forward: down(silu(gate x) · up x)."""
+    for name, rows, cols in (
+        ("gate_proj", width, HIDDEN),
+        ("up_proj", width, HIDDEN),
+        ("down_proj", HIDDEN, width),
+    ):
+        yield weight(f"{prefix}.{name}.weight", rows, cols)
+        if bias:
+            yield weight(f"{prefix}.{name}.bias", rows)
+
+
+def rope_freqs(rope: Rope, head_dim: int) -> np.ndarray:
+    """Llama 3.1's scaling: the factor by which each of the head_dim/2 frequencies is divided, float32.
+
+    With wavelength λ = 2π base^(2i/head_dim) and L the context of the first training: λ < L/high is kept,
+    λ > L/low is divided by `factor`, and in between 1/factor is blended linearly in L/λ.
+    Source: transformers, modeling_rope_utils.py, _compute_llama3_parameters.
+    """
+    wavelength = 2 * np.pi * rope.base ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    cycles = rope.original_context / wavelength
+    span = rope.high_freq_factor - rope.low_freq_factor
+    kept = np.clip((cycles - rope.low_freq_factor) / span, 0, 1)  # 1: unscaled, 0: divided by factor
+    return (1 / ((1 - kept) / rope.factor + kept)).astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A class of transformers and the llama.cpp architecture that computes the same function."""
+
+    name: str  # as in config.json's `architectures`: "LlamaForCausalLM"
+    gguf: gguf.MODEL_ARCH
+    weights: Callable[[Config], Iterator[Weight]] = field(repr=False)
+    keys: Mapping[str, object] = field(repr=False)  # config keys read, with their defaults
+    only: Mapping[str, tuple[object, ...]] = field(repr=False, default_factory=dict)
+    rope_types: frozenset[str] = frozenset({"default", "linear", "yarn"})
+
+    def read_config(self, config: Mapping[str, object]) -> Config:
+        """Raises UserError for a key that is unknown, or whose value llama.cpp cannot honour."""
+        return _config.read(
+            config, architecture=self.name, keys=self.keys, only=self.only, rope_types=self.rope_types
+        )
+
+    def as_gguf(self, source: Source, config: Mapping[str, object]) -> Source:
+        """The checkpoint with llama.cpp's names, row order and stacked experts; nothing is read yet.
+
+        Raises UserError for a tensor that is missing, unexpected, or not of the shape the config says.
+        """
+        checked = self.read_config(config)
+        weights = list(self.weights(checked))
+        _check_names(self.name, source, weights, tied=checked.flag("tie_word_embeddings"))
+        names = gguf.get_tensor_name_map(self.gguf, checked.size("num_hidden_layers"))
+        made: dict[str, _Made] = {}
+        if checked.rope.type == "llama3":
+            data = rope_freqs(checked.rope, checked.size("head_dim"))
+            spec = TensorSpec("rope_freqs.weight", data.shape, "F32")
+            made[spec.name] = _Made(spec, data=data.view(np.uint8)[None])
+        for entry in weights:
+            name = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
+            assert name is not None, f"gguf has no name for {entry.name}; upgrade the package"
+            heads = checked.size(entry.rotary) if entry.rotary else 0
+            made[name] = _Made(_spec(name, entry, source, checked), entry.parts, heads)
+        return _GgufView(source, made)
+
+    def metadata(self, config: Mapping[str, object], name: str | None = None) -> dict[str, MetadataValue]:
+        """The header's description of the model, with llama.cpp's names and types; `name` is for people."""
+        checked = self.read_config(config)
+        arch = gguf.MODEL_ARCH_NAMES[self.gguf]
+        head_dim = np.uint32(checked.size("head_dim"))
+        out: dict[str, MetadataValue] = {"general.architecture": arch, "general.type": "model"}
+        if name:
+            out["general.name"] = name
+        described: dict[str, MetadataValue] = {
+            "block_count": np.uint32(checked.size("num_hidden_layers")),
+            "context_length": np.uint32(checked.size("max_position_embeddings")),
+            "embedding_length": np.uint32(checked.size("hidden_size")),
+            "feed_forward_length": np.uint32(checked.size("intermediate_size")),
+            "attention.head_count": np.uint32(checked.size("num_attention_heads")),
+            "attention.head_count_kv": np.uint32(checked.size("num_key_value_heads")),
+            "attention.key_length": head_dim,
+            "attention.value_length": head_dim,
+            "attention.layer_norm_rms_epsilon": np.float32(checked.number("rms_norm_eps")),
+            "vocab_size": np.uint32(checked.size("vocab_size")),
+            "rope.dimension_count": head_dim,
+            **_rope_metadata(checked.rope),
+        }
+        for key, config_keys in _EXPERT_KEYS.items():
+            for config_key in config_keys:
+                if config_key in checked.values:
+                    described[key] = np.uint32(checked.size(config_key))
+        return out | {f"{arch}.{key}": value for key, value in described.items()}
+
+
+_EXPERT_KEYS = {
+    "expert_count": ("num_local_experts", "num_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+}
+
+
+def _rope_metadata(rope: Rope) -> dict[str, MetadataValue]:
+    out: dict[str, MetadataValue] = {"rope.freq_base": np.float32(rope.base)}
+    if rope.type in ("linear", "yarn"):  # llama3 is in the rope_freqs tensor
+        out["rope.scaling.type"] = rope.type
+        out["rope.scaling.factor"] = np.float32(rope.factor)
+    if rope.type == "yarn":
+        out["rope.scaling.original_context_length"] = np.uint32(rope.original_context)
+        # llama.cpp multiplies by YaRN's temperature by itself; what is stored comes on top of that.
+        extra = rope.attention_factor / _config.yarn_temperature(rope.factor)
+        if extra != 1:
+            out["rope.scaling.attn_factor"] = np.float32(extra)
+    return out
+
+
+def _check_names(architecture: str, source: Source, weights: list[Weight], *, tied: bool) -> None:
+    """Refuse a checkpoint whose tensors are not exactly those that the config implies."""
+    expected = dict.fromkeys(part for entry in weights for part in entry.parts)
+    missing = [name for name in expected if name not in source.specs]
+    if missing:
+        hint = " (config.json says tie_word_embeddings is false)" if missing[0] == "lm_head.weight" else ""
+        raise UserError(
+            f"{missing[0]}{_and_more(missing)} expected by config.json for {architecture}{hint} but not in "
+            "the checkpoint; the download may be incomplete, or config.json is another model's."
+        )
+    spare = {"lm_head.weight"} if tied else set()  # transformers does not read it either
+    unexpected = [
+        n for n in source.specs if n not in expected and n not in spare and not n.endswith(_DERIVED)
+    ]
+    if unexpected:
+        raise UserError(
+            f"{unexpected[0]}{_and_more(unexpected)} in the checkpoint but unknown to {architecture} with "
+            "this config.json; converting without it would change the model."
+        )
+
+
+def _and_more(names: list[str]) -> str:
+    return " is" if len(names) == 1 else f" and {len(names) - 1} more tensors are"
+
+
+def _spec(name: str, entry: Weight, source: Source, config: Config) -> TensorSpec:
+    """The header entry of a weight; every part must have the shape that the config says, and one type."""
+    shape = tuple(config.size(axis) for axis in entry.axes)
+    types = {source.specs[part].type for part in entry.parts}
+    for part in entry.parts:
+        found = source.specs[part].shape
+        if found != shape:
+            axes = ", ".join(f"{axis} = {size}" for axis, size in zip(entry.axes, shape, strict=True))
+            raise UserError(
+                f"{part}: config.json implies shape {shape} ({axes}); the checkpoint has {found}. "
+                "They belong to different models, or config.json was edited."
+            )
+    if len(types) > 1:
+        raise UserError(f"{name}: the experts are stored in different types: {', '.join(sorted(types))}.")
+    return TensorSpec(name, (len(entry.parts), *shape) if entry.stacked else shape, types.pop())
+
+
+@dataclass(frozen=True)
+class _Made:
+    """How a GGUF tensor is made: from rows of checkpoint tensors, or from data in memory."""
+
+    spec: TensorSpec
+    parts: tuple[str, ...] = ()
+    heads: int = 0  # rotary heads whose rows are to be paired; 0: rows as they are
+    data: np.ndarray | None = None  # uint8 [rows, row bytes]
+
+
+class _GgufView:
+    """A Source that renames, reorders and stacks the tensors of another as they are read."""
+
+    def __init__(self, source: Source, made: Mapping[str, _Made]):
+        self._source = source
+        self._made = made
+        self._specs = MappingProxyType({name: entry.spec for name, entry in made.items()})
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self._specs
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        made = self._made[name]
+        stop = made.spec.rows if stop is None else stop
+        if made.data is not None:
+            return made.data[start:stop]
+        if made.heads:
+            return self._read_paired(made, start, stop)
+        rows = made.spec.rows // len(made.parts)  # of one part
+        pieces = [
+            self._source.read(made.parts[i], max(start - i * rows, 0), min(stop - i * rows, rows))
+            for i in range(start // rows, -(-stop // rows))
+        ]
+        if not pieces:
+            return np.empty((0, made.spec.row_bytes), np.uint8)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _read_paired(self, made: _Made, start: int, stop: int) -> np.ndarray:
+        """Whole heads are read, their rows paired, and the wanted rows kept."""
+        (part,) = made.parts
+        if len(made.spec.shape) == 1:  # a bias: its elements are what the rows of a matrix are
+            row = self._source.read(part, 0, 1).reshape(made.spec.cols, -1)
+            return _pair(row, made.spec.cols // made.heads).reshape(1, -1)[start:stop]
+        head = made.spec.rows // made.heads
+        first, last = start // head * head, -(-stop // head) * head
+        return _pair(self._source.read(part, first, last), head)[start - first : stop - first]
+
+
+def _pair(rows: np.ndarray, head: int) -> np.ndarray:
+    """[heads · head, bytes]: the two halves of each head, interleaved row by row."""
+    halves = rows.reshape(-1, 2, head // 2, rows.shape[-1])  # [head, half, i, bytes]
+    return halves.swapaxes(1, 2).reshape(rows.shape)

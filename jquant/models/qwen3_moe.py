@@ -1,0 +1,63 @@
+"""Qwen3-MoE: Qwen3 with a mixture of experts in every block.
+
+The router takes the softmax over all experts, keeps the best `num_experts_per_tok`, and scales their weights
+to sum to one: llama.cpp always scales, so `norm_topk_prob` must be true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gguf
+
+from ._shared import (
+    DECODER_KEYS,
+    HIDDEN,
+    REQUIRED,
+    Architecture,
+    Config,
+    Weight,
+    attention,
+    decoder,
+    experts,
+    weight,
+)
+
+
+def weights(config: Config) -> Iterator[Weight]:
+    count = config.size("num_experts")
+
+    def block(name: str) -> Iterator[Weight]:
+        yield from attention(name, rotary_pairs=False, qk_norm=True)
+        yield weight(f"{name}.mlp.gate.weight", "num_experts", HIDDEN)
+        expert = f"{name}.mlp.experts.{{}}"
+        yield experts(f"{expert}.gate_proj.weight", "moe_intermediate_size", HIDDEN, count=count)
+        yield experts(f"{expert}.up_proj.weight", "moe_intermediate_size", HIDDEN, count=count)
+        yield experts(f"{expert}.down_proj.weight", HIDDEN, "moe_intermediate_size", count=count)
+
+    return decoder(config, block)
+
+
+QWEN3_MOE = Architecture(
+    name="Qwen3MoeForCausalLM",
+    gguf=gguf.MODEL_ARCH.QWEN3MOE,
+    weights=weights,
+    keys={
+        **DECODER_KEYS,
+        "rms_norm_eps": 1e-6,
+        "num_experts": REQUIRED,
+        "num_experts_per_tok": REQUIRED,
+        "moe_intermediate_size": REQUIRED,
+        "norm_topk_prob": False,
+        "sliding_window": None,
+        "max_window_layers": None,
+    },
+    only={
+        "norm_topk_prob": (True,),
+        "decoder_sparse_step": (1,),
+        "mlp_only_layers": ([], None),
+        "use_sliding_window": (False, None),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+    },
+)

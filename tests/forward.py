@@ -1,0 +1,137 @@
+"""A decoder's forward pass in float64 NumPy, from a checkpoint as transformers names it: a test oracle.
+
+Written from the models' papers and the conventions of transformers (rotary halves), sharing nothing with
+jquant or llama.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+
+def logits(config: Mapping, tensors: Mapping[str, np.ndarray], tokens: list[int]) -> np.ndarray:
+    """[tokens, vocab]: the next token's logits after each of `tokens`."""
+    w = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+    heads = config["num_attention_heads"]
+    head = config.get("head_dim") or config["hidden_size"] // heads
+    angles = np.arange(len(tokens))[:, None] * frequencies(config, head)[None]  # [token, head/2]
+    scale = attention_factor(config)
+    x = w["model.embed_tokens.weight"][tokens]
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        p = {name.removeprefix(layer): tensor for name, tensor in w.items() if name.startswith(layer)}
+        normed = rmsnorm(x, p["input_layernorm.weight"], config)
+        x = x + attention(config, p, normed, angles, scale, heads, head)
+        normed = rmsnorm(x, p["post_attention_layernorm.weight"], config)
+        x = x + (experts(config, p, normed) if "num_experts_per_tok" in config else mlp(p, "mlp.", normed))
+    x = rmsnorm(x, w["model.norm.weight"], config)
+    return x @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+
+
+def rmsnorm(x, weight, config):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config["rms_norm_eps"]) * weight
+
+
+def linear(p, name, x):
+    return x @ p[f"{name}.weight"].T + p.get(f"{name}.bias", 0)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def softmax(x):
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def attention(config, p, x, angles, scale, heads, head):
+    n = len(x)
+
+    def split(name, norm=None):
+        y = linear(p, f"self_attn.{name}", x).reshape(n, -1, head)
+        return rmsnorm(y, p[f"self_attn.{norm}.weight"], config) if f"self_attn.{norm}.weight" in p else y
+
+    q, k, v = split("q_proj", "q_norm"), split("k_proj", "k_norm"), split("v_proj")
+    q, k = (rotate(y, angles) * scale for y in (q, k))
+    k, v = (np.repeat(y, heads // y.shape[1], axis=1) for y in (k, v))
+    scores = np.einsum("ihd,jhd->hij", q, k) / math.sqrt(head)
+    scores = np.where(np.tril(np.ones((n, n), bool)), scores, -np.inf)
+    out = np.einsum("hij,jhd->ihd", softmax(scores), v)
+    return linear(p, "self_attn.o_proj", out.reshape(n, -1))
+
+
+def rotate(x, angles):
+    """The two halves of a head are the real and imaginary parts of its pairs."""
+    a, b = np.split(x, 2, axis=-1)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def mlp(p, prefix, x, names=("gate_proj", "up_proj", "down_proj")):
+    gate, up, down = (f"{prefix}{name}" for name in names)
+    return linear(p, down, silu(linear(p, gate, x)) * linear(p, up, x))
+
+
+def experts(config, p, x):
+    mixtral = "block_sparse_moe.gate.weight" in p
+    prefix, names = (
+        ("block_sparse_moe.", ("w1", "w3", "w2"))
+        if mixtral
+        else ("mlp.", ("gate_proj", "up_proj", "down_proj"))
+    )
+    weights = softmax(linear(p, f"{prefix}gate", x))
+    out = np.zeros_like(x)
+    for i, row in enumerate(weights):
+        best = np.argsort(-row)[: config["num_experts_per_tok"]]
+        for e in best:
+            out[i] += row[e] / row[best].sum() * mlp(p, f"{prefix}experts.{e}.", x[i], names)
+    return out
+
+
+def rope(config) -> dict:
+    given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    given.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    given["rope_type"] = given.get("rope_type", given.get("type", "default"))
+    return given
+
+
+def frequencies(config, head):
+    r = rope(config)
+    freqs = r["rope_theta"] ** (-np.arange(0, head, 2) / head)
+    if r["rope_type"] == "linear":
+        return freqs / r["factor"]
+    if r["rope_type"] == "llama3":
+        old, low, high = (
+            r[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+        )
+        out = []
+        for f in freqs:
+            wavelength = 2 * math.pi / f
+            if wavelength < old / high:
+                out.append(f)
+            elif wavelength > old / low:
+                out.append(f / r["factor"])
+            else:
+                smooth = (old / wavelength - low) / (high - low)
+                out.append((1 - smooth) * f / r["factor"] + smooth * f)
+        return np.array(out)
+    if r["rope_type"] == "yarn":
+        old, base = r["original_max_position_embeddings"], r["rope_theta"]
+        low, high = (
+            head * math.log(old / (rotations * 2 * math.pi)) / (2 * math.log(base)) for rotations in (32, 1)
+        )
+        low, high = max(math.floor(low), 0), min(math.ceil(high), head - 1)
+        ramp = np.clip((np.arange(head // 2) - low) / max(high - low, 0.001), 0, 1)
+        return freqs / r["factor"] * ramp + freqs * (1 - ramp)
+    return freqs
+
+
+def attention_factor(config):
+    r = rope(config)
+    if r["rope_type"] != "yarn":
+        return 1.0
+    return r.get("attention_factor", 0.1 * math.log(r["factor"]) + 1)
