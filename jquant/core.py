@@ -214,7 +214,8 @@ MetadataValue = str | bool | np.generic | np.ndarray | list[str]
 Metadata = Mapping[str, MetadataValue]
 
 # Types that safetensors has and GGUF has not: (weights, bytes) of a block.
-_ONLY_SAFETENSORS = {"F8_E4M3": (1, 1), "F8_E5M2": (1, 1), "BOOL": (1, 1), "U8": (1, 1)}
+_ONLY_SAFETENSORS = {"F8_E4M3": (1, 1), "F8_E5M2": (1, 1), "F8_E8M0": (1, 1), "BOOL": (1, 1)}
+_ONLY_SAFETENSORS |= {"U8": (1, 1), "U16": (1, 2), "U32": (1, 4), "U64": (1, 8)}
 
 
 def block_and_bytes(type: str) -> tuple[int, int]:
