@@ -32,7 +32,7 @@ _TABLE = (
     FileType("Q4_K_M", 15, "Q4_K", "4.9 bpw: the usual choice"),
     FileType("Q4_K_S", 14, "Q4_K", "4.7 bpw"),
     FileType("IQ4_NL", 25, "IQ4_NL", "4.7 bpw: 16 uneven levels, blocks of 32"),
-    FileType("IQ4_XS", 30, "IQ4_XS", "4.5 bpw: 16 uneven levels, the best below Q4_K_S"),
+    FileType("IQ4_XS", 30, "IQ4_XS", "4.4 bpw: 16 uneven levels, the best below Q4_K_S"),
     FileType("Q3_K_L", 13, "Q3_K", "4.3 bpw"),
     FileType("Q3_K_M", 12, "Q3_K", "4.0 bpw: noticeable loss"),
     FileType("Q3_K_S", 11, "Q3_K", "3.6 bpw"),
@@ -52,12 +52,12 @@ _TABLE = (
     FileType("Q5_0", 8, "Q5_0", "5.6 bpw, blocks of 32"),
     FileType("Q4_1", 3, "Q4_1", "5.1 bpw, blocks of 32"),
     FileType("Q4_0", 2, "Q4_0", "4.7 bpw, blocks of 32: fast on many CPUs"),
-    FileType("MXFP4_MOE", 38, "MXFP4", "experts in MXFP4 (4.25 bpw), the rest in Q8_0"),
-    FileType("NVFP4", 39, "NVFP4", "4-bit floats in blocks of 16, 4.5 bpw"),
-    FileType("TQ2_0", 37, "TQ2_0", "2.06 bpw, for models trained with ternary weights"),
-    FileType("TQ1_0", 36, "TQ1_0", "1.69 bpw, for models trained with ternary weights"),
-    FileType("Q2_0", 41, "Q2_0", "2.25 bpw, blocks of 64, for models trained for two bits"),
-    FileType("Q1_0", 40, "Q1_0", "1.125 bpw, for models trained with binary weights"),
+    FileType("MXFP4_MOE", 38, "MXFP4", "experts in MXFP4, 4-bit floats, the rest in Q8_0"),
+    FileType("NVFP4", 39, "NVFP4", "4.6 bpw: 4-bit floats, a scale for 16"),
+    FileType("TQ2_0", 37, "TQ2_0", "2.5 bpw, for models trained with ternary weights"),
+    FileType("TQ1_0", 36, "TQ1_0", "2.2 bpw, for models trained with ternary weights"),
+    FileType("Q2_0", 41, "Q2_0", "2.6 bpw, for models trained for two bits"),
+    FileType("Q1_0", 40, "Q1_0", "1.5 bpw, for models trained with binary weights"),
 )
 
 FILE_TYPES = MappingProxyType({kind.name: kind for kind in _TABLE})

@@ -302,7 +302,7 @@ def _check_used(
                 f"rule '{rule}' matches only tensors that are never quantized: {_some(fixed)}; remove it."
             )
         raise UserError(
-            f"rule '{rule}' matches no tensor of this model, whose names are {_some(reversed(specs))}."
+            f"rule '{rule}' matches no tensor of this model, whose names are {_some(list(specs)[::-1])}."
         )
     roles = {role(spec.name) for spec in quantizable}
     if embedding_type and "token_embd" not in roles:
