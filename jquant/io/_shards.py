@@ -35,9 +35,10 @@ def shards(path: Path, metadata: Metadata, layout: Sequence[TensorSpec], limit: 
     The first carries the metadata, and each of several the keys split.no, split.count and
     split.tensors.count; what fits in one file is called `path` and has none of these.
     """
-    parts = [list(layout)] if limit is None else _split(metadata, layout, limit)
+    whole = Shard(path, *encode(metadata, layout))
+    parts = [list(layout)] if limit is None or whole.size <= limit else _split(metadata, layout, limit)
     if len(parts) == 1:
-        return [Shard(path, *encode(metadata, layout))]
+        return [whole]
     found = []
     for i, part in enumerate(parts):
         keys = _split_keys(metadata, i, len(parts), len(layout))

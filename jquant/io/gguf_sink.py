@@ -67,8 +67,8 @@ class GgufSink:
 
         _check_folder(path)
         journal_path = path.with_name(path.name + ".partial.jsonl")
-        created = not journal_path.exists()
         with _reporting(journal_path):
+            created = not journal_path.exists()
             self._journal = Journal(journal_path)
         try:
             self._begin(resume, f"{fingerprint} {_digest(self._shards)}", force)
