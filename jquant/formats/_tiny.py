@@ -15,19 +15,15 @@ MAGNIFIER = 2.0**60
 LEAST = 2.0**-80  # of larger blocks, the scale, its inverse and all products are normal numbers
 
 
-def magnify(blocks: Array, tiny: Array) -> tuple[Array, Array]:
-    """(blocks · unit, unit), where unit [n] is MAGNIFIER for `tiny` [n] blocks and 1 elsewhere."""
-
-    def careful(x: Array) -> tuple[Array, Array]:
-        unit = jnp.where(tiny, MAGNIFIER, 1.0).astype(jnp.float32)
-        bits = lax.bitcast_convert_type(x, jnp.int32)
-        size = bits & 0x7FFFFFFF
-        subnormal = size.astype(jnp.float32) * 2.0**-89  # the mantissa's unit, 2⁻¹⁴⁹, times MAGNIFIER
-        subnormal = jnp.where(bits < 0, -subnormal, subnormal)
-        small = jnp.where(size < 0x00800000, subnormal, x * MAGNIFIER)
-        return jnp.where(tiny, small, x), unit
-
-    return lax.cond(jnp.any(tiny), careful, lambda x: (x, jnp.ones(tiny.shape, jnp.float32)), blocks)
+def magnify(x: Array, tiny: Array) -> tuple[Array, Array]:
+    """(x · unit, unit), where unit is MAGNIFIER where `tiny` [n] and 1 elsewhere. x is [n] or [weights, n]."""
+    unit = jnp.where(tiny, MAGNIFIER, 1.0).astype(jnp.float32)
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    size = bits & 0x7FFFFFFF
+    subnormal = size.astype(jnp.float32) * 2.0**-89  # the mantissa's unit, 2⁻¹⁴⁹, times MAGNIFIER
+    subnormal = jnp.where(bits < 0, -subnormal, subnormal)
+    magnified = jnp.where(size < 0x00800000, subnormal, x * MAGNIFIER)
+    return jnp.where(jnp.broadcast_to(tiny, x.shape), magnified, x), unit
 
 
 def on_subnormal_grid(d: Array, unit: Array) -> Array:

@@ -17,6 +17,7 @@ Source: llama.cpp, ggml/src/ggml-quants.c, quantize_row_*_ref and dequantize_row
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ from jquant.formats._blocks import (
     rounded,
 )
 from jquant.formats._least_squares import search_affine, search_scale
-from jquant.formats._tiny import LEAST, MAGNIFIER, magnify, on_subnormal_grid
+from jquant.formats._tiny import LEAST, magnify, on_subnormal_grid
 
 Blocks = Float[Array, "32 n"]
 Codes = Int[Array, "32 n"]
@@ -53,22 +54,48 @@ class Affine(NamedTuple):
     inverse: Float[Array, " n"]
 
 
-def _first_largest(keys: Blocks, values: Blocks) -> Array:
-    """values where |keys| is largest, the first of several, as in C, whose sign depends on it: [n]."""
-    size = found = jnp.zeros(keys.shape[1:])
-    for key, value in zip(keys, values, strict=True):
-        larger = jnp.abs(key) > size
-        size, found = jnp.where(larger, jnp.abs(key), size), jnp.where(larger, value, found)
-    return found
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.int32)
 
 
-def _first_smallest(keys: Blocks, values: Blocks) -> Array:
-    """values where keys is smallest, the first of several: [n]. It tells −0 from 0, as C does."""
-    least, found = keys[0], values[0]
-    for key, value in zip(keys[1:], values[1:], strict=True):
-        smaller = key < least
-        least, found = jnp.where(smaller, key, least), jnp.where(smaller, value, found)
-    return found
+def _float(bits: Array) -> Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+# C compares floats; here their bits are compared as integers, for XLA's CPU backend takes subnormals for zeros.
+
+
+def _starts_negative(blocks: Blocks, among: Array) -> Array:
+    """Whether the first weight of a block that is `among` [32, n] has a sign bit: bool [n]."""
+    rank = jnp.arange(64, 0, -2, dtype=jnp.int32)[:, None]
+    sign = (_bits(blocks) < 0).astype(jnp.int32)
+    return (jnp.max(jnp.where(among, rank + sign, 0), axis=0) & 1) == 1
+
+
+def _peak(blocks: Blocks) -> Array:
+    """The weight of largest magnitude: [n]. Of several it is the first, as in C, and the sign is its."""
+    size = _bits(blocks) & 0x7FFFFFFF
+    largest = jnp.max(size, axis=0)
+    negative = _starts_negative(blocks, size == largest[None])
+    return _float(jnp.where(negative & (largest > 0), largest | -0x80000000, largest))
+
+
+def _ordered(bits: Array) -> Array:
+    """float32 bits ↔ integers of the same order (−0 just before 0); its own inverse."""
+    return bits ^ (bits >> 31 & 0x7FFFFFFF)
+
+
+def _smallest(blocks: Blocks) -> Array:
+    """The smallest weight: [n]. Of zeros it is the first, as in C: float16 keeps the sign of m."""
+    bits = _bits(blocks)
+    least = _ordered(jnp.min(_ordered(bits), axis=0))
+    negative = _starts_negative(blocks, (bits & 0x7FFFFFFF) == 0)
+    zero = jnp.where(negative, -0x80000000, 0)
+    return _float(jnp.where((least & 0x7FFFFFFF) == 0, zero, least))
+
+
+def _largest(blocks: Blocks) -> Array:
+    return _float(_ordered(jnp.max(_ordered(_bits(blocks)), axis=0)))
 
 
 def fit_symmetric(blocks: Blocks, importance: Blocks | None, levels: int) -> Scale:
@@ -78,8 +105,9 @@ def fit_symmetric(blocks: Blocks, importance: Blocks | None, levels: int) -> Sca
     """
     if importance is not None:
         return _stored(search_scale(blocks, importance, -levels, levels - 1))
-    x, unit = magnify(blocks, _size(blocks) < LEAST)
-    return _scale(_first_largest(x, x) / -levels, unit)
+    peak = _peak(blocks)
+    peak, unit = magnify(peak, jnp.abs(peak) < LEAST)
+    return _scale(peak / -levels, unit)
 
 
 def fit_q8_0(blocks: Blocks, importance: Blocks | None) -> Scale:
@@ -89,8 +117,9 @@ def fit_q8_0(blocks: Blocks, importance: Blocks | None) -> Scale:
     """
     if importance is not None:
         return _stored(search_scale(blocks, importance, -127, 127))
-    x, unit = magnify(blocks, _size(blocks) < LEAST)
-    return _scale(exact_div(_size(x), 127.0), unit)
+    size = _float(jnp.max(_bits(blocks) & 0x7FFFFFFF, axis=0))
+    size, unit = magnify(size, size < LEAST)
+    return _scale(exact_div(size, 127.0), unit)
 
 
 def fit_affine(blocks: Blocks, importance: Blocks | None, levels: int) -> Affine:
@@ -101,17 +130,12 @@ def fit_affine(blocks: Blocks, importance: Blocks | None, levels: int) -> Affine
     if importance is not None:
         d, m = search_affine(blocks, importance, levels)
         return Affine(d, m, inverse(d))
-    size = _size(blocks)
-    # A smallest weight of 0 may hide a negative subnormal, whose float16 is −0.
-    hidden = (jnp.min(blocks, axis=0) == 0) & (size < MAGNIFIER)
-    x, unit = magnify(blocks, (size < LEAST) | hidden)
-    spread = jnp.max(x, axis=0) - jnp.min(x, axis=0)
-    d, inverse_d = _scale(exact_div(spread, float(levels)), unit)
-    return Affine(d, _first_smallest(x, blocks), inverse_d)
-
-
-def _size(blocks: Blocks) -> Array:
-    return jnp.max(jnp.abs(blocks), axis=0)
+    m, largest = _smallest(blocks), _largest(blocks)
+    tiny = jnp.maximum(jnp.abs(m), jnp.abs(largest)) < LEAST
+    top, unit = magnify(largest, tiny)
+    bottom, _ = magnify(m, tiny)
+    d, inverse_d = _scale(exact_div(top - bottom, float(levels)), unit)
+    return Affine(d, m, inverse_d)
 
 
 def _scale(d: Array, unit: Array) -> Scale:
@@ -124,38 +148,50 @@ def _stored(d: Array) -> Scale:
     return Scale(d, inverse(d))
 
 
+def _codes(rule: Callable[..., Codes], inverse: Array, *arrays: Array) -> Codes:
+    """rule(factor [1, n], *arrays), with the arrays of tiny blocks magnified; 0 where 1/d is infinite, as in C."""
+    tiny = jnp.abs(inverse) > 1 / LEAST
+
+    def careful() -> Codes:
+        factor = (inverse / magnify(inverse, tiny)[1])[None]
+        q = rule(factor, *(magnify(a, tiny)[0] for a in arrays))
+        return jnp.where(jnp.isfinite(factor), q, jnp.zeros_like(q))
+
+    return lax.cond(jnp.any(tiny), careful, lambda: rule(inverse[None], *arrays))
+
+
 def assign_symmetric(blocks: Blocks, importance: Blocks | None, scales: Scale, levels: int) -> Codes:
     """q = ⌊x/d + levels + 1/2⌋, clipped to [0, 2 levels − 1]: the nearest code, for any importance."""
-    x, unit = magnify(blocks, jnp.abs(scales.inverse) > 1 / LEAST)
-    factor, offset = _finite(scales.inverse / unit, levels + 0.5)
-    return jnp.clip((rounded(x * factor) + offset).astype(jnp.int32), 0, 2 * levels - 1)
+
+    def rule(factor: Array, x: Array) -> Codes:
+        q = rounded(x * factor) + (levels + 0.5)
+        return jnp.clip(q, 0.0, 2 * levels - 0.5).astype(jnp.uint8)
+
+    return _codes(rule, scales.inverse, blocks)
 
 
 def assign_affine(blocks: Blocks, importance: Blocks | None, scales: Affine, levels: int) -> Codes:
     """q = ⌊(x − m)/d + 1/2⌋, clipped to [0, levels]."""
-    tiny = jnp.abs(scales.inverse) > 1 / LEAST
-    x, unit = magnify(blocks, tiny)
-    m, _ = magnify(scales.m[None], tiny)
-    factor, offset = _finite(scales.inverse / unit, 0.5)
-    return jnp.clip((rounded((x - m) * factor) + offset).astype(jnp.int32), 0, levels)
+
+    def rule(factor: Array, x: Array, m: Array) -> Codes:
+        q = rounded((x - m[None]) * factor) + 0.5
+        return jnp.clip(q, 0.0, levels + 0.5).astype(jnp.uint8)
+
+    return _codes(rule, scales.inverse, blocks, scales.m)
 
 
 def assign_q8_0(blocks: Blocks, importance: Blocks | None, scales: Scale) -> Codes:
     """q = x/d rounded to nearest, halves away from zero, clipped to [−127, 127]."""
-    x, unit = magnify(blocks, jnp.abs(scales.inverse) > 1 / LEAST)
-    factor, _ = _finite(scales.inverse / unit, 0.0)
-    q = lax.round(x * factor, lax.RoundingMethod.AWAY_FROM_ZERO)
-    return jnp.clip(q.astype(jnp.int32), -127, 127)
 
+    def rule(factor: Array, x: Array) -> Codes:
+        q = lax.round(x * factor, lax.RoundingMethod.AWAY_FROM_ZERO)
+        return jnp.clip(q, -127.0, 127.0).astype(jnp.int8)
 
-def _finite(factor: Array, offset: float) -> tuple[Array, Array]:
-    """([1, n], [1, n]) for floor(x · factor + offset), which is to be 0 where factor is infinite, as in C."""
-    finite = jnp.isfinite(factor)
-    return jnp.where(finite, factor, 0.0)[None], jnp.where(finite, offset, 0.0)[None]
+    return _codes(rule, scales.inverse, blocks)
 
 
 def reconstruct_symmetric(codes: Codes, scales: Scale, offset: int) -> Blocks:
-    return f16_round(scales.d)[None] * (codes - offset).astype(jnp.float32)
+    return f16_round(scales.d)[None] * (codes.astype(jnp.float32) - offset)
 
 
 def reconstruct_affine(codes: Codes, scales: Affine) -> Blocks:
@@ -165,12 +201,11 @@ def reconstruct_affine(codes: Codes, scales: Affine) -> Blocks:
 
 def _pack_codes(codes: Codes, bits: int) -> list[Array]:
     """qh (five bits only) and qs, as rows of bytes."""
-    q = codes.astype(jnp.uint8)
-    low = q & 0xF
+    low = codes & 0xF
     qs = low[:16] | low[16:] << 4
     if bits == 4:
         return [qs]
-    high = (q >> 4).reshape(4, 8, -1)  # [byte, bit, block]
+    high = (codes >> 4).reshape(4, 8, -1)  # [byte, bit, block]
     shifts = jnp.arange(8, dtype=jnp.uint8)[None, :, None]
     return [jnp.sum(high << shifts, axis=1, dtype=jnp.uint8), qs]
 
@@ -182,7 +217,7 @@ def _unpack_codes(data: UInt8[Array, "bytes n"], bits: int) -> Codes:
         shifts = jnp.arange(8, dtype=jnp.uint8)[None, :, None]
         high = data[-20:-16, None] >> shifts & 1  # [byte, bit, block]
         q = q | high.reshape(32, -1) << 4
-    return q.astype(jnp.int32)
+    return q
 
 
 def pack_symmetric(codes: Codes, scales: Scale, bits: int) -> UInt8[Array, "bytes n"]:
@@ -194,7 +229,7 @@ def pack_affine(codes: Codes, scales: Affine, bits: int) -> UInt8[Array, "bytes 
 
 
 def pack_q8_0(codes: Codes, scales: Scale) -> UInt8[Array, "34 n"]:
-    return jnp.concatenate([f16_bytes(scales.d), codes.astype(jnp.uint8)])
+    return jnp.concatenate([f16_bytes(scales.d), lax.bitcast_convert_type(codes, jnp.uint8)])
 
 
 def unpack_symmetric(data: UInt8[Array, "bytes n"], bits: int) -> tuple[Codes, Scale]:
@@ -208,7 +243,7 @@ def unpack_affine(data: UInt8[Array, "bytes n"], bits: int) -> tuple[Codes, Affi
 
 def unpack_q8_0(data: UInt8[Array, "34 n"]) -> tuple[Codes, Scale]:
     q = lax.bitcast_convert_type(data[2:], jnp.int8)
-    return q.astype(jnp.int32), _stored(f16_from_bytes(data[:2]))
+    return q, _stored(f16_from_bytes(data[:2]))
 
 
 def _symmetric(name: str, ggml_type: int, bits: int) -> Format:
