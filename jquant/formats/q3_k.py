@@ -1,0 +1,122 @@
+"""Q3_K: 256 weights share d; each 16 share a 6-bit scale sc, so that w ≈ d sc q with q in [−4, 3].
+
+Block, 110 bytes: hmask 32 (high bit of the codes), qs 64 (low 2 bits), scales 12, d float16. 3.4375 bits
+per weight. Codes are stored as q + 4, scales as sc + 32. Bit b of hmask[l] belongs to weight 32 b + l;
+qs[32 h + l] holds weights 128 h + l + (0, 32, 64, 96), for l < 32. scales[j], j < 8, holds the low nibbles
+of groups j and j + 8; scales[8 + k] the high 2 bits of groups k, k + 4, k + 8, k + 12.
+Source: llama.cpp, ggml-quants.c, dequantize_row_q3_K.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int8, UInt8
+
+from jquant.core import Format
+from jquant.formats import _scale
+from jquant.formats._blocks import f16_bytes, f16_from_bytes
+
+LIMITS = _scale.Limits(q_min=-4, q_max=3, sc_min=-32, sc_max=31)
+Scales = tuple[Float[Array, "n"], Int8[Array, "16 n"]]  # d, sc
+
+# Scales tried for a group: its largest weight divided by LARGEST_AT, then its heaviest by HEAVIEST_AT.
+LARGEST_AT = (*np.linspace(-5, -2.2, 8), *np.linspace(2.2, 4.7, 8))
+HEAVIEST_AT = (-4, -3, -2, -1, 1, 2, 3)
+# d tried for a superblock: its largest scale divided by these.
+LARGEST_SCALE_AT = (*np.linspace(-35, -27, 16), *np.linspace(27, 35, 16))
+
+
+def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None) -> Scales:
+    """Real scales of the groups, then d, then the integer scales.
+
+    One weight may outweigh its whole superblock, as importance of a few columns often does: it pays to
+    try scales at which it has no error at all.
+    """
+    x, w = _scale.grouped(blocks, importance, LIMITS)
+    largest = _scale.keep_largest(jnp.abs(x), x)
+    heaviest = _scale.heaviest(x, w)
+    at = jnp.asarray(LARGEST_AT + HEAVIEST_AT, jnp.float32)
+
+    def candidate(i: Array) -> Array:
+        return jnp.where(i < len(LARGEST_AT), largest, heaviest) / at[i]
+
+    group = _scale.fit_groups(x, w, LIMITS, candidate, at.size)
+    d = _fit_d(group)
+    sc = _scale.nearest_sc(group.scale, d, LIMITS)
+    d = _scale.refit(x, w, d, sc, LIMITS)
+    return d, _scale.refine(x, w, d, sc, LIMITS).astype(jnp.int8)
+
+
+def _fit_d(group: _scale.GroupFit) -> Array:
+    """d [n] such that Σ B (s − d sc)² is least over the groups, in closed form for each trial."""
+    at = jnp.asarray(LARGEST_SCALE_AT, jnp.float32)[:, None]
+    d = _scale.keep_largest(jnp.abs(group.scale), group.scale) / at  # [trial, n]
+    sc = _scale.nearest_sc(group.scale, d[:, None], LIMITS)  # [trial, 16, n]
+    A = _scale.halved(group.curvature * group.scale * sc)
+    B = _scale.halved(group.curvature * sc * sc)
+    d = A * _scale.inverse(B)
+    return _scale.storable(_scale.keep_largest(A * d, d))
+
+
+def assign(
+    blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None, scales: Scales
+) -> Int8[Array, "256 n"]:
+    """Rounding to nearest is optimal for given scales, whatever the importance."""
+    d, sc = scales
+    x, _ = _scale.grouped(blocks, None, LIMITS)
+    q = _scale.nearest_codes(x, d * sc.astype(jnp.float32), LIMITS)
+    return q.astype(jnp.int8).reshape(blocks.shape)
+
+
+def reconstruct(codes: Int8[Array, "256 n"], scales: Scales) -> Float[Array, "256 n"]:
+    """d · sc · q, which has at most 24 significant bits: no rounding, in any order."""
+    d, sc = scales
+    q = codes.astype(jnp.float32).reshape(-1, _scale.GROUP, codes.shape[-1])
+    return ((d * sc.astype(jnp.float32))[:, None] * q).reshape(codes.shape)
+
+
+def pack(codes: Int8[Array, "256 n"], scales: Scales) -> UInt8[Array, "110 n"]:
+    d, sc = scales
+    n = codes.shape[-1]
+    q = (codes - LIMITS.q_min).astype(jnp.uint8)
+    hmask = _joined((q >> 2).reshape(8, 32, n), 1)
+    qs = _joined((q & 3).reshape(2, 4, 32, n).swapaxes(0, 1), 2).reshape(64, n)
+    u = (sc - LIMITS.sc_min).astype(jnp.uint8)
+    low = _joined((u & 15).reshape(2, 8, n), 4)
+    high = _joined((u >> 4).reshape(4, 4, n), 2)
+    return jnp.concatenate([hmask, qs, low, high, f16_bytes(d)])
+
+
+def _joined(fields: Array, bits: int) -> Array:
+    """[k, …] fields of `bits` bits each → bytes […], the first field lowest."""
+    out = fields[0]
+    for i in range(1, len(fields)):
+        out = out | fields[i] << (bits * i)
+    return out
+
+
+def unpack(data: UInt8[Array, "110 n"]) -> tuple[Int8[Array, "256 n"], Scales]:
+    n = data.shape[-1]
+    hmask, qs, low, high, d = jnp.split(data, (32, 96, 104, 108))
+    qs = qs.reshape(2, 1, 32, n)
+    q = jnp.concatenate([qs, qs >> 2, qs >> 4, qs >> 6], axis=1).reshape(256, n) & 3
+    q = q | (jnp.concatenate([hmask >> b for b in range(8)]) & 1) << 2
+    u = jnp.concatenate([low & 15, low >> 4])
+    u = u | (jnp.concatenate([high, high >> 2, high >> 4, high >> 6]) & 3) << 4
+    sc = u.astype(jnp.int8) + jnp.int8(LIMITS.sc_min)
+    return q.astype(jnp.int8) + jnp.int8(LIMITS.q_min), (f16_from_bytes(d), sc)
+
+
+Q3_K = Format(
+    name="Q3_K",
+    ggml_type=11,
+    block_size=256,
+    block_bytes=110,
+    fit=fit,
+    assign=assign,
+    reconstruct=reconstruct,
+    pack=pack,
+    unpack=unpack,
+)

@@ -1,0 +1,113 @@
+"""Q6_K: 256 weights share d; each 16 share an 8-bit scale sc, so that w ≈ d sc q with q in [−32, 31].
+
+Block, 210 bytes: ql 128 (low 4 bits), qh 64 (high 2 bits), sc 16 × int8, d float16. 6.5625 bits per weight.
+Codes are stored as q + 32. Of each half of 128 weights, ql[l] holds weights l and l + 64, ql[32 + l] holds
+l + 32 and l + 96, and qh[l] the high bits of all four, for l < 32.
+Source: llama.cpp, ggml-quants.c, dequantize_row_q6_K.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int8, UInt8
+
+from jquant.core import Format
+from jquant.formats import _scale
+from jquant.formats._blocks import f16_bytes, f16_from_bytes
+
+LIMITS = _scale.Limits(q_min=-32, q_max=31, sc_min=-128, sc_max=127)
+Scales = tuple[Float[Array, "n"], Int8[Array, "16 n"]]  # d, sc
+SCALES_TRIED = 16  # for each group
+D_TRIED = 6  # for each superblock
+
+
+def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None) -> Scales:
+    """Real scales of the groups, then d, then the integer scales.
+
+    With six bits, rounding errors of a group are nearly random in its scale, so the best of several is much
+    better than the first. Scales tried are those that hit the heaviest weight exactly, with the largest
+    weight at code −32, −31, … −17. Likewise d hits the scale of the group that has most to lose.
+    """
+    x, w = _scale.grouped(blocks, importance, LIMITS)
+    heaviest = _scale.heaviest(x, w)
+    largest = _scale.keep_largest(jnp.abs(x), x)
+    code = jnp.round(-LIMITS.q_min * jnp.abs(heaviest) * _scale.inverse(jnp.abs(largest)))
+    signed = -jnp.sign(largest) * jnp.abs(heaviest)  # the negative side has one code more
+
+    def candidate(i: Array) -> Array:
+        return signed / jnp.maximum(code - i.astype(jnp.float32), 1.0)
+
+    group = _scale.fit_groups(x, w, LIMITS, candidate, SCALES_TRIED)
+    d, sc = _fit_d(x, w, group)
+    d = _scale.refit(x, w, d, sc, LIMITS)
+    return d, _scale.refine(x, w, d, sc, LIMITS).astype(jnp.int8)
+
+
+def _fit_d(x: Array, w: Array | None, group: _scale.GroupFit) -> tuple[Array, Array]:
+    """d [n] and sc [16, n], by true error: the anchor's scale is exactly −k d, for a few k near the limit."""
+    anchor = _scale.keep_largest(group.gain, group.scale)
+    largest = _scale.halved(jnp.abs(group.scale), jnp.maximum)
+    k = jnp.floor((0.5 - LIMITS.sc_min - 1) * jnp.abs(anchor) * _scale.inverse(largest))
+
+    def step(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        d = _scale.storable(-anchor / jnp.maximum(k - i.astype(jnp.float32), 1.0))
+        sc = _scale.nearest_sc(group.scale, d, LIMITS)
+        total = _scale.halved(_scale.error(x, w, d * sc, LIMITS))
+        better = total < best[0]
+        return tuple(jnp.where(better, *pair) for pair in zip((total, d, sc), best, strict=True))
+
+    start = (jnp.full_like(anchor, jnp.inf), anchor, group.scale)
+    return lax.fori_loop(0, D_TRIED, step, start)[1:]
+
+
+def assign(
+    blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None, scales: Scales
+) -> Int8[Array, "256 n"]:
+    """Rounding to nearest is optimal for given scales, whatever the importance."""
+    d, sc = scales
+    x, _ = _scale.grouped(blocks, None, LIMITS)
+    q = _scale.nearest_codes(x, d * sc.astype(jnp.float32), LIMITS)
+    return q.astype(jnp.int8).reshape(blocks.shape)
+
+
+def reconstruct(codes: Int8[Array, "256 n"], scales: Scales) -> Float[Array, "256 n"]:
+    """d · sc · q, which has at most 24 significant bits: no rounding, in any order."""
+    d, sc = scales
+    q = codes.astype(jnp.float32).reshape(-1, _scale.GROUP, codes.shape[-1])
+    return ((d * sc.astype(jnp.float32))[:, None] * q).reshape(codes.shape)
+
+
+def pack(codes: Int8[Array, "256 n"], scales: Scales) -> UInt8[Array, "210 n"]:
+    d, sc = scales
+    n = codes.shape[-1]
+    q = (codes - LIMITS.q_min).astype(jnp.uint8).reshape(2, 4, 32, n)  # [half, quarter, l, n]
+    low, high = q & 15, q >> 4
+    ql = low[:, :2] | low[:, 2:] << 4
+    qh = high[:, 0] | high[:, 1] << 2 | high[:, 2] << 4 | high[:, 3] << 6
+    sc = lax.bitcast_convert_type(sc, jnp.uint8)
+    return jnp.concatenate([ql.reshape(128, n), qh.reshape(64, n), sc, f16_bytes(d)])
+
+
+def unpack(data: UInt8[Array, "210 n"]) -> tuple[Int8[Array, "256 n"], Scales]:
+    n = data.shape[-1]
+    ql, qh, sc, d = jnp.split(data, (128, 192, 208))
+    ql = ql.reshape(2, 2, 32, n)
+    qh = qh.reshape(2, 1, 32, n)
+    low = jnp.concatenate([ql & 15, ql >> 4], axis=1)  # [half, quarter, l, n]
+    high = jnp.concatenate([qh, qh >> 2, qh >> 4, qh >> 6], axis=1) & 3
+    codes = (low | high << 4).astype(jnp.int8) + jnp.int8(LIMITS.q_min)
+    return codes.reshape(256, n), (f16_from_bytes(d), lax.bitcast_convert_type(sc, jnp.int8))
+
+
+Q6_K = Format(
+    name="Q6_K",
+    ggml_type=14,
+    block_size=256,
+    block_bytes=210,
+    fit=fit,
+    assign=assign,
+    reconstruct=reconstruct,
+    pack=pack,
+    unpack=unpack,
+)
