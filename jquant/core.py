@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import gguf
 import jax
@@ -259,6 +259,7 @@ class TensorSpec:
         return self.rows * self.row_bytes
 
 
+@runtime_checkable
 class Source(Protocol):
     """A model to read: headers at once, rows when asked.
 
@@ -272,6 +273,7 @@ class Source(Protocol):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray: ...
 
 
+@runtime_checkable
 class Sink(Protocol):
     """A file to write, whose layout is known from the start. `write` may be called from several threads."""
 
