@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from jquant.core import Metadata, TensorSpec, UserError
+from jquant.core import Metadata, OutputError, TensorSpec, UserError
 from jquant.io._gguf_header import MAGIC
 from jquant.io.gguf import GgufSource
 from jquant.io.gguf_sink import GgufSink
@@ -195,3 +195,26 @@ def write_gguf(path: Path, imatrix: Imatrix, *, force: bool = False) -> None:
             sink.write(name, 0, np.ascontiguousarray(array, "<f4").view(np.uint8))
             sink.finish(name)
         sink.commit()
+
+
+def write_dat(path: Path, imatrix: Imatrix) -> None:
+    """The older form, for tools that know no other. It has one count a matrix: chunks, rounded up.
+
+    Matrices that no token reached at all are left out, as llama-imatrix does. Of several datasets the file
+    names the last. An existing file is replaced. Raises OutputError where the file cannot be written.
+    """
+    stored = {name: entry for name, entry in sorted(imatrix.entries.items()) if imatrix.counts[name].any()}
+    parts = [struct.pack("<i", len(stored))]
+    for name, entry in stored.items():
+        chunks = int(np.ceil(imatrix.counts[name].max() / max(imatrix.chunk_size, 1)))
+        text = name.encode("utf-8", "surrogateescape")
+        parts.append(struct.pack("<i", len(text)) + text + struct.pack("<ii", chunks, entry.size))
+        parts.append((entry * np.float32(chunks)).astype("<f4").tobytes())
+    dataset = (imatrix.datasets or [""])[-1].encode("utf-8", "surrogateescape")
+    parts.append(struct.pack("<ii", imatrix.chunk_count, len(dataset)) + dataset)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(b"".join(parts))
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}.") from error
