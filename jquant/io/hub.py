@@ -1,0 +1,177 @@
+"""A model's place on this machine: a local path as it is, a Hugging Face hub id after its download.
+
+The hub's library keeps the files in its cache, resumes downloads, and reads HF_TOKEN, HF_ENDPOINT, HF_HOME
+and HF_HUB_OFFLINE. Without a connection, a model that is in the cache is used from there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from jquant.core import UserError
+
+_HUB_ID = re.compile(r"(hf:)?(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<tag>[\w][\w./-]*))?", re.ASCII)
+_FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".json", ".pt", ".pth")
+_SHARD = re.compile(r"-(\d{5})-of-\d{5}(?=\.gguf$)")
+_BESIDE_WEIGHTS = re.compile(r"[^/]+\.(json|jinja)|tokenizer\.model")
+_TIMEOUT = 10  # seconds for an answer, not for a download
+# What the HTTP library of any version raises: its base is a base of the hub's own error.
+_NETWORK_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)),
+)
+
+
+class Wanted(NamedTuple):
+    """What to download of a repository, and where the model then begins: "" is the folder itself."""
+
+    files: tuple[str, ...]
+    start: str
+
+
+def resolve(
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    endpoint: str | None = None,
+) -> Path:
+    """The local folder or file of `model`: a path, or a hub id, which is downloaded.
+
+    A hub id is "org/name"; "org/name:Q8_0" picks a GGUF file by its type, "org/name:file.gguf" by its name.
+    "hf:org/name" is never taken for a path.
+    revision: branch, tag or commit. token, endpoint: in place of HF_TOKEN and HF_ENDPOINT.
+
+    Raises UserError where there is no such path, repository, revision or file, where the hub refuses access,
+    and where it cannot be reached and the cache has no copy.
+    """
+    local = os.path.expanduser(model)  # noqa: PTH111  (unlike pathlib's, these two never raise)
+    if os.path.exists(local):  # noqa: PTH110
+        return Path(local)
+    match = _HUB_ID.fullmatch(model)
+    if match is None or match["repo"].endswith(_FILE_SUFFIXES):
+        raise UserError(f"{model!r}: no such file or folder (a hub id looks like org/name or org/name:Q8_0).")
+    parent = model.partition("/")[0]
+    if Path(parent).is_dir():
+        raise UserError(
+            f"{model}: nothing of this name in the folder {parent}; write hf:{model} if the hub is meant."
+        )
+    repo, tag = match["repo"], match["tag"]
+
+    api = huggingface_hub.HfApi(endpoint=endpoint, token=token)
+    try:
+        info = api.model_info(repo, revision=revision, timeout=_TIMEOUT)
+        wanted = select([file.rfilename for file in info.siblings or ()], tag, repo)
+        folder = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            endpoint=endpoint,
+            etag_timeout=_TIMEOUT,
+            allow_patterns=[_literal(name) for name in wanted.files],
+        )
+    except (GatedRepoError, RevisionNotFoundError, RepositoryNotFoundError) as error:
+        raise UserError(_refusal(repo, revision, error, api.endpoint)) from None
+    except _NETWORK_ERRORS as error:
+        if _status(error) in (401, 403):
+            raise UserError(_refusal(repo, revision, error, api.endpoint)) from None
+        return _from_cache(repo, revision, cache_dir, tag, error)
+    return Path(folder) / wanted.start
+
+
+def select(names: Sequence[str], tag: str | None, repo: str) -> Wanted:
+    """Which of a repository's files to download.
+
+    Without a tag: the safetensors model at the top with its configuration and tokenizer, or the only GGUF
+    file. With one: the GGUF file, with all its shards, of this name or with this type in its name.
+    """
+    weights = [name for name in names if re.fullmatch(r"[^/]+\.safetensors", name)]
+    # Some repositories hold the weights twice, the second time as "consolidated…"; others add adapters.
+    weights = [name for name in weights if name.startswith("model")] or weights
+    if tag is None and weights:
+        return Wanted((*weights, *filter(_BESIDE_WEIGHTS.fullmatch, names)), "")
+
+    ggufs: dict[str, list[str]] = {}  # name without shard number -> its files
+    for name in sorted(names):
+        if name.endswith(".gguf") and not re.search("mmproj|imatrix", name):
+            ggufs.setdefault(_SHARD.sub("", name), []).append(name)
+    if tag is not None and tag.endswith(".gguf"):
+        found = [files for whole, files in ggufs.items() if tag in (whole, *files)]
+    elif tag is not None:
+        as_part = re.compile(rf"(?<![A-Za-z0-9]){re.escape(tag)}(?![A-Za-z0-9_])", re.IGNORECASE)
+        found = [files for whole, files in ggufs.items() if as_part.search(whole)]
+    else:
+        found = list(ggufs.values())
+    if len(found) == 1:
+        return Wanted(tuple(found[0]), found[0][0])
+    if not ggufs:
+        raise UserError(f"{repo}: the repository has no {'' if tag else 'safetensors or '}GGUF files.")
+    choices = ", ".join(f"{repo}:{files[0]}" for files in (found or ggufs.values()))
+    what = f"several GGUF files match {tag or 'it'}" if found else f"no GGUF file matches {tag}"
+    raise UserError(f"{repo}: {what}; choose one of {choices}.")
+
+
+def _from_cache(
+    repo: str, revision: str | None, cache_dir: str | Path | None, tag: str | None, error: Exception
+) -> Path:
+    """The model as an earlier download left it; UserError with the network's error if there is none."""
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if isinstance(error, OSError) and error.errno is not None and _status(error) is None:
+        reason = f"{error.strerror}"
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                repo, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=[]
+            )
+        )
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{repo}: cannot download it from the hub ({reason}), and the cache has no copy; check the "
+            "connection, or give the path of a local folder or GGUF file."
+        ) from None
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return folder / select(names, tag, repo).start
+
+
+def _refusal(repo: str, revision: str | None, error: Exception, endpoint: str) -> str:
+    """One line for an answer of the hub that another try will not change."""
+    if isinstance(error, RevisionNotFoundError):
+        return (
+            f"{repo}: the repository has no revision {revision!r}; name a branch, tag or commit that it has."
+        )
+    if isinstance(error, GatedRepoError) or _status(error) == 403:
+        return (
+            f"{repo}: access is restricted; ask for it at {endpoint}/{repo}, then set HF_TOKEN to a token of "
+            "that account."
+        )
+    if _status(error) == 401:
+        return (
+            f"{repo}: neither a local path nor a public repository of {endpoint}; if it is private, set "
+            "HF_TOKEN to a valid token that may read it."
+        )
+    return f"{repo}: neither a local path nor a repository of {endpoint}; check the spelling."
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status of the hub's answer, if it answered."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _literal(name: str) -> str:
+    """A file name as a pattern that matches only itself."""
+    return re.sub(r"([\[?*])", r"[\1]", name)
