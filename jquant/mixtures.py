@@ -227,7 +227,7 @@ FALCON = {
         ("Q3_K_L", always, "Q4_K"),
         ("Q4_K_M", first_sixteenth, "Q6_K"),
         ("Q4_K_M", more_bits, "Q5_K"),
-        ("Q3_K_M Q4_K_M Q4_K_S", always, None),
+        ("Q3_K_M Q4_K_S", always, None),
     ),
 }
 

@@ -210,7 +210,17 @@ def oddities() -> Header:
         "blk.0.inp_gate.weight",
     ]
     extra = {name: TensorSpec(name, (256, 256), "F16") for name in names}
-    extra |= {n: TensorSpec(n, (256, 256), "F32") for n in ("position_embd.weight", "token_types.weight")}
+    in_float32 = [
+        "position_embd.weight",
+        "token_types.weight",
+        "v.position_embd.weight",
+        "blk.0.attn_q_norm.weight",
+        "blk.0.time_mix_w1.weight",
+        "blk.0.time_mix_lerp_fused.weight",
+        "blk.0.altup_predict_coef.weight",
+        "blk.0.shortconv.conv.weight",
+    ]
+    extra |= {name: TensorSpec(name, (256, 256), "F32") for name in in_float32}
     extra["blk.0.one_row.weight"] = TensorSpec("blk.0.one_row.weight", (1, 256), "F32")
     extra["blk.0.ffn_gate_tid2eid.weight"] = TensorSpec("blk.0.ffn_gate_tid2eid.weight", (64, 8), "I32")
     return Header(model.specs | extra, model.metadata)

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
 import pytest
 
 from jquant.core import UserError
@@ -249,6 +250,7 @@ def test_the_cache_serves_when_the_hub_cannot_be_reached(server, resolve):
     assert resolve("org/many-gguf:Q4_K_M") == file
 
 
+@pytest.mark.skipif(huggingface_hub.__version__.startswith("0."), reason="reads HF_HUB_OFFLINE only once")
 def test_offline_mode_is_named(resolve, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"org/plain: cannot download .*HF_HUB_OFFLINE"):
