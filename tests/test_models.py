@@ -11,6 +11,7 @@ import llama_cpp
 import numpy as np
 import pytest
 import tiny_models
+from published_configs import PUBLISHED
 from tiny_models import DROP, open_tiny, write_gguf, write_tiny
 
 from jquant import models
@@ -223,6 +224,22 @@ class SpecsOnly:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         raise NotImplementedError
+
+
+# Parameters in millions: published by the models' makers, or sums of their checkpoints' sizes.
+PARAMETERS = {
+    "Llama-2-7b-hf": 6738, "Llama-3.2-1B-Instruct": 1236, "SmolLM2-360M-Instruct": 362,
+    "Mistral-7B-v0.1": 7242, "Mistral-Nemo-Base-2407": 12248, "Mixtral-8x7B-Instruct-v0.1": 46703,
+    "Qwen2.5-0.5B": 494, "Qwen3-0.6B": 596, "Qwen3-30B-A3B": 30532,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_accepted_and_have_the_published_size(name):
+    config = PUBLISHED[name]
+    source = as_gguf(config, tiny_models.shapes(config))
+    total = sum(spec.size for name, spec in source.specs.items() if name != "rope_freqs.weight")
+    assert round(total / 1e6) == PARAMETERS[name]
 
 
 REFUSED = {

@@ -44,6 +44,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "pruned_heads": (None, {}),
     "quantization_config": (None,),
     "rope_interleaved": (None, False),
+    "use_mrope": (None, False),
 }
 
 _READ_HERE = ("layer_types", "rope_theta", "rope_scaling", "rope_parameters")

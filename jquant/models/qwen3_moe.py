@@ -59,5 +59,8 @@ QWEN3_MOE = Architecture(
         "use_sliding_window": (False, None),
         "attention_bias": (False,),
         "mlp_bias": (False,),
+        "qkv_bias": (False,),
+        "shared_expert_intermediate_size": (0, None),
+        "use_qk_norm": (True,),
     },
 )
