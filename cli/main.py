@@ -1,5 +1,42 @@
-"""The `jquant` command."""
+"""The `jquant` command: one file per subcommand, heavy imports inside them so that --help answers at once."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import typer
+
+from . import _errors, demo, inspect, quantize
+
+app = typer.Typer(
+    name="jquant",
+    help="Quantize language models to GGUF files that llama.cpp runs.",
+    epilog=_errors.EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"jquant {version('jquant')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None:
+    pass
+
+
+app.command("quantize", epilog=_errors.EXIT_CODES)(quantize.quantize)
+app.command("inspect", epilog=_errors.EXIT_CODES)(inspect.inspect)
+app.command("demo", epilog=_errors.EXIT_CODES)(demo.demo)
 
 
 def main() -> None:
-    raise SystemExit("not yet")
+    app()

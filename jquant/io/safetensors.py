@@ -46,8 +46,8 @@ class SafetensorsSource:
     def __init__(self, path: Path) -> None:
         """Reads headers only. Raises UserError where one is not sound, or a file or a tensor is missing."""
         self.path = path
-        paths, index = _files(path)
-        files = [_parse(p) for p in paths]
+        self.files, index = _files(path)
+        files = [_parse(p) for p in self.files]
         self._specs: dict[str, TensorSpec] = {}
         self._where: dict[str, tuple[Path, int]] = {}
         for file in files:

@@ -1,0 +1,42 @@
+"""Exit codes, and one line instead of a traceback for what a user can mend."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+import typer
+
+INTERNAL = 1  # a fault of ours: Python's own exit code, with the traceback that a bug report needs
+USAGE = 2  # typer's: an unknown option, a missing argument
+INPUT = 3  # the model, the imatrix or a rule cannot be used
+OUTPUT = 4  # the output exists, cannot be written, or the disk is full
+INTERRUPTED = 130  # Ctrl-C; --resume continues
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 internal error; 2 wrong command line; 3 the input cannot be used; "
+    "4 the output cannot be written; 130 interrupted."
+)
+
+
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with user errors turned into a line on stderr and an exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs) -> None:
+        from jquant.core import OutputError, UserError
+
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            _fail(str(error), OUTPUT if isinstance(error, OutputError) else INPUT)
+        except KeyboardInterrupt:
+            _fail("interrupted; run the same command with --resume to continue.", INTERRUPTED)
+
+    return wrapped
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"jquant: {' '.join(message.splitlines())}", file=sys.stderr)
+    raise typer.Exit(code)

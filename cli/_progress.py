@@ -1,0 +1,69 @@
+"""Progress with rate and remaining time, on stderr: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+
+from jquant.text import human_size
+
+from . import _show
+
+LOG_SECONDS = 15.0  # between two lines where stderr is no terminal
+
+
+class ProgressBar:
+    """Counts bytes of the source. Called from several threads."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self._total, self._done, self._shown = max(total, 1), 0, shown
+        self._lock = threading.Lock()
+        self._start = self._last_line = time.monotonic()
+        self._bar = self._task = None
+
+    def __enter__(self) -> ProgressBar:
+        if self._shown and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+
+            columns = (
+                TextColumn("{task.description:<32}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=self._total)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, name: str, done: int) -> None:
+        """`done` more bytes, the last of them of tensor `name`."""
+        with self._lock:
+            self._done += done
+            if self._bar is not None and self._task is not None:
+                self._bar.update(self._task, completed=self._done, description=name)
+            elif self._shown and time.monotonic() - self._last_line > LOG_SECONDS:
+                self._last_line = time.monotonic()
+                _show.remark(self._line(name))
+
+    def _line(self, name: str) -> str:
+        elapsed = time.monotonic() - self._start
+        left = elapsed * (self._total - self._done) / self._done
+        return f"{100 * self._done / self._total:3.0f}%  {human_size(self._done)}  {left:.0f} s left  {name}"

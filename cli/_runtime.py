@@ -1,0 +1,37 @@
+"""What a command sets up before it computes: the compilation cache and the number of threads."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+
+def user_cache_dir() -> Path:
+    """Where this user's caches lie: JQUANT_CACHE, XDG_CACHE_HOME, or the platform's usual place."""
+    if folder := os.environ.get("JQUANT_CACHE"):
+        return Path(folder)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "jquant"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jquant"
+
+
+def start_jax() -> None:
+    """Keep compiled code across runs: a format then compiles once per machine, not once per run."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(user_cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def default_threads() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

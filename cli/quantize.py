@@ -1,0 +1,223 @@
+"""`jquant quantize MODEL OUT --type TYPE`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import _errors, _runtime, _show
+from ._progress import ProgressBar
+
+_INPUT, _TYPES, _OUTPUT, _REPORT = "Model", "Types", "Output", "Reporting"
+
+
+def _complete_type(incomplete: str) -> list[tuple[str, str]]:
+    from jquant.file_types import FILE_TYPES
+
+    start = incomplete.upper()
+    return [(name, kind.about) for name, kind in FILE_TYPES.items() if name.startswith(start)]
+
+
+@_errors.one_line_errors
+def quantize(
+    model: Annotated[
+        str,
+        typer.Argument(help="Hugging Face folder, GGUF file (any architecture), or hub id such as org/name."),
+    ],
+    out: Annotated[Path | None, typer.Argument(help="GGUF file to write. Not needed with --dry-run.")] = None,
+    type: Annotated[
+        str,
+        typer.Option(
+            "--type",
+            "-t",
+            help="llama.cpp's file type: Q4_K_M, Q8_0, Q2_K, F16, … A wrong name lists all.",
+            autocompletion=_complete_type,
+        ),
+    ] = "Q4_K_M",
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix",
+            help="Importance of each column: llama.cpp's imatrix, GGUF or .dat.",
+            rich_help_panel=_TYPES,
+        ),
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rule",
+            help="REGEX=TYPE for the tensors whose name has a match. Repeatable; the first one wins.",
+            rich_help_panel=_TYPES,
+        ),
+    ] = None,
+    rules: Annotated[
+        Path | None,
+        typer.Option(
+            "--rules",
+            help="File of such rules, as llama-quantize's --tensor-type-file.",
+            rich_help_panel=_TYPES,
+        ),
+    ] = None,
+    pure: Annotated[
+        bool,
+        typer.Option("--pure", help="One type for all matrices, no mixture.", rich_help_panel=_TYPES),
+    ] = False,
+    output_type: Annotated[
+        str | None,
+        typer.Option("--output-type", help="Type of output.weight.", rich_help_panel=_TYPES),
+    ] = None,
+    embedding_type: Annotated[
+        str | None,
+        typer.Option("--embedding-type", help="Type of token_embd.weight.", rich_help_panel=_TYPES),
+    ] = None,
+    no_fallback: Annotated[
+        bool,
+        typer.Option(
+            "--no-fallback",
+            help="Stop where a row length does not suit the type, rather than take another.",
+            rich_help_panel=_TYPES,
+        ),
+    ] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option("--revision", help="Branch, tag or commit on the hub.", rich_help_panel=_INPUT),
+    ] = None,
+    pre_tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--pre-tokenizer",
+            help="GGUF's name of the tokenizer's splitting rule, where it is not recognised.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            "-n",
+            help="Show the plan: type and size of each tensor. Writes nothing.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue a run that was interrupted.", rich_help_panel=_OUTPUT),
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", "-f", help="Replace OUT if it exists.", rich_help_panel=_OUTPUT),
+    ] = False,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            "--max-shard-size",
+            help="Split into files of at most this size: 2GB, 500MB, 1.5GiB.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", min=1, help="Default: one per processor.", rich_help_panel=_OUTPUT),
+    ] = None,
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the report as JSON.", rich_help_panel=_REPORT),
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", help="No progress and no remarks.", rich_help_panel=_REPORT),
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Show the type of every tensor.", rich_help_panel=_REPORT),
+    ] = False,
+) -> None:
+    """Quantize a model to a GGUF file.
+
+    jquant quantize SmolLM2-135M-Instruct smol-q4.gguf --type Q4_K_M
+    """
+    if out is None and not dry_run:
+        raise typer.BadParameter("name the file to write, or add --dry-run", param_hint="OUT")
+    start = time.monotonic()
+    _runtime.start_jax()
+
+    from jquant.convert import open_model, write_gguf
+    from jquant.io import hub
+    from jquant.io import imatrix as imatrix_file
+    from jquant.plan import check_encodable, plan
+    from jquant.report import plan_report, plan_table, remarks, summary
+
+    opened = open_model(hub.resolve(model, revision=revision), pre_tokenizer=pre_tokenizer)
+    importance = imatrix_file.read(imatrix) if imatrix else None
+    planned = plan(
+        opened.source.specs,
+        opened.metadata,
+        type,
+        rules=_rules(rule, rules),
+        pure=pure,
+        output_type=output_type,
+        embedding_type=embedding_type,
+        has_imatrix=importance is not None,
+        allow_fallback=not no_fallback,
+    )
+    if not dry_run:
+        check_encodable(planned)
+    if not quiet:
+        for remark in remarks(planned, importance.entries if importance else None):
+            _show.remark(f"note: {remark}")
+    if verbose and not dry_run and not json:
+        _show.remark(plan_table(planned))
+    if dry_run or out is None:
+        _show.result_json(plan_report(planned)) if json else _show.result(plan_table(planned))
+        return
+
+    total = sum(spec.nbytes for spec in opened.source.specs.values())
+    with ProgressBar(total, shown=not quiet) as progress:
+        files = write_gguf(
+            opened,
+            planned,
+            out,
+            imatrix=importance,
+            imatrix_name=str(imatrix or ""),
+            max_shard_bytes=_bytes(max_shard_size) if max_shard_size else None,
+            threads=threads or _runtime.default_threads(),
+            resume=resume,
+            force=force,
+            progress=progress,
+        )
+    report = plan_report(planned) | {
+        "model": model,
+        "files": [{"path": str(file), "bytes": file.stat().st_size} for file in files],
+        "seconds": round(time.monotonic() - start, 3),
+        "peak_memory_bytes": _runtime.peak_memory(),
+    }
+    _show.result_json(report) if json else _show.result(summary(report))
+
+
+def _rules(options: list[str] | None, file: Path | None) -> list:
+    """Rules of the command line before those of the file: the first match wins."""
+    from jquant.core import UserError
+    from jquant.rules import parse_rule, parse_rules_file
+
+    found = [parse_rule(text) for text in options or []]
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--rules {file}: cannot be read ({error}).") from None
+        found += parse_rules_file(text, str(file))
+    return found
+
+
+def _bytes(text: str) -> int:
+    """'2GB' → 2 · 10⁹, '1.5GiB' → 1.5 · 2³⁰."""
+    import re
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise typer.BadParameter(f"expected a size such as 2GB or 1.5GiB; got {text!r}")
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

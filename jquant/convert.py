@@ -1,0 +1,145 @@
+"""From a model on disk to a GGUF file on disk: what `jquant quantize` and a script call.
+
+model = open_model(Path("SmolLM2-135M"))
+plan_ = plan(model.source.specs, model.metadata, "Q4_K_M")
+write_gguf(model, plan_, Path("smol-q4.gguf"))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import gguf
+import numpy as np
+
+from jquant import io, models
+from jquant.core import Metadata, MetadataValue, Source, UserError
+from jquant.file_types import FILE_TYPES
+from jquant.io import GgufSink, GgufSource, tokenizer
+from jquant.io.imatrix import Imatrix
+from jquant.pipeline import Progress, run
+from jquant.plan import Plan
+
+
+class Model(NamedTuple):
+    """A model as GGUF would describe it, wherever it comes from."""
+
+    path: Path
+    files: list[Path]  # that hold the weights
+    source: Source  # tensors under GGUF names
+    metadata: Metadata
+
+
+def open_model(path: Path, *, pre_tokenizer: str | None = None) -> Model:
+    """A GGUF file of any architecture, or a Hugging Face folder of one that we know. Reads headers only.
+
+    pre_tokenizer: GGUF's name for the way the tokenizer splits text, where it cannot be recognised.
+    Raises UserError where the model cannot be read or has a setting that we do not handle.
+    """
+    source = io.open_source(path)
+    if isinstance(source, GgufSource):
+        return Model(path, source.files, source, source.metadata)
+    folder = path if path.is_dir() else path.parent
+    config = _config(folder)
+    architecture = models.for_config(config)
+    metadata = architecture.metadata(config)
+    metadata |= tokenizer.metadata(folder, config, pre=pre_tokenizer)
+    metadata.setdefault("general.name", folder.resolve().name)
+    return Model(path, source.files, architecture.as_gguf(source, config), metadata)
+
+
+def _config(folder: Path) -> dict:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no config.json; a Hugging Face model folder has one.") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a JSON object; got {type(config).__name__}.")
+    return config
+
+
+def output_metadata(model: Model, plan: Plan, imatrix: Imatrix | None, imatrix_name: str) -> Metadata:
+    """The model's own metadata and what llama-quantize adds to it."""
+    added: dict[str, MetadataValue] = {
+        "general.quantization_version": np.uint32(gguf.GGML_QUANT_VERSION),
+        "general.file_type": np.uint32(FILE_TYPES[plan.file_type].number),
+    }
+    if imatrix is not None:
+        added |= {
+            "quantize.imatrix.file": imatrix_name,
+            "quantize.imatrix.dataset": ", ".join(imatrix.datasets),
+            "quantize.imatrix.entries_count": np.uint32(len(imatrix.entries)),
+            "quantize.imatrix.chunks_count": np.uint32(imatrix.chunk_count),
+        }
+    return {**model.metadata, **added}
+
+
+def write_gguf(
+    model: Model,
+    plan: Plan,
+    out: Path,
+    *,
+    imatrix: Imatrix | None = None,
+    imatrix_name: str = "",
+    max_shard_bytes: int | None = None,
+    threads: int = 2,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = lambda name, done: None,
+) -> list[Path]:
+    """Write the planned file, or its shards; returns their paths.
+
+    The file appears under its final name when it is complete. A run that was killed leaves `OUT.partial`,
+    which `resume` continues; the result has the same bytes as an undisturbed run.
+    Raises OutputError where the output cannot be written, UserError where the input cannot be used.
+    """
+    importance = {} if imatrix is None else _importance(model, imatrix, imatrix_name)
+    metadata = output_metadata(model, plan, imatrix, imatrix_name)
+    sink = GgufSink(
+        out,
+        metadata,
+        plan.layout(),
+        max_shard_bytes=max_shard_bytes,
+        resume=resume,
+        fingerprint=_fingerprint(model, plan, imatrix),
+        force=force,
+    )
+    try:
+        run(model.source, plan, sink, importance=importance, threads=threads, progress=progress)
+        sink.commit()
+        return sink.paths
+    finally:
+        sink.close()
+
+
+def _importance(model: Model, imatrix: Imatrix, name: str) -> dict[str, np.ndarray]:
+    """The imatrix's entries for the tensors of this model: float32 [matrices, cols] each."""
+    specs = model.source.specs.values()
+    found = {spec.name: entry for spec in specs if (entry := imatrix.importance(spec)) is not None}
+    if not found:
+        example = next(iter(imatrix.entries), "nothing")
+        raise UserError(
+            f"{name}: none of its {len(imatrix.entries)} tensors ({example}, …) is in {model.path}; "
+            "this imatrix was made from another model."
+        )
+    return found
+
+
+def _fingerprint(model: Model, plan: Plan, imatrix: Imatrix | None) -> str:
+    """What the bytes of the output depend on: the input files, the plan, the importance, our version."""
+    digest = hashlib.sha256()
+    for file in model.files:
+        stat = file.stat()
+        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    digest.update(f"{version('jquant')} {version('jax')}\n{plan.to_json()}\n".encode())
+    for name, values in (imatrix.entries if imatrix else {}).items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()

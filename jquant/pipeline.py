@@ -1,0 +1,125 @@
+"""The loop: source → transcode → sink, tensor by tensor, slab by slab, on all cores.
+
+A job is a slab of rows of one tensor: read it, encode it, write it where it belongs. Jobs are independent, so
+a few threads that each take the next one overlap reading, encoding and writing, and no more than one slab a
+thread is in memory. The order in which jobs end has no influence on the bytes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jquant.core import QuantizedTensor, Sink, Source, TensorSpec, UserError, dequantize
+from jquant.formats import FORMATS
+from jquant.plan import Entry, Plan
+from jquant.transcode import FLOAT_DTYPES, slab_rows, transcode
+
+Progress = Callable[[str, int], None]  # tensor name, source bytes that are now done
+
+
+class Job(NamedTuple):
+    entry: Entry
+    start: int
+    stop: int
+
+
+def run(
+    source: Source,
+    plan: Plan,
+    sink: Sink,
+    *,
+    importance: Mapping[str, np.ndarray] | None = None,
+    threads: int = 2,
+    progress: Progress = lambda name, done: None,
+) -> None:
+    """Write every tensor of the plan. The caller commits the sink.
+
+    importance: per tensor name float32 [matrices, cols], where a stack of experts has one row for each; a
+    tensor without an entry is encoded without importance.
+
+    Raises UserError for a weight that is no finite number: tensor and position are named.
+    """
+    importance = importance or {}
+    finished = set(sink.finished())
+    entries = [e for e in plan.entries if e.name not in finished]
+    for name in finished:
+        progress(name, source.specs[name].nbytes)
+    open_jobs = {e.name: len(list(_slabs(e))) for e in entries}
+    lock = threading.Lock()
+    jobs = iter([job for e in entries for job in _slabs(e)])
+
+    def work() -> None:
+        while True:
+            with lock:
+                job = next(jobs, None)
+            if job is None:
+                return
+            name = job.entry.name
+            sink.write(name, job.start, _encode(source, job, importance.get(name)))
+            with lock:
+                open_jobs[name] -= 1
+                is_last = open_jobs[name] == 0
+            if is_last:
+                sink.finish(name)
+            progress(name, (job.stop - job.start) * source.specs[name].row_bytes)
+
+    def work_or_stop_all() -> None:
+        nonlocal jobs
+        try:
+            work()
+        except BaseException:
+            jobs = iter(())
+            raise
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="jquant") as pool:
+        futures = [pool.submit(work_or_stop_all) for _ in range(threads)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:  # Ctrl-C: let each thread end its slab, then leave
+            jobs = iter(())
+            raise
+        for future in futures:
+            future.result()
+
+
+def _slabs(entry: Entry) -> Iterator[Job]:
+    spec = TensorSpec(entry.name, entry.shape, entry.type)
+    step = slab_rows(spec.cols)
+    for start in range(0, spec.rows, step):
+        yield Job(entry, start, min(start + step, spec.rows))
+
+
+def _encode(source: Source, job: Job, importance: np.ndarray | None) -> np.ndarray:
+    """Read and encode one slab: uint8 [rows, row bytes]."""
+    entry, start, stop = job
+    data = source.read(entry.name, start, stop)
+    if entry.type == entry.source_type:
+        if entry.type in FLOAT_DTYPES:
+            finite = bool(np.isfinite(data.view(FLOAT_DTYPES[entry.type])).all())
+            _check_finite(finite, job, data)
+        return data
+    if importance is not None:
+        matrix_rows = source.specs[entry.name].rows // importance.shape[0]
+        importance = importance[np.arange(start, stop) // matrix_rows]
+    encoded = transcode(data, FORMATS[entry.source_type], FORMATS[entry.type], importance)
+    _check_finite(encoded.finite, job, data)
+    return encoded.data
+
+
+def _check_finite(finite: bool, job: Job, data: np.ndarray) -> None:
+    if finite:
+        return
+    entry = job.entry
+    x = np.asarray(dequantize(QuantizedTensor({"blocks": jnp.asarray(data)}, FORMATS[entry.source_type])))
+    row, col = np.argwhere(~np.isfinite(x))[0]
+    index = (*np.unravel_index(job.start + row, entry.shape[:-1]), col)
+    raise UserError(
+        f"{entry.name}: the weight at {list(map(int, index))} is {x[row, col]}; the model is damaged. "
+        "Download it again, or mend this tensor."
+    )

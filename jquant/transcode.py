@@ -1,0 +1,99 @@
+"""A slab of rows from one stored type to another, as one compiled loop per pair of types.
+
+The loop's step handles CHUNK_WEIGHTS weights, and its length is an argument: every tensor of a model,
+whatever its shape, runs the same executable. A short last step is padded with zeros, which no block shares
+with weights, since rows are whole blocks.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import Array, lax
+
+from jquant.core import CHUNK_WEIGHTS, Format, decode_chunk, encode_chunk
+
+SLAB_WEIGHTS = 1 << 22  # 16 MB as float32: many steps of the loop, small beside any budget of memory
+SLAB_STEPS = SLAB_WEIGHTS // CHUNK_WEIGHTS
+
+# Stored types that the compiled code reads as arrays of floats rather than as bytes.
+FLOAT_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+
+
+class Encoded(NamedTuple):
+    data: np.ndarray  # uint8 [rows, row bytes]
+    finite: bool  # whether every weight read was a finite number
+
+
+def slab_rows(cols: int) -> int:
+    """Rows of one slab: as many as SLAB_WEIGHTS holds, at least one."""
+    return max(SLAB_WEIGHTS // cols, 1)
+
+
+def transcode(
+    data: np.ndarray, source: Format, target: Format, importance: np.ndarray | None = None
+) -> Encoded:
+    """Rows of stored bytes, uint8 [rows, row bytes], from `source` to `target`.
+
+    importance: float32 [rows, cols] or a shape that broadcasts to it, or None.
+    """
+    rows = data.shape[0]
+    cols = data.shape[1] // source.block_bytes * source.block_size
+    steps = -(-rows * cols // CHUNK_WEIGHTS)
+    capacity = max(steps, SLAB_STEPS)
+    stored = data.reshape(-1).view(FLOAT_DTYPES.get(source.name, np.uint8))
+    slab = _padded(stored, CHUNK_WEIGHTS * stored.size // (rows * cols), capacity)
+    weights = None
+    if importance is not None:
+        weights = _padded(np.broadcast_to(importance, (rows, cols)).reshape(-1), CHUNK_WEIGHTS, capacity)
+    out, finite = _transcode(slab, weights, np.int32(steps), source, target)
+    row_bytes = cols // target.block_size * target.block_bytes
+    return Encoded(np.asarray(out).reshape(-1)[: rows * row_bytes].reshape(rows, row_bytes), bool(finite))
+
+
+def _padded(flat: np.ndarray, step: int, capacity: int) -> np.ndarray:
+    """flat as [capacity, step]; what lies beyond the steps in use is never read."""
+    out = np.empty((capacity, step), flat.dtype)
+    out.reshape(-1)[: flat.size] = flat
+    out.reshape(-1)[flat.size : -(-flat.size // step) * step] = np.zeros((), flat.dtype)
+    return out
+
+
+# Searches are bound by arithmetic, so vectors of 512 bits, where the processor has them, gain over XLA's 256.
+@partial(
+    jax.jit,
+    static_argnames=("source", "target"),
+    compiler_options={"xla_cpu_prefer_vector_width": 512},
+)
+def _transcode(
+    slab: Array, importance: Array | None, steps: Array, source: Format, target: Format
+) -> tuple[Array, Array]:
+    """[capacity, step] stored values → (uint8 [capacity, bytes], all finite), the first `steps` rows."""
+    out = jnp.zeros((slab.shape[0], CHUNK_WEIGHTS // target.block_size * target.block_bytes), jnp.uint8)
+
+    def weights(stored: Array) -> Array:
+        if source.name in FLOAT_DTYPES:
+            return stored.astype(jnp.float32)
+        return decode_chunk(source, stored.reshape(-1, source.block_bytes)).reshape(-1)
+
+    def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        out, finite = carry
+        x = weights(slab[i])
+        blocks = [x.reshape(-1, target.block_size)]
+        if importance is not None:
+            blocks.append(importance[i].reshape(-1, target.block_size))
+        data = encode_chunk(target, *blocks)
+        return out.at[i].set(data.reshape(-1)), finite & jnp.isfinite(x).all()
+
+    return lax.fori_loop(0, steps, step, (out, jnp.array(True)))
