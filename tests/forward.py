@@ -87,8 +87,12 @@ def experts(config, p, x):
     out = np.zeros_like(x)
     for i, row in enumerate(weights):
         best = np.argsort(-row)[: config["num_experts_per_tok"]]
+        total = row[best].sum() if config.get("norm_topk_prob", mixtral) else 1
         for e in best:
-            out[i] += row[e] / row[best].sum() * mlp(p, f"{prefix}experts.{e}.", x[i], names)
+            out[i] += row[e] / total * mlp(p, f"{prefix}experts.{e}.", x[i], names)
+    if "mlp.shared_expert_gate.weight" in p:
+        gate = 1 / (1 + np.exp(-linear(p, "mlp.shared_expert_gate", x)))
+        out += gate * mlp(p, "mlp.shared_expert.", x)
     return out
 
 

@@ -66,6 +66,7 @@ CASES = {
          "torch_dtype": DROP, "layer_types": ["full_attention"] * 2},
     ),
     "no head_dim": ("MixtralForCausalLM", {"head_dim": DROP}),
+    "tied experts": ("Qwen3MoeForCausalLM", {"tie_word_embeddings": True}),
     "one expert each": ("Qwen3MoeForCausalLM", {"num_experts_per_tok": 1}),
 }  # fmt: skip
 
@@ -94,15 +95,16 @@ def test_stored_types_are_kept(dtype, tmp_path):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_converted_model_reads_and_writes_text(architecture, tmp_path):
-    path = convert(write_tiny(tmp_path / "hf", architecture, tie_word_embeddings=True), tmp_path / "out.gguf")
+    path = convert(write_tiny(tmp_path / "hf", architecture), tmp_path / "out.gguf")
     model = llama_cpp.Llama(str(path), verbose=False, n_ctx=64, n_threads=1)
     answer = model("Hello, 世界", max_tokens=4, temperature=0)
     assert answer["usage"]["completion_tokens"] >= 1
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MixtralForCausalLM", "Qwen2MoeForCausalLM"])
 def test_rows_read_in_pieces_equal_the_whole_tensor(architecture, tmp_path):
-    folder = write_tiny(tmp_path, architecture, attention_bias=architecture == "LlamaForCausalLM")
+    biased = architecture == "LlamaForCausalLM"
+    folder = write_tiny(tmp_path, architecture, attention_bias=True if biased else DROP)
     config = json.loads((folder / "config.json").read_text())
     source = models.for_config(config).as_gguf(open_tiny(folder), config)
     for name, spec in source.specs.items():
@@ -160,6 +162,10 @@ CONVERTER_EXTRA = {
     },
     "MixtralForCausalLM": {"expert_count": ("UINT32", 4), "expert_used_count": ("UINT32", 2)},
     "Qwen2ForCausalLM": {},
+    "Qwen2MoeForCausalLM": {
+        "expert_count": ("UINT32", 6), "expert_used_count": ("UINT32", 2),
+        "expert_feed_forward_length": ("UINT32", 48), "expert_shared_feed_forward_length": ("UINT32", 80),
+    },
     "Qwen3ForCausalLM": {"attention.key_length": ("UINT32", 32), "attention.value_length": ("UINT32", 32)},
     "Qwen3MoeForCausalLM": {
         "expert_count": ("UINT32", 6), "expert_used_count": ("UINT32", 2),
@@ -171,6 +177,7 @@ GGUF_NAMES = {
     "MistralForCausalLM": "llama",
     "MixtralForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3moe",
 }
@@ -230,7 +237,7 @@ class SpecsOnly:
 PARAMETERS = {
     "Llama-2-7b-hf": 6738, "Llama-3.2-1B-Instruct": 1236, "SmolLM2-360M-Instruct": 362,
     "Mistral-7B-v0.1": 7242, "Mistral-Nemo-Base-2407": 12248, "Mixtral-8x7B-Instruct-v0.1": 46703,
-    "Qwen2.5-0.5B": 494, "Qwen3-0.6B": 596, "Qwen3-30B-A3B": 30532,
+    "Qwen2.5-0.5B": 494, "Qwen1.5-MoE-A2.7B": 14316, "Qwen3-0.6B": 596, "Qwen3-30B-A3B": 30532,
 }  # fmt: skip
 
 
@@ -275,6 +282,7 @@ QWEN_REFUSED = {
     "bias": ("Qwen3ForCausalLM", {"attention_bias": True}, "'attention_bias' = True"),
     "top-k": ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}, "'norm_topk_prob' = False"),
     "dense layers": ("Qwen3MoeForCausalLM", {"mlp_only_layers": [0]}, r"'mlp_only_layers' = \[0\]"),
+    "tied": ("Qwen2MoeForCausalLM", {"tie_word_embeddings": True}, "'tie_word_embeddings' = True"),
     "narrow heads": ("Qwen2ForCausalLM", {"head_dim": 8}, "differs from hidden_size"),
 }
 

@@ -48,6 +48,10 @@ CONFIGS: dict[str, dict[str, object]] = {
         "router_aux_loss_coef": 0.02, "output_router_logits": False,
     },
     "Qwen2ForCausalLM": {"model_type": "qwen2", **QWEN},
+    "Qwen2MoeForCausalLM": {
+        "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 80, "norm_topk_prob": False, "decoder_sparse_step": 1, **QWEN,
+    },
     "Qwen3ForCausalLM": {"model_type": "qwen3", "head_dim": 32, "attention_bias": False, **QWEN},
     "Qwen3MoeForCausalLM": {
         "model_type": "qwen3_moe", "head_dim": 32, "attention_bias": False, "num_experts": 6,
@@ -60,6 +64,7 @@ TOKENIZERS = {
     "MistralForCausalLM": "spm",
     "MixtralForCausalLM": "spm",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen2",
     "Qwen3MoeForCausalLM": "qwen2",
 }
@@ -114,7 +119,7 @@ def shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
         rows = {"q": heads * head, "k": kv_heads * head, "v": kv_heads * head}
         for name, size in rows.items():
             out[f"{layer}.self_attn.{name}_proj.weight"] = (size, hidden)
-            if bias or kind == "qwen2":
+            if bias or kind in ("qwen2", "qwen2_moe"):
                 out[f"{layer}.self_attn.{name}_proj.bias"] = (size,)
         out[f"{layer}.self_attn.o_proj.weight"] = (hidden, rows["q"])
         if bias:
@@ -127,10 +132,14 @@ def shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
             out[f"{moe}.gate.weight"] = (n["num_local_experts"], hidden)
             for e in range(n["num_local_experts"]):
                 out |= _gated(f"{moe}.experts.{e}", ("w1", "w3", "w2"), hidden, ffn)
-        elif kind == "qwen3_moe":
+        elif kind in ("qwen2_moe", "qwen3_moe"):
             out[f"{layer}.mlp.gate.weight"] = (n["num_experts"], hidden)
             for e in range(n["num_experts"]):
                 out |= _gated(f"{layer}.mlp.experts.{e}", PROJECTIONS, hidden, n["moe_intermediate_size"])
+            if kind == "qwen2_moe":
+                width = n["shared_expert_intermediate_size"]
+                out |= _gated(f"{layer}.mlp.shared_expert", PROJECTIONS, hidden, width)
+                out[f"{layer}.mlp.shared_expert_gate.weight"] = (1, hidden)
         else:
             out |= _gated(f"{layer}.mlp", PROJECTIONS, hidden, ffn)
             if n.get("mlp_bias"):

@@ -83,8 +83,8 @@ class Config:
     rope: Rope
 
     def size(self, axis: str) -> int:
-        """The length of an axis, given as config keys: "num_attention_heads * head_dim"."""
-        return math.prod(_integer(self.values, key) for key in axis.split(" * "))
+        """The length of an axis, given as config keys: "num_attention_heads * head_dim", or as "1"."""
+        return 1 if axis == "1" else math.prod(_integer(self.values, key) for key in axis.split(" * "))
 
     def flag(self, key: str) -> bool:
         value = self.values[key]

@@ -262,6 +262,8 @@ def _spec(name: str, entry: Weight, source: Source, config: Config) -> TensorSpe
             )
     if len(types) > 1:
         raise UserError(f"{name}: the experts are stored in different types: {', '.join(sorted(types))}.")
+    if entry.axes[0] == "1":
+        shape = shape[1:]  # to ggml a matrix of one row is a vector
     return TensorSpec(name, (len(entry.parts), *shape) if entry.stacked else shape, types.pop())
 
 

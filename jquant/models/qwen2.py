@@ -22,17 +22,22 @@ from ._shared import (
 
 
 def weights(config: Config) -> Iterator[Weight]:
-    if config.size(Q_ROWS) != config.size(HIDDEN):
-        raise UserError(
-            f"config.json: num_attention_heads · head_dim = {config.size(Q_ROWS)} differs from hidden_size "
-            f"{config.size(HIDDEN)}; llama.cpp's Qwen2 needs them equal."
-        )
+    check_square(config)
 
     def block(name: str) -> Iterator[Weight]:
         yield from attention(name, rotary_pairs=False, qkv_bias=True)
         yield from mlp(f"{name}.mlp")
 
     return decoder(config, block)
+
+
+def check_square(config: Config) -> None:
+    """llama.cpp's Qwen2 has no head size of its own: the heads together are as wide as the model."""
+    if config.size(Q_ROWS) != config.size(HIDDEN):
+        raise UserError(
+            f"config.json: num_attention_heads · head_dim = {config.size(Q_ROWS)} differs from hidden_size "
+            f"{config.size(HIDDEN)}; llama.cpp's Qwen2 needs them equal."
+        )
 
 
 QWEN2 = Architecture(
