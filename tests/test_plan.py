@@ -94,7 +94,7 @@ def test_options_and_rules_give_the_types_that_llama_cpp_gives(name, kind, tmp_p
 
 @pytest.mark.parametrize("kind", ["Q4_K_M", "Q3_K_L", "IQ2_XS", "MXFP4_MOE"])
 def test_a_file_that_llama_cpp_writes_has_the_planned_types(kind, tmp_path):
-    model = experts(2, 2)
+    model = experts(1, 2)
     path = written(tmp_path / "model.gguf", model)
     importance = {
         name: np.ones(int(np.prod(s.shape[:-2], dtype=int)) * s.cols, np.float32)
@@ -119,7 +119,7 @@ def test_a_real_model_gets_the_types_that_llama_cpp_gives():
     }
     values = {k: v.contents() for k, v in reader.fields.items() if not k.startswith("tokenizer.")}
     metadata = {k: np.int64(v) if type(v) is int else v for k, v in values.items() if type(v) in (int, str)}
-    for kind in COMPARED[:: len(COMPARED) // 8]:
+    for kind in COMPARED[:: len(COMPARED) // 4]:
         if kind.name != "Q1_0":
             theirs = llama_quantize.dry_run(path, llama_quantize.params(kind.number))
             assert ours(Header(specs, metadata), kind.name) == theirs, kind.name
@@ -157,6 +157,7 @@ def test_tensors_that_are_never_quantized_become_float32(stored):
         "blk.0.ffn_gate_inp.weight": (8, 512),
         "blk.0.attn_q_norm.weight": (8, 64),
         "blk.0.ssm_conv1d.weight": (512, 4),
+        "blk.0.altup_predict_coef.weight": (16, 4),
         "token_embd.weight": (100, 512),
     }
     specs = {name: TensorSpec(name, shape, stored) for name, shape in shapes.items()}
