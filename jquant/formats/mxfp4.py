@@ -18,7 +18,44 @@ from jax import Array, lax
 from jaxtyping import Float, Int, UInt8
 
 from jquant.core import Format
+from jquant.formats._e2m1 import gain_of_scale, nearest_code
 from jquant.formats._grids import halves_from_nibbles, nibbles_from_halves
+from jquant.formats._levels import weights
+
+# Exponents to try, relative to the one that puts the largest weight in [4, 8), where 6 is the top.
+STEPS = range(-6, 2)
+
+
+def times_power_of_two(x: Array, k: Array) -> Array:
+    """x · 2^k for |k| ≤ 252, exact where the result is normal."""
+
+    def power(k: Array) -> Array:
+        return lax.bitcast_convert_type(k + 127 << 23, jnp.float32)
+
+    return x * power(k >> 1) * power(k - (k >> 1))
+
+
+def fit(blocks: Float[Array, "32 n"], importance: Float[Array, "32 n"] | None) -> Int[Array, " n"]:
+    """The exponent of least weighted error, of all that are worth a try."""
+    size = jnp.abs(blocks)
+    peak = jnp.max(size, axis=0, keepdims=True)
+    k = (lax.bitcast_convert_type(peak, jnp.int32) >> 23) - 127  # ⌊log₂ peak⌋
+    x, w = times_power_of_two(size, -k), weights(blocks, importance)  # the largest of x is in [1, 2)
+
+    def better(step: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        gains = gain_of_scale(x, w, jnp.full_like(peak, 2.0**-2) * 2.0 ** step.astype(jnp.float32))
+        return jnp.maximum(gains, best[0]), jnp.where(gains > best[0], step, best[1])
+
+    zero = jnp.zeros_like(k)
+    step = lax.fori_loop(STEPS.start, STEPS.stop, better, (jnp.full_like(peak, -1.0), zero))[1]
+    return jnp.clip(k - 2 + step + 127, 0, 254)[0]
+
+
+def assign(
+    blocks: Float[Array, "32 n"], importance: Float[Array, "32 n"] | None, e: Int[Array, " n"]
+) -> Int[Array, "32 n"]:
+    x = times_power_of_two(blocks, 127 - e[None])
+    return nearest_code(x, jnp.ones_like(x[:1]))
 
 
 def reconstruct(codes: Int[Array, "32 n"], e: Int[Array, " n"]) -> Float[Array, "32 n"]:
@@ -53,6 +90,8 @@ MXFP4 = Format(
     ggml_type=39,
     block_size=32,
     block_bytes=17,
+    fit=fit,
+    assign=assign,
     reconstruct=reconstruct,
     pack=pack,
     unpack=unpack,

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float, Int, UInt8
 
 from jquant.core import Format
+from jquant.formats._blocks import inverse
+from jquant.formats._e2m1 import MAGNITUDES, gain_of_scale, nearest_code
 from jquant.formats._grids import halves_from_nibbles, nibbles_from_halves, scaled
+from jquant.formats._levels import weights
 
-LEVELS = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.float32) / 2
+LEVELS = np.array(MAGNITUDES, np.float32)
 LEVELS = np.concatenate([LEVELS, 0 - LEVELS])  # 0 − 0 is +0
 
 
@@ -34,6 +37,39 @@ def scale_values() -> np.ndarray:
 
 
 SCALES = scale_values()
+
+
+# Scale bytes to try, relative to the one that makes the largest weight 6: 8 steps are an octave.
+STEPS = range(-14, 7)
+
+
+def fit(blocks: Float[Array, "64 n"], importance: Float[Array, "64 n"] | None) -> Int[Array, "4 n"]:
+    """The scale of least weighted error for each 16 weights, of all that are worth a try."""
+    n = blocks.shape[1]
+    size = jnp.abs(blocks)
+    peak = jnp.max(size, axis=0)[None, None]  # [1, 1, n]
+    x = (size * inverse(peak[0])).reshape(4, 16, n)
+    w = weights(blocks, importance).reshape(4, 16, n)
+    top = jnp.max(size.reshape(4, 16, n), axis=1, keepdims=True) / 6  # [4, 1, n]
+    values = jnp.asarray(SCALES[:127])
+    first = jnp.sum(values[:, None, None, None] <= top[None], axis=0, dtype=jnp.int32) - 1
+
+    def better(step: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        byte = jnp.clip(first + step, 0, 126)
+        scale = values.at[byte].get(mode="promise_in_bounds") * inverse(peak)
+        gains = gain_of_scale(x, w, scale)
+        return jnp.maximum(gains, best[0]), jnp.where(gains > best[0], byte, best[1])
+
+    zero = jnp.zeros_like(first)
+    return lax.fori_loop(STEPS.start, STEPS.stop, better, (jnp.zeros_like(top), zero))[1][:, 0]
+
+
+def assign(
+    blocks: Float[Array, "64 n"], importance: Float[Array, "64 n"] | None, scales: Int[Array, "4 n"]
+) -> Int[Array, "64 n"]:
+    n = blocks.shape[1]
+    d = jnp.asarray(SCALES).at[scales].get(mode="promise_in_bounds")[:, None]
+    return nearest_code(blocks.reshape(4, 16, n), d).reshape(64, n)
 
 
 def reconstruct(codes: Int[Array, "64 n"], scales: Int[Array, "4 n"]) -> Float[Array, "64 n"]:
@@ -55,6 +91,8 @@ NVFP4 = Format(
     ggml_type=40,
     block_size=64,
     block_bytes=36,
+    fit=fit,
+    assign=assign,
     reconstruct=reconstruct,
     pack=pack,
     unpack=unpack,

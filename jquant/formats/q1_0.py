@@ -5,7 +5,9 @@ Block of 128 weights, 18 bytes:
     d   float16             bytes 0–1
     qs  uint8[16]           bytes 2–17, bit j of byte k is weight 8 k + j
 
-w = d where the bit is set, else −d. Source: ggml-common.h, block_q1_0; ggml-quants.c, dequantize_row_q1_0.
+w = d where the bit is set, else −d. For d > 0 the best bits are the signs of x, and then the best d is
+Σ w |x| / Σ w: nothing has to be searched.
+Source: ggml-common.h, block_q1_0; ggml-quants.c, dequantize_row_q1_0.
 """
 
 from __future__ import annotations
@@ -15,8 +17,21 @@ from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 from jquant.core import Format
-from jquant.formats._blocks import f16_bytes, f16_from_bytes
+from jquant.formats._blocks import f16_bytes, f16_from_bytes, inverse
 from jquant.formats._grids import bit_fields, join_fields
+from jquant.formats._levels import storable, weights
+
+
+def fit(blocks: Float[Array, "128 n"], importance: Float[Array, "128 n"] | None) -> Float[Array, " n"]:
+    peak = jnp.max(jnp.abs(blocks), axis=0)
+    x, w = jnp.abs(blocks) * inverse(peak)[None], weights(blocks, importance)
+    return storable(jnp.sum(w * x, axis=0) * inverse(jnp.sum(w, axis=0)) * peak)
+
+
+def assign(
+    blocks: Float[Array, "128 n"], importance: Float[Array, "128 n"] | None, d: Float[Array, " n"]
+) -> Int[Array, "128 n"]:
+    return (blocks >= 0).astype(jnp.int32)
 
 
 def reconstruct(codes: Int[Array, "128 n"], d: Float[Array, " n"]) -> Float[Array, "128 n"]:
@@ -36,6 +51,8 @@ Q1_0 = Format(
     ggml_type=41,
     block_size=128,
     block_bytes=18,
+    fit=fit,
+    assign=assign,
     reconstruct=reconstruct,
     pack=pack,
     unpack=unpack,

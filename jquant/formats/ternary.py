@@ -19,6 +19,11 @@ TQ2_0, block of 256 weights, 66 bytes:
 
 w = d (q − 1). Source: ggml-common.h, block_tq1_0, block_tq2_0; ggml-quants.c, dequantize_row_tq1_0,
 dequantize_row_tq2_0, quantize_row_tq1_0_ref.
+
+Encoding. The best codes for d are 0 up to |x| = d/2, so the best d belongs to a threshold on |x|: with
+S1 = Σ w |x| and S2 = Σ w over the weights above it, d = S1 / S2. Thresholds are tried on a geometric ladder
+from the bulk of the block to its largest weight, then refitted as `_levels` describes. A block that is a
+scale times −1, 0, 1 keeps its values where float16 has the scale.
 """
 
 from __future__ import annotations
@@ -28,10 +33,33 @@ from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 from jquant.core import Format
-from jquant.formats._blocks import f16_bytes, f16_from_bytes
+from jquant.formats._blocks import f16_bytes, f16_from_bytes, inverse
+from jquant.formats._levels import nearest_code, search_scale, storable, weights
+
+LEVELS = (-1.0, 0.0, 1.0)
+STEPS = 24
 
 # Bytes [start, stop) and the digits they hold: TQ1_0's three runs, each digit-major.
 _RUNS = ((0, 32, 5), (32, 48, 5), (48, 52, 4))
+
+
+def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None) -> Float[Array, " n"]:
+    size = jnp.abs(blocks)
+    peak = jnp.max(size, axis=0, keepdims=True)
+    x, w = size * inverse(peak), weights(blocks, importance)
+    mean = jnp.sum(w * x, axis=0, keepdims=True) * inverse(jnp.sum(w, axis=0, keepdims=True))
+    fractions = jnp.linspace(0, 1, STEPS)[:, None, None]
+    # d is twice the threshold: from half the mean size, below any optimum, to ggml's own choice and beyond.
+    lowest = jnp.clip(mean, 1e-6, 1.0)[None]
+    ladder = lowest * (1.9 / lowest) ** fractions
+    ladder = jnp.concatenate([ladder, jnp.ones_like(peak)[None]])
+    return storable(search_scale(x, w, LEVELS[1:], ladder)[0] * peak)[0]
+
+
+def assign(
+    blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None, d: Float[Array, " n"]
+) -> Int[Array, "256 n"]:
+    return nearest_code(blocks, d[None], LEVELS)
 
 
 def reconstruct(codes: Int[Array, "256 n"], d: Float[Array, " n"]) -> Float[Array, "256 n"]:
@@ -80,6 +108,8 @@ TQ1_0 = Format(
     ggml_type=34,
     block_size=256,
     block_bytes=54,
+    fit=fit,
+    assign=assign,
     reconstruct=reconstruct,
     pack=pack_tq1,
     unpack=unpack_tq1,
@@ -89,6 +119,8 @@ TQ2_0 = Format(
     ggml_type=35,
     block_size=256,
     block_bytes=66,
+    fit=fit,
+    assign=assign,
     reconstruct=reconstruct,
     pack=pack_tq2,
     unpack=unpack_tq2,
