@@ -11,9 +11,6 @@ accumulated in float32; x and w are first divided by their largest value, so tha
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import add
-
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -24,9 +21,13 @@ REFITS = 3
 _MAX_F16 = 65504.0
 
 
-def _sums(*terms: Array) -> list[Array]:
-    """Sums over the weights of a block, [B, n] → [n], each as a chain that the compiler vectorises."""
-    return [reduce(add, list(term)) for term in terms]
+def _sum(terms: Array) -> Array:
+    return jnp.sum(terms, axis=0)
+
+
+def _ratio(x: Array, y: Array) -> Array:
+    """x / y, and 0 where y is 0; the last bit does not matter here."""
+    return jnp.where(y == 0, 0.0, x / jnp.where(y == 0, 1.0, y))
 
 
 def _relative(w: Array) -> Array:
@@ -42,42 +43,41 @@ def _storable(x: Array) -> Array:
 def search_scale(blocks: Array, importance: Array, low: int, high: int) -> Array:
     """d [n], a float16 value, for x̂ = d q with q in [low, high].
 
-    The codes of a scale give S1 = Σ w x q and S2 = Σ w q²; the error of a scale s with these codes is
-    Σ w x² − (2 s S1 − s² S2), least at s = S1 / S2, where the bracket, the gain, is S1² / S2.
+    The codes of a scale give S1 = Σ w x q and S2 = Σ w q². The error of a scale s with these codes is
+    Σ w x² − s (2 S1 − s S2): least at s = S1 / S2, where what it saves, the gain, is S1² / S2.
     """
-    largest = jnp.max(blocks, axis=0)
-    smallest = jnp.min(blocks, axis=0)
+    largest, smallest = jnp.max(blocks, axis=0), jnp.min(blocks, axis=0)
     peak = jnp.where(largest > -smallest, largest, smallest)
     x = blocks * inverse(peak)[None]  # the weight of largest magnitude is 1
     w = _relative(importance)
-    wx = w * x
 
     def moments(factor: Array) -> tuple[Array, Array]:
-        q = jnp.clip(jnp.round(x * factor), low, high)
-        s1, s2 = _sums(wx * q, w * q * q)
-        return s1, s2
+        q = jnp.clip(jnp.round(x * factor[None]), low, high)
+        return _sum(w * q * x), _sum(w * q * q)
 
-    def better(factor: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        s1, s2 = moments(factor)
-        scale = s1 * inverse(s2)
-        gain = scale * s1
-        return jnp.where(gain > best[0], gain, best[0]), jnp.where(gain > best[0], scale, best[1])
-
-    # The weight of largest magnitude becomes code `low` or `high`, less, or a little more and is clipped.
-    ladder = [low * f for f in np.linspace(0.87, 1.11, 13)]
+    # The weight of largest magnitude becomes code `low` or `high`, or less, or a little more and is clipped.
+    ladder = low * np.linspace(0.87, 1.11, 13)
     if -low != high:
-        ladder += [high * f for f in np.linspace(0.90, 1.10, 11)]
-    ladder = jnp.asarray(ladder, jnp.float32)
-    best = (jnp.full(peak.shape, -1.0), jnp.zeros(peak.shape))
-    best = lax.fori_loop(0, len(ladder), lambda k, best: better(ladder[k], best), best)
-    best = lax.fori_loop(0, REFITS, lambda _, best: better(inverse(best[1])[None], best), best)
+        ladder = np.concatenate([ladder, high * np.linspace(0.90, 1.10, 11)])
+    steps = jnp.asarray(ladder, jnp.float32)
+
+    def climb(k: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        """best: the gain of the best codes so far, and the factor 1/s of their least-squares scale."""
+        gain, factor = best
+        s1, s2 = moments(jnp.where(k < len(steps), steps[jnp.minimum(k, len(steps) - 1)], factor))
+        gained = s1 * _ratio(s1, s2)
+        better = gained > gain
+        return jnp.where(better, gained, gain), jnp.where(better, _ratio(s2, s1), factor)
+
+    zero = jnp.zeros(peak.shape)
+    _, factor = lax.fori_loop(0, len(steps) + REFITS, climb, (zero, zero))
 
     def stored_gain(d: Array) -> Array:
         scale = d * inverse(peak)
-        s1, s2 = moments(inverse(scale)[None])
+        s1, s2 = moments(_ratio(jnp.ones_like(scale), scale))
         return scale * (2 * s1 - scale * s2)
 
-    d, plain = _storable(best[1] * peak), _storable(exact_div(peak, float(low)))
+    d, plain = _storable(_ratio(peak, factor)), _storable(exact_div(peak, float(low)))
     return jnp.where(stored_gain(plain) > stored_gain(d), plain, d)
 
 
@@ -85,49 +85,50 @@ def search_affine(blocks: Array, importance: Array, levels: int) -> tuple[Array,
     """(d, m) [n], float16 values, for x̂ = d q + m with q in [0, levels].
 
     With S = Σ w, Sx = Σ w x, Sq = Σ w q, Sqq = Σ w q², Sxq = Σ w x q, the least-squares line through
-    (q, x) has slope d = (S Sxq − Sx Sq) / (S Sqq − Sq²) and m = (Sx − d Sq) / S. Against the best
-    constant it lowers the error by d (S Sxq − Sx Sq) / S: the gain, up to the constant factor 1 / S.
+    (q, x) has slope d = C / V and m = (Sx − d Sq) / S, where C = S Sxq − Sx Sq and V = S Sqq − Sq².
+    Compared with the best constant it lowers the error by C² / V / S: the gain, up to 1 / S.
     """
     smallest = jnp.min(blocks, axis=0)
     spread = jnp.max(blocks, axis=0) - smallest
     x = (blocks - smallest[None]) * inverse(spread)[None]  # in [0, 1]
     w = _relative(importance)
-    wx = w * x
-    s, sx = _sums(w, wx)
+    s, sx = _sum(w), _sum(w * x)
 
-    def better(factor: Array, shift: Array, best: tuple[Array, ...]) -> tuple[Array, ...]:
-        q = jnp.clip(jnp.round((x - shift) * factor), 0, levels)
-        wq = w * q
-        sq, sqq, sxq = _sums(wq, wq * q, wx * q)
-        covariance = s * sxq - sx * sq
-        scale = covariance * inverse(s * sqq - sq * sq)
-        gain = scale * covariance
-        found = (gain, scale, (sx - scale * sq) * inverse(s))
-        return tuple(jnp.where(gain > best[0], new, old) for new, old in zip(found, best, strict=True))
+    def codes(factor: Array, shift: Array) -> Array:
+        return jnp.clip(jnp.round((x - shift[None]) * factor[None]), 0, levels)
 
-    ladder = jnp.asarray(np.linspace(levels - 1, levels + 1, 17), jnp.float32)
+    steps = jnp.asarray(np.linspace(levels - 1, levels + 1, 17), jnp.float32)
+
+    def climb(k: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        """best: the gain of the best codes so far, and 1/d and m of their least-squares line."""
+        gain, factor, shift = best
+        first = k < len(steps)
+        step = steps[jnp.minimum(k, len(steps) - 1)]
+        q = codes(jnp.where(first, step, factor), jnp.where(first, 0.0, shift))
+        sq, sqq, sxq = _sum(w * q), _sum(w * q * q), _sum(w * q * x)
+        c, v = s * sxq - sx * sq, s * sqq - sq * sq
+        slope = _ratio(c, v)
+        better = slope * c > gain
+        return (
+            jnp.where(better, slope * c, gain),
+            jnp.where(better, _ratio(v, c), factor),
+            jnp.where(better, (sx - slope * sq) / s, shift),
+        )
+
     zero = jnp.zeros(spread.shape)
-    best = (zero - 1, zero, zero)
-    best = lax.fori_loop(0, len(ladder), lambda k, best: better(ladder[k], jnp.float32(0), best), best)
-    best = lax.fori_loop(0, REFITS, lambda _, best: better(inverse(best[1])[None], best[2][None], best), best)
+    _, factor, shift = lax.fori_loop(0, len(steps) + REFITS, climb, (zero, zero, zero))
 
-    def refit_after_rounding(scale: Array, shift: Array) -> tuple[Array, Array]:
-        """m rounded to float16 first, then d for that m."""
-        m = _storable(smallest + shift * spread)
-        shift = (m - smallest) * inverse(spread)
-        q = jnp.clip(jnp.round((x - shift[None]) * inverse(scale)[None]), 0, levels)
-        wq = w * q
-        sq, sqq, sxq = _sums(wq, wq * q, wx * q)
-        return _storable((sxq - shift * sq) * inverse(sqq) * spread), m
+    # As the file will hold it: m rounded to float16 first, then the best d for that m and its codes.
+    m = _storable(smallest + shift * spread)
+    shift = (m - smallest) * inverse(spread)
+    q = codes(factor, shift)
+    d = _storable(_ratio(_sum(w * q * (x - shift[None])), _sum(w * q * q)) * spread)
 
     def error(d: Array, m: Array) -> Array:
         scale, shift = d * inverse(spread), (m - smallest) * inverse(spread)
-        rest = x - shift[None]
-        q = jnp.clip(jnp.round(rest * inverse(scale)[None]), 0, levels)
-        rest = rest - q * scale[None]
-        return _sums(w * rest * rest)[0]
+        q = codes(_ratio(jnp.ones_like(scale), scale), shift)
+        return _sum(w * (x - shift[None] - q * scale[None]) ** 2)
 
-    d, m = refit_after_rounding(best[1], best[2])
     plain_d, plain_m = _storable(exact_div(spread, float(levels))), _storable(smallest)
     worse = error(plain_d, plain_m) < error(d, m)
     return jnp.where(worse, plain_d, d), jnp.where(worse, plain_m, m)
