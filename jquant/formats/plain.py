@@ -40,7 +40,7 @@ def pack_bf16(codes: Float[Array, "1 n"], scales: tuple[()]) -> UInt8[Array, "2 
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
     rounded = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
     half = jnp.where(is_nan, bits >> 16 | 64, rounded)
-    return jnp.stack([half & 0xFF, half >> 8]).astype(jnp.uint8)
+    return lax.bitcast_convert_type(half.astype(jnp.uint16), jnp.uint8).T  # [2, n]
 
 
 def unpack(data: UInt8[Array, "bytes n"], dtype: DTypeLike) -> tuple[Array, tuple[()]]:
