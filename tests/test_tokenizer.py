@@ -77,6 +77,16 @@ def test_the_start_token_is_added_where_the_tokenizers_package_adds_it(kind, tmp
     assert read(model, "Hello", add=True) == reference.encode("Hello").ids
 
 
+@pytest.mark.parametrize("kind", [*tiny_models.SPLITS, "spm"])
+def test_control_tokens_within_a_text_are_read_as_the_tokenizers_package_reads_them(kind, tmp_path):
+    tiny_models.write_tokenizer(tmp_path, kind)
+    reference = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    model = load(tmp_path, tmp_path / "vocab.gguf")
+    text = "<s>user\nHello, world</s><s>assistant\n"
+    wanted = reference.encode(text, add_special_tokens=False).ids
+    assert model.tokenize(text.encode(), add_bos=False, special=True) == wanted
+
+
 @pytest.mark.parametrize("kind", tiny_models.SPLITS)
 def test_the_pre_tokenizer_is_recognised_by_its_rules(kind, tmp_path):
     tiny_models.write_tokenizer(tmp_path, kind)
@@ -288,6 +298,17 @@ def equal_tokens(folder: Path) -> None:
     path.write_text(json.dumps(saved))
 
 
+def huge_id(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    saved = json.loads(path.read_text())
+    saved["added_tokens"][0]["id"] = 10**12
+    path.write_text(json.dumps(saved))
+
+
+def not_text(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe{{")
+
+
 def damaged_model(folder: Path) -> None:
     no_file(folder)
     (folder / "tokenizer.model").write_bytes(b"\x0a\xff\xff\xff")
@@ -303,6 +324,8 @@ def damaged_llama2c(folder: Path) -> None:
     [
         (damaged_json, "not valid JSON"),
         (no_file, "no tokenizer found"),
+        (huge_id, "a token numbered 1000000000000"),
+        (not_text, "chat_template.jinja: not UTF-8"),
         (equal_tokens, "the tokens 0 and 2 are both '</s>'"),
         (damaged_model, "tokenizer.model: not a SentencePiece model"),
         (damaged_llama2c, "tok1.bin: not a tokenizer of llama2.c"),

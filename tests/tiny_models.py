@@ -59,6 +59,11 @@ CONFIGS: dict[str, dict[str, object]] = {
         "decoder_sparse_step": 1, "mlp_only_layers": [], **QWEN,
     },
 }  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 TOKENIZERS = {
     "LlamaForCausalLM": "llama-bpe",
     "MistralForCausalLM": "spm",
@@ -289,6 +294,23 @@ class ArraySource:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         spec = self.specs[name]
         return self.tensors[name].reshape(spec.rows, spec.cols)[start:stop].view(np.uint8)
+
+
+def tiny_config(architecture: str, **overrides: object) -> dict[str, object]:
+    """A config.json without its files; overrides as for write_tiny."""
+    config = {"architectures": [architecture], **BASE, **CONFIGS[architecture]}
+    config |= {"vocab_size": 400, **overrides}
+    return {key: value for key, value in config.items() if value is not DROP}
+
+
+class SpecsOnly:
+    """A checkpoint of headers without data, as a Source."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]):
+        self.specs = {name: TensorSpec(name, shape, "F32") for name, shape in shapes.items()}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        raise NotImplementedError
 
 
 def open_tiny(folder: Path) -> ArraySource:

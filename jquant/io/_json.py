@@ -16,12 +16,19 @@ def read_file(path: Path) -> Json:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON ({error}); the download may be incomplete.") from None
     if not isinstance(value, Mapping):
         raise UserError(f"{path}: expected a JSON table, found {type(value).__name__}.")
     return value
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; the download may be incomplete.") from None
 
 
 def table(value: object) -> Json:

@@ -24,6 +24,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
     int(gguf.TokenType[name]) for name in ("NORMAL", "UNKNOWN", "CONTROL", "USER_DEFINED", "UNUSED", "BYTE")
 )
 ADDED_SCORE = -1000.0  # tokens outside the merges; llama.cpp finds them before it merges
+_MAX_TOKENS = 1 << 24  # far above any model: a damaged number must not fill the memory
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<pad>|<mask>|<unused.*>", re.DOTALL)
 
 
@@ -106,6 +107,9 @@ def _from_pieces(
     """A SentencePiece model and what transformers adds to it: added_tokens.json, `added_tokens_decoder`."""
     tokens = [piece.text for piece in parsed.pieces]
     types = [piece.type for piece in parsed.pieces]
+    tokens = [
+        t.replace("▁", " ") if type == USER_DEFINED else t for t, type in zip(tokens, types, strict=True)
+    ]
     scores = [piece.score for piece in parsed.pieces]
     extra = {_id(i): {"content": text} for text, i in added.items()}
     extra |= {_id(t.get("id")): t for t in map(table, entries(tokenizer.get("added_tokens")))}
@@ -114,7 +118,8 @@ def _from_pieces(
     for i, token in sorted(extra.items()):
         text = str(token.get("content", ""))
         if i < len(parsed.pieces) and tokens[i] == text:
-            continue  # SentencePiece's own type says more
+            types[i] = _added_type(token) if types[i] == NORMAL else types[i]
+            continue
         while len(tokens) <= i:
             tokens.append(f"[PAD{len(tokens)}]")
             types.append(UNUSED)
@@ -187,6 +192,6 @@ def _id(value: object) -> int:
         number = int(str(value))
     except ValueError:
         number = -1
-    if number < 0:
+    if not 0 <= number < _MAX_TOKENS:
         raise UserError(f"the tokenizer's files have a token numbered {value!r}; they may be damaged.")
     return number

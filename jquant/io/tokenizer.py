@@ -150,7 +150,7 @@ def _template_ends(post: Json) -> tuple[str | None, str | None]:
 def _chat_template(folder: Path, settings: Json) -> dict[str, MetadataValue]:
     """chat_template.jinja, or `chat_template`: one text, or a list of named ones."""
     path = folder / "chat_template.jinja"
-    template = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+    template = _json.read_text(path) if path.is_file() else settings.get("chat_template")
     if isinstance(template, str):
         return {_KEYS.CHAT_TEMPLATE: template}
     out: dict[str, MetadataValue] = {}
