@@ -15,7 +15,7 @@ _INPUT, _TYPES, _OUTPUT, _REPORT = "Model", "Types", "Output", "Reporting"
 
 
 def _complete_type(incomplete: str) -> list[tuple[str, str]]:
-    from jquant.file_types import FILE_TYPES
+    from jquant.plan import FILE_TYPES
 
     start = incomplete.upper()
     return [(name, kind.about) for name, kind in FILE_TYPES.items() if name.startswith(start)]
@@ -200,7 +200,7 @@ def quantize(
 def _rules(options: list[str] | None, file: Path | None) -> list:
     """Rules of the command line before those of the file: the first match wins."""
     from jquant.core import UserError
-    from jquant.rules import parse_rule, parse_rules_file
+    from jquant.plan import parse_rule, parse_rules_file
 
     found = [parse_rule(text) for text in options or []]
     if file is not None:

@@ -18,11 +18,10 @@ import numpy as np
 
 from jquant import io, models
 from jquant.core import Metadata, MetadataValue, Source, UserError
-from jquant.file_types import FILE_TYPES
 from jquant.io import GgufSink, GgufSource, tokenizer
 from jquant.io.imatrix import Imatrix
 from jquant.pipeline import Progress, run
-from jquant.plan import Plan
+from jquant.plan import FILE_TYPES, Plan
 
 
 class Model(NamedTuple):

@@ -13,10 +13,10 @@ import pytest
 from model_shapes import MODELS, Header, dense, experts, fused
 
 from jquant.core import TensorSpec, UserError, block_and_bytes
-from jquant.file_types import ALIASES, FILE_TYPES, file_type
 from jquant.formats import FORMATS
 from jquant.plan import Entry, Plan, check_encodable, plan
-from jquant.rules import TENSOR_TYPES, Rule, parse_rule, parse_rules_file
+from jquant.plan.file_types import ALIASES, FILE_TYPES, file_type
+from jquant.plan.rules import TENSOR_TYPES, Rule, parse_rule, parse_rules_file
 
 # llama.cpp's quantizer refuses NVFP4 files, and Q1_0 where a row is no multiple of 128: we plan both.
 REFUSED_BY_LLAMA_CPP = {"NVFP4"}
@@ -41,7 +41,7 @@ def written(path: Path, model: Header) -> Path:
 @pytest.fixture
 def any_importance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans of low-bit types without an imatrix, as llama.cpp's dry run makes them too."""
-    monkeypatch.setattr("jquant.plan._check_importance", lambda kind, entries: None)
+    monkeypatch.setattr("jquant.plan._plan._check_importance", lambda kind, entries: None)
 
 
 def has_row_of_part_block(model: Header, block: int) -> bool:

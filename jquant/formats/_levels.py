@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from jquant.formats._blocks import f16_round, inverse
 
-REFITS = 3
+REFITS = 2
 _MAX_F16 = 65504.0
 
 

@@ -4,16 +4,18 @@ A superblock of 256 weights shares d (float16); each group of 16 has an integer 
 
 For codes q of one group, the best real scale is s = A / B with A = Σ w x q and B = Σ w q²; it leaves the
 error Σ w x² − A² / B. So a candidate costs two sums, and the one with the largest gain A² / B wins.
-Arrays are [groups, 16, n] for weights and [groups, n] for scales; sums and maxima are trees of halves,
-which vectorise along n and add in one order on every device.
+Arrays are [groups, 16, n] for weights and [groups, n] for scales.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jquant.formats._blocks import f16_round
@@ -21,7 +23,8 @@ from jquant.formats._blocks import f16_round
 GROUP = 16  # weights that share an integer scale
 F16_MAX = 65504.0
 F16_TINY = 2.0**-24  # the smallest positive float16: a smaller d would erase its superblock
-SMALLEST = 1e-30  # far below any scale that float16 holds, and its inverse is finite
+SMALLEST = 1e-37  # its inverse is finite
+LEAST_IMPORTANCE = 1e-25
 
 
 class Limits(NamedTuple):
@@ -41,21 +44,22 @@ class GroupFit(NamedTuple):
     curvature: Array  # B: the error of another scale s is larger by B (s − scale)²
 
 
-def halved(x: Array, combine: Callable[[Array, Array], Array] = jnp.add) -> Array:
-    """Reduce the second-last axis, whose length is a power of two, by combining halves."""
-    while x.shape[-2] > 1:
-        half = x.shape[-2] // 2
-        x = combine(x[..., :half, :], x[..., half:, :])
-    return x[..., 0, :]
+def sums(*terms: Array) -> list[Array]:
+    """The sum of each term over the second-last axis. One reduction of all: one pass over what they share."""
+    zeros = tuple(np.float32(0) for _ in terms)
+    add = partial(jax.tree.map, jnp.add)
+    return list(lax.reduce(terms, zeros, add, (terms[0].ndim - 2,)))
 
 
-def keep_largest(keys: Array, values: Array) -> Array:
-    """values [..., k, n] where keys are largest along k, a power of two: [..., n]."""
-    while keys.shape[-2] > 1:
-        half = keys.shape[-2] // 2
-        first = keys[..., :half, :] >= keys[..., half:, :]
-        keys, values = (jnp.where(first, a[..., :half, :], a[..., half:, :]) for a in (keys, values))
-    return values[..., 0, :]
+def keep_largest(keys: Array, *values: Array) -> list[Array]:
+    """The largest key along the second-last axis, and the values beside it. Keys are not negative."""
+
+    def larger(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+        keep = a[0] >= b[0]
+        return tuple(jnp.where(keep, *pair) for pair in zip(a, b, strict=True))
+
+    start = (np.float32(-1), *(np.float32(0) for _ in values))
+    return list(lax.reduce((keys, *values), start, larger, (keys.ndim - 2,)))
 
 
 def inverse(s: Array) -> Array:
@@ -64,18 +68,14 @@ def inverse(s: Array) -> Array:
 
 
 def grouped(blocks: Array, importance: Array | None, limits: Limits) -> tuple[Array, Array | None]:
-    """[256, n] → [16, 16, n]; weights within what d can reach, importance of at most 1 per superblock.
+    """[256, n] → [16, 16, n], with weights inside what d can reach and no importance of 0.
 
-    Both keep the squares finite. A superblock without any importance is treated as equally important.
+    So squares stay finite, and weights that do not matter are still rounded to something near them.
     """
-    n = blocks.shape[-1]
     reach = -F16_MAX * limits.sc_min * -limits.q_min
-    x = jnp.clip(blocks, -reach, reach).reshape(-1, GROUP, n)
-    if importance is None:
-        return x, None
-    largest = halved(importance, jnp.maximum)
-    w = jnp.where(largest < SMALLEST, 1.0, importance * inverse(largest))
-    return x, w.reshape(-1, GROUP, n)
+    x, w = jnp.clip(blocks, -reach, reach), importance
+    shape = (-1, GROUP, blocks.shape[-1])
+    return x.reshape(shape), None if w is None else jnp.maximum(w, LEAST_IMPORTANCE).reshape(shape)
 
 
 def nearest_codes(x: Array, s: Array, limits: Limits) -> Array:
@@ -87,21 +87,21 @@ def weighted(w: Array | None, x: Array) -> Array:
     return x if w is None else w * x
 
 
-def sums(x: Array, w: Array | None, q: Array) -> tuple[Array, Array]:
+def weighed(x: Array, w: Array | None, q: Array) -> list[Array]:
     """A = Σ w x q and B = Σ w q² of each group."""
     wq = weighted(w, q)
-    return halved(wq * x), halved(wq * q)
+    return sums(wq * x, wq * q)
 
 
 def error(x: Array, w: Array | None, s: Array, limits: Limits) -> Array:
     """Σ w (x − s q)² of each group, with the best codes for s."""
     rest = x - s[:, None] * nearest_codes(x, s, limits)
-    return halved(weighted(w, rest * rest))
+    return sums(weighted(w, rest * rest))[0]
 
 
 def heaviest(x: Array, w: Array | None) -> Array:
     """The weight of each group whose loss would cost most: the largest w x²."""
-    return keep_largest(weighted(w, x * x), x)
+    return keep_largest(weighted(w, x * x), x)[1]
 
 
 def fit_groups(
@@ -110,7 +110,7 @@ def fit_groups(
     """The best of `count` scales, each refitted to the codes that it gives. candidate(i): [groups, n]."""
 
     def step(i: Array, best: GroupFit) -> GroupFit:
-        A, B = sums(x, w, nearest_codes(x, candidate(i), limits))
+        A, B = weighed(x, w, nearest_codes(x, candidate(i), limits))
         scale = A * inverse(B)
         better = A * scale > best.gain
         return GroupFit(*(jnp.where(better, *pair) for pair in zip((scale, A * scale, B), best, strict=True)))
@@ -132,8 +132,8 @@ def nearest_sc(s: Array, d: Array, limits: Limits) -> Array:
 
 def refit(x: Array, w: Array | None, d: Array, sc: Array, limits: Limits) -> Array:
     """The best d for the codes that (d, sc) gives. Error is a parabola in d: the nearest float16 is best."""
-    A, B = sums(x, w, nearest_codes(x, d * sc, limits))
-    A, B = halved(A * sc), halved(B * sc * sc)
+    A, B = weighed(x, w, nearest_codes(x, d * sc, limits))
+    A, B = sums(A * sc, B * sc * sc)
     return jnp.where(B < SMALLEST, d, storable(A * inverse(B)))
 
 

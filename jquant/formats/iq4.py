@@ -54,9 +54,11 @@ from jquant.formats._levels import (
 
 LEVELS = tuple(map(float, gguf.quants.IQ4_NL.kvalues))  # ascending
 
-# Scales to try, relative to the weight of largest magnitude: that weight becomes the lowest level, or the
-# highest, or a little more (then it is clipped), or less.
-LADDER = 1 / np.concatenate([LEVELS[0] * np.linspace(0.84, 1.1, 13), LEVELS[-1] * np.linspace(0.9, 1.1, 9)])
+# Scales to try, as the multiple of the lowest or the highest level that the weight of largest magnitude
+# becomes: densely about 1, and up to 2, where it is clipped because little importance rests on it.
+_TO_LOWEST = [*np.linspace(0.75, 1.1, 9), 1.2, 1.35, 1.5, 1.7, 2.0]
+_TO_HIGHEST = [*np.linspace(0.82, 1.08, 6), 1.2, 1.4, 1.65, 2.0]
+LADDER = 1 / np.concatenate([np.multiply(_TO_LOWEST, LEVELS[0]), np.multiply(_TO_HIGHEST, LEVELS[-1])])
 # Scales of the superblock to try: the largest scale of a run becomes this multiple of it.
 LADDER_XS = np.concatenate([-np.linspace(24, 33, 19), np.linspace(24, 32, 17)])
 RETRIES = 2

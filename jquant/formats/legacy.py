@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Integer, UInt8
 
 from jquant.core import Format
 from jquant.formats._blocks import (
@@ -38,7 +38,7 @@ from jquant.formats._least_squares import search_affine, search_scale
 from jquant.formats._tiny import LEAST, magnify, on_subnormal_grid
 
 Blocks = Float[Array, "32 n"]
-Codes = Int[Array, "32 n"]
+Codes = Integer[Array, "32 n"]
 
 
 class Scale(NamedTuple):

@@ -35,7 +35,7 @@ def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None)
     try scales at which it has no error at all.
     """
     x, w = _scale.grouped(blocks, importance, LIMITS)
-    largest = _scale.keep_largest(jnp.abs(x), x)
+    _, largest = _scale.keep_largest(jnp.abs(x), x)
     heaviest = _scale.heaviest(x, w)
     at = jnp.asarray(LARGEST_AT + HEAVIEST_AT, jnp.float32)
 
@@ -52,12 +52,12 @@ def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None)
 def _fit_d(group: _scale.GroupFit) -> Array:
     """d [n] such that Σ B (s − d sc)² is least over the groups, in closed form for each trial."""
     at = jnp.asarray(LARGEST_SCALE_AT, jnp.float32)[:, None]
-    d = _scale.keep_largest(jnp.abs(group.scale), group.scale) / at  # [trial, n]
+    _, largest = _scale.keep_largest(jnp.abs(group.scale), group.scale)
+    d = largest / at  # [trial, n]
     sc = _scale.nearest_sc(group.scale, d[:, None], LIMITS)  # [trial, 16, n]
-    A = _scale.halved(group.curvature * group.scale * sc)
-    B = _scale.halved(group.curvature * sc * sc)
+    A, B = _scale.weighed(group.scale, group.curvature, sc)  # [trial, n]
     d = A * _scale.inverse(B)
-    return _scale.storable(_scale.keep_largest(A * d, d))
+    return _scale.storable(_scale.keep_largest(A * d, d)[1])
 
 
 def assign(

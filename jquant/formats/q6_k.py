@@ -31,8 +31,8 @@ def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None)
     """
     x, w = _scale.grouped(blocks, importance, LIMITS)
     heaviest = _scale.heaviest(x, w)
-    largest = _scale.keep_largest(jnp.abs(x), x)
-    code = jnp.round(-LIMITS.q_min * jnp.abs(heaviest) * _scale.inverse(jnp.abs(largest)))
+    bound, largest = _scale.keep_largest(jnp.abs(x), x)
+    code = jnp.round(-LIMITS.q_min * jnp.abs(heaviest) * _scale.inverse(bound))
     signed = -jnp.sign(largest) * jnp.abs(heaviest)  # the negative side has one code more
 
     def candidate(i: Array) -> Array:
@@ -46,14 +46,14 @@ def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None)
 
 def _fit_d(x: Array, w: Array | None, group: _scale.GroupFit) -> tuple[Array, Array]:
     """d [n] and sc [16, n], by true error: the anchor's scale is exactly −k d, for a few k near the limit."""
-    anchor = _scale.keep_largest(group.gain, group.scale)
-    largest = _scale.halved(jnp.abs(group.scale), jnp.maximum)
+    _, anchor = _scale.keep_largest(group.gain, group.scale)
+    largest = jnp.max(jnp.abs(group.scale), axis=0)
     k = jnp.floor((0.5 - LIMITS.sc_min - 1) * jnp.abs(anchor) * _scale.inverse(largest))
 
     def step(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         d = _scale.storable(-anchor / jnp.maximum(k - i.astype(jnp.float32), 1.0))
         sc = _scale.nearest_sc(group.scale, d, LIMITS)
-        total = _scale.halved(_scale.error(x, w, d * sc, LIMITS))
+        (total,) = _scale.sums(_scale.error(x, w, d * sc, LIMITS))
         better = total < best[0]
         return tuple(jnp.where(better, *pair) for pair in zip((total, d, sc), best, strict=True))
 

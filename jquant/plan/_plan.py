@@ -24,12 +24,12 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from jquant.core import Metadata, TensorSpec, UserError, block_and_bytes
-from jquant.file_types import FileType
-from jquant.file_types import file_type as find_file_type
 from jquant.formats import FORMATS
-from jquant.kept import kept
-from jquant.mixtures import Choice, Model, in_mixture_order, mixture, role
-from jquant.rules import Rule, tensor_type
+from jquant.plan.file_types import FileType
+from jquant.plan.file_types import file_type as find_file_type
+from jquant.plan.kept import kept
+from jquant.plan.mixtures import Choice, Model, in_mixture_order, mixture, role
+from jquant.plan.rules import Rule, tensor_type
 
 # Types with blocks of 32 that stand in where a row is no whole number of larger blocks, as llama.cpp has
 # them; NVFP4 and Q1_0, for which it has none, get the nearest in size.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import gguf
 
 from jquant.core import UserError
-from jquant.file_types import ALIASES, FILE_TYPES
+from jquant.plan.file_types import ALIASES, FILE_TYPES
 
 # ggml types that hold no weights: indices, float64, and the activations' side of ggml's products.
 _NOT_FOR_WEIGHTS = {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}

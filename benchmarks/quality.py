@@ -1,0 +1,55 @@
+"""Perplexity and KL divergence of our files beside llama.cpp's of the same file type, measured by llama.cpp.
+
+    python benchmarks/quality.py smol768-f16.gguf wikitext2-test-120kB.txt --types Q8_0 Q4_K_M Q2_K
+
+With --imatrix both use it. The text is one that neither has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from llama_eval import evaluate
+from peers import llama_quantize
+
+JQUANT = str(Path(sys.executable).with_name("jquant"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", type=Path, help="16-bit GGUF file")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--types", nargs="+", default=["Q8_0", "Q4_K_M"])
+    parser.add_argument("--imatrix", type=Path)
+    parser.add_argument("--chunks", type=int, help="only the first so many chunks of the text")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        files = {args.model: "original"}
+        for kind in args.types:
+            ours, theirs = Path(folder, f"jquant-{kind}.gguf"), Path(folder, f"llama.cpp-{kind}.gguf")
+            command = [JQUANT, "quantize", str(args.model), str(ours), "--type", kind, "--quiet"]
+            command += ["--imatrix", str(args.imatrix)] if args.imatrix else []
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            llama_quantize(args.model, theirs, kind, args.threads, args.imatrix)
+            files |= {ours: f"{kind} jquant", theirs: f"{kind} llama.cpp"}
+        print(f"{'file':20}  {'bytes':>13}  perplexity  mean KLD  top-1", flush=True)
+        rows = []
+        text = args.text.read_text(encoding="utf-8")
+        for path, scores in evaluate(list(files), text, most=args.chunks, threads=args.threads):
+            row = {"file": files[path], "bytes": path.stat().st_size, **scores._asdict()}
+            rows.append(row)
+            compared = "" if scores.mean_kld is None else f"{scores.mean_kld:8.5f}  {scores.top1:.2%}"
+            print(f"{row['file']:20}  {row['bytes']:13,}  {scores.perplexity:10.4f}  {compared}")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()

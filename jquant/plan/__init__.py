@@ -1,0 +1,19 @@
+"""The plan: which type every tensor of the file will have, and why."""
+
+from jquant.plan._plan import Entry, Plan, check_encodable, plan
+from jquant.plan.file_types import ALIASES, FILE_TYPES, FileType, file_type
+from jquant.plan.rules import Rule, parse_rule, parse_rules_file
+
+__all__ = [
+    "ALIASES",
+    "FILE_TYPES",
+    "Entry",
+    "FileType",
+    "Plan",
+    "Rule",
+    "check_encodable",
+    "file_type",
+    "parse_rule",
+    "parse_rules_file",
+    "plan",
+]
