@@ -59,9 +59,7 @@ def decode(format: Format, data) -> jax.Array:
 
 
 TRANSFORMS = {
-    "eager": decode,
-    "jit": lambda format, data: jax.jit(partial(decode, format))(data),
-    "vmap": lambda format, data: jax.vmap(partial(decode, format))(data),
+    "jit of vmap": lambda format, data: jax.jit(jax.vmap(partial(decode, format)))(data),
     "lax.map": lambda format, data: lax.map(partial(decode, format), jnp.asarray(data)),
 }
 

@@ -21,7 +21,7 @@ NAMES = ["IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0", "Q2_0"]
 every_format = pytest.mark.parametrize("format", [FORMATS[name] for name in NAMES], ids=str)
 
 # The most that our error may be of ggml's, with importance.
-SHARE_OF_GGML = {"Q1_0": 0.99, "TQ1_0": 0.5, "TQ2_0": 0.5, "Q2_0": 0.5}
+SHARE_OF_GGML = {"IQ4_NL": 0.87, "IQ4_XS": 0.87, "Q1_0": 0.99, "TQ1_0": 0.5, "TQ2_0": 0.5, "Q2_0": 0.5}
 
 
 @cache
@@ -83,17 +83,20 @@ def test_importance_lowers_the_weighted_error(format):
 
 
 @every_format
-def test_equal_or_zero_importance_is_as_none(format):
-    x = samples()["student"][:2]
+def test_equal_or_zero_importance_is_as_good_as_none(format):
+    """Of two scales of the same error either may be taken, so the bytes may differ."""
+    x = samples()["student"]
+    plain = error(format, encode(format, x), x, None)
     for value in (0.0, 3.0):
-        np.testing.assert_array_equal(encode(format, x, np.full(1536, value, np.float32)), encode(format, x))
+        got = error(format, encode(format, x, np.full(1536, value, np.float32)), x, None)
+        np.testing.assert_allclose(got, plain, rtol=1e-4)
 
 
-@partial(jax.jit, static_argnames="format")
-def assigned_and_constant(x, scales, format):
-    """The weights that assign chooses, and what each constant code would give: [16, B, n]."""
+@partial(jax.jit, static_argnames=("format", "count"))
+def assigned_and_constant(x, scales, format, count):
+    """The codes and weights that assign chooses, and what each constant code would give: [count, B, n]."""
     codes = format.assign(x, None, scales)
-    constants = [format.reconstruct(jnp.full_like(codes, k), scales) for k in range(16)]
+    constants = [format.reconstruct(jnp.full_like(codes, k), scales) for k in range(count)]
     return codes, format.reconstruct(codes, scales), jnp.stack(constants)
 
 
@@ -115,24 +118,24 @@ def test_assign_takes_the_nearest_code(format):
         scales = jnp.abs(scales)  # fit never makes it negative, and assign takes the sign of the weight
     count = {"Q1_0": 2, "TQ1_0": 3, "TQ2_0": 3, "Q2_0": 4}.get(format.name, 16)
     # Weights of the size of each block, and just beside the midpoints of two levels.
-    probe = np.asarray(assigned_and_constant(jnp.zeros((format.block_size, 64)), scales, format)[2][:count])
+    zeros = jnp.zeros((format.block_size, 64))
+    probe = np.asarray(assigned_and_constant(zeros, scales, format, count)[2])
     size = np.abs(probe).max(axis=(0, 1))
     x = (rng.normal(size=(format.block_size, 64)) * size * 0.6).astype(np.float32)
     middle = (probe[1:] / 2 + probe[:-1] / 2)[rng.integers(0, count - 1, 8), rng.integers(0, len(x), 8)]
     x[:8] = middle * rng.choice([1 - 1e-7, 1, 1 + 1e-7], middle.shape)
-    codes, chosen, constants = map(np.asarray, assigned_and_constant(jnp.asarray(x), scales, format))
+    codes, chosen, constants = map(np.asarray, assigned_and_constant(jnp.asarray(x), scales, format, count))
     assert codes.min() >= 0
     assert codes.max() < count
-    with np.errstate(invalid="ignore"):
-        errors = np.abs(constants[:count].astype(np.float64) - x)
-    np.testing.assert_array_equal(np.abs(chosen.astype(np.float64) - x), np.nanmin(errors, axis=0))
+    errors = np.abs(constants.astype(np.float64) - x)
+    np.testing.assert_array_equal(np.abs(chosen.astype(np.float64) - x), errors.min(axis=0))
 
 
 @pytest.mark.parametrize("name", ["TQ1_0", "TQ2_0"])
 def test_a_tensor_that_was_trained_ternary_is_kept(name):
     rng = np.random.default_rng(3)
     scales = rng.uniform(0.001, 2, (16, 1)).astype(np.float16).astype(np.float32)
-    x = scales * rng.integers(-1, 2, (16, 512)).astype(np.float32)
+    x = scales * rng.integers(-1, 2, (16, 1536)).astype(np.float32)
     x[3, :256] = 0
     for importance in (None, importance_of(x)):
         importance = None if importance is None else jnp.asarray(importance)
@@ -141,14 +144,14 @@ def test_a_tensor_that_was_trained_ternary_is_kept(name):
 
 def test_a_tensor_that_was_mxfp4_is_kept():
     format = FORMATS["MXFP4"]
-    data = np.random.default_rng(4).integers(0, 256, (8, 32 * 17), dtype=np.uint8)
+    data = np.random.default_rng(4).integers(0, 256, (16, 48 * 17), dtype=np.uint8)
     data[:, ::17] = data[:, ::17] % 200 + 20
     x = ggml.decode(39, data)
     np.testing.assert_array_equal(ggml.decode(39, encode(format, x)), x)
 
 
 def edge_rows() -> np.ndarray:
-    """float32 [8, 256], a kind of block a row."""
+    """float32 [16, 1536], a kind of block a row."""
     rng = np.random.default_rng(5)
     x = np.zeros((8, 256), np.float32)
     x[1, 77] = 3.0
@@ -158,7 +161,7 @@ def edge_rows() -> np.ndarray:
     x[5] = rng.normal(size=256) * 1e-41  # subnormal
     x[6] = rng.normal(size=256) * 1e-5
     x[7] = rng.normal(size=256) * 3e3
-    return x
+    return np.tile(x, (2, 6))
 
 
 @every_format
@@ -184,12 +187,11 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @every_format
 def test_transformed_encode_gives_the_same_bytes(format, transform):
-    x = jnp.asarray(samples()["student"].reshape(4, 4, 1536))
-    importance = jnp.asarray(importance_of(np.zeros((1, 1536))))
+    x = samples()["student"]
+    importance = importance_of(x)
 
     def blocks(x, importance):
         return quantize(x, format, importance).parts["blocks"]
 
-    np.testing.assert_array_equal(
-        TRANSFORMS[transform](blocks, x, importance), blocks(x, importance), err_msg=str(format)
-    )
+    got = TRANSFORMS[transform](blocks, jnp.asarray(x.reshape(4, 4, 1536)), jnp.asarray(importance))
+    np.testing.assert_array_equal(got.reshape(16, -1), encode(format, x, importance))
