@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 
@@ -43,3 +44,24 @@ def f16_from_bytes(data: Array) -> Array:
     """uint8 [2, …, n], little endian → float32 […, n]."""
     low, high = data.astype(jnp.uint16)
     return lax.bitcast_convert_type(low | high << 8, jnp.float16).astype(jnp.float32)
+
+
+def joined_bits(fields: Array, bits: int, axis: int) -> Array:
+    """Fields of `bits` bits along an axis, uint8, side by side in one byte; the first is lowest.
+
+    A reduction, since that is a loop of its own: written as shifted slices, it is not vectorised.
+    """
+    shift = bits * jnp.arange(fields.shape[axis], dtype=jnp.uint8)
+    shift = shift.reshape([-1 if a == axis else 1 for a in range(fields.ndim)])
+    shifted = fields << jnp.broadcast_to(shift, fields.shape)
+    return lax.reduce(shifted, np.uint8(0), lax.bitwise_or, (axis,))
+
+
+def stacked_bytes(*parts: Array) -> Array:
+    """[k, n] each → [Σ k, n]. Writing parts in place vectorises; a fused concatenation asks at each byte."""
+    out = jnp.zeros((sum(map(len, parts)), parts[0].shape[-1]), jnp.uint8)
+    start = 0
+    for part in parts:
+        out = lax.dynamic_update_slice(out, part, (start, 0))
+        start += len(part)
+    return out

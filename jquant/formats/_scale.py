@@ -9,11 +9,8 @@ Arrays are [groups, 16, n] for weights and [groups, n] for scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -44,27 +41,33 @@ class GroupFit(NamedTuple):
     curvature: Array  # B: the error of another scale s is larger by B (s − scale)²
 
 
-def sums(*terms: Array) -> list[Array]:
-    """The sum of each term over the second-last axis. One reduction of all: one pass over what they share."""
-    zeros = tuple(np.float32(0) for _ in terms)
-    add = partial(jax.tree.map, jnp.add)
-    return list(lax.reduce(terms, zeros, add, (terms[0].ndim - 2,)))
+def total(x: Array) -> Array:
+    """The sum along the second-last axis, whose length is a power of two, by adding halves."""
+    while x.shape[-2] > 1:
+        half = x.shape[-2] // 2
+        x = x[..., :half, :] + x[..., half:, :]
+    return x[..., 0, :]
 
 
-def keep_largest(keys: Array, *values: Array) -> list[Array]:
-    """The largest key along the second-last axis, and the values beside it. Keys are not negative."""
+def totals(x: Array, y: Array) -> tuple[Array, Array]:
+    """Two sums along the second-last axis in one pass over what x and y are made of."""
+    zero = np.float32(0)
+    return lax.reduce((x, y), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (x.ndim - 2,))
 
-    def larger(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+
+def at_largest(keys: Array, values: Array, axis: int = -2) -> tuple[Array, Array]:
+    """The largest key along an axis, and the value beside it."""
+
+    def larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
         keep = a[0] >= b[0]
-        return tuple(jnp.where(keep, *pair) for pair in zip(a, b, strict=True))
+        return jnp.where(keep, a[0], b[0]), jnp.where(keep, a[1], b[1])
 
-    start = (np.float32(-1), *(np.float32(0) for _ in values))
-    return list(lax.reduce((keys, *values), start, larger, (keys.ndim - 2,)))
+    return lax.reduce((keys, values), (-np.float32(np.inf), np.float32(0)), larger, (axis % keys.ndim,))
 
 
 def inverse(s: Array) -> Array:
     """1 / s, and 0 where s is next to 0: a group without scale gets zero codes, never NaN."""
-    return jnp.where(jnp.abs(s) < SMALLEST, 0.0, 1 / s)
+    return 1 / jnp.where(jnp.abs(s) < SMALLEST, jnp.inf, s)
 
 
 def grouped(blocks: Array, importance: Array | None, limits: Limits) -> tuple[Array, Array | None]:
@@ -87,36 +90,35 @@ def weighted(w: Array | None, x: Array) -> Array:
     return x if w is None else w * x
 
 
-def weighed(x: Array, w: Array | None, q: Array) -> list[Array]:
+def weighed(x: Array, w: Array | None, q: Array) -> tuple[Array, Array]:
     """A = Σ w x q and B = Σ w q² of each group."""
     wq = weighted(w, q)
-    return sums(wq * x, wq * q)
+    return totals(wq * x, wq * q)
 
 
 def error(x: Array, w: Array | None, s: Array, limits: Limits) -> Array:
     """Σ w (x − s q)² of each group, with the best codes for s."""
     rest = x - s[:, None] * nearest_codes(x, s, limits)
-    return sums(weighted(w, rest * rest))[0]
+    return total(weighted(w, rest * rest))
 
 
 def heaviest(x: Array, w: Array | None) -> Array:
     """The weight of each group whose loss would cost most: the largest w x²."""
-    return keep_largest(weighted(w, x * x), x)[1]
+    return at_largest(weighted(w, x * x), x)[1]
 
 
-def fit_groups(
-    x: Array, w: Array | None, limits: Limits, candidate: Callable[[Array], Array], count: int
-) -> GroupFit:
-    """The best of `count` scales, each refitted to the codes that it gives. candidate(i): [groups, n]."""
+def fit_groups(x: Array, w: Array | None, trials: Array, limits: Limits) -> GroupFit:
+    """The best of the scales tried, [trial, groups, n], each refitted to the codes that it gives."""
 
-    def step(i: Array, best: GroupFit) -> GroupFit:
-        A, B = weighed(x, w, nearest_codes(x, candidate(i), limits))
+    def step(best: GroupFit, trial: Array) -> tuple[GroupFit, None]:
+        A, B = weighed(x, w, nearest_codes(x, trial, limits))
         scale = A * inverse(B)
         better = A * scale > best.gain
-        return GroupFit(*(jnp.where(better, *pair) for pair in zip((scale, A * scale, B), best, strict=True)))
+        fit = GroupFit(scale, A * scale, B)
+        return GroupFit(*(jnp.where(better, *pair) for pair in zip(fit, best, strict=True))), None
 
-    zero = jnp.zeros_like(x[:, 0])
-    return lax.fori_loop(0, count, step, GroupFit(candidate(jnp.int32(0)), zero, zero))
+    zero = jnp.zeros_like(trials[0])
+    return lax.scan(step, GroupFit(trials[0], zero, zero), trials)[0]
 
 
 def storable(d: Array) -> Array:
@@ -133,17 +135,12 @@ def nearest_sc(s: Array, d: Array, limits: Limits) -> Array:
 def refit(x: Array, w: Array | None, d: Array, sc: Array, limits: Limits) -> Array:
     """The best d for the codes that (d, sc) gives. Error is a parabola in d: the nearest float16 is best."""
     A, B = weighed(x, w, nearest_codes(x, d * sc, limits))
-    A, B = sums(A * sc, B * sc * sc)
+    A, B = totals(A * sc, B * sc * sc)
     return jnp.where(B < SMALLEST, d, storable(A * inverse(B)))
 
 
 def refine(x: Array, w: Array | None, d: Array, sc: Array, limits: Limits) -> Array:
     """The best of sc − 1, sc and sc + 1 for each group, by true error."""
-
-    def step(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        trial = jnp.clip(sc + (i - 1).astype(jnp.float32), limits.sc_min, limits.sc_max)
-        e = error(x, w, d * trial, limits)
-        better = e < best[0]
-        return jnp.where(better, e, best[0]), jnp.where(better, trial, best[1])
-
-    return lax.fori_loop(0, 3, step, (jnp.full_like(sc, jnp.inf), sc))[1]
+    trials = jnp.clip(jnp.stack([sc, sc - 1, sc + 1]), limits.sc_min, limits.sc_max)
+    errors = lax.map(lambda s: error(x, w, s, limits), d * trials)
+    return at_largest(-errors, trials, axis=0)[1]

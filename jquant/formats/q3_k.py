@@ -16,7 +16,7 @@ from jaxtyping import Float, Int8, UInt8
 
 from jquant.core import Format
 from jquant.formats import _scale
-from jquant.formats._blocks import f16_bytes, f16_from_bytes
+from jquant.formats._blocks import f16_bytes, f16_from_bytes, joined_bits, stacked_bytes
 
 LIMITS = _scale.Limits(q_min=-4, q_max=3, sc_min=-32, sc_max=31)
 Scales = tuple[Float[Array, "n"], Int8[Array, "16 n"]]  # d, sc
@@ -35,14 +35,11 @@ def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None)
     try scales at which it has no error at all.
     """
     x, w = _scale.grouped(blocks, importance, LIMITS)
-    _, largest = _scale.keep_largest(jnp.abs(x), x)
-    heaviest = _scale.heaviest(x, w)
-    at = jnp.asarray(LARGEST_AT + HEAVIEST_AT, jnp.float32)
-
-    def candidate(i: Array) -> Array:
-        return jnp.where(i < len(LARGEST_AT), largest, heaviest) / at[i]
-
-    group = _scale.fit_groups(x, w, LIMITS, candidate, at.size)
+    _, largest = _scale.at_largest(jnp.abs(x), x)
+    trials = largest / _column(LARGEST_AT)
+    if w is not None:
+        trials = jnp.concatenate([trials, _scale.heaviest(x, w) / _column(HEAVIEST_AT)])
+    group = _scale.fit_groups(x, w, trials, LIMITS)
     d = _fit_d(group)
     sc = _scale.nearest_sc(group.scale, d, LIMITS)
     d = _scale.refit(x, w, d, sc, LIMITS)
@@ -51,13 +48,17 @@ def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None)
 
 def _fit_d(group: _scale.GroupFit) -> Array:
     """d [n] such that Σ B (s − d sc)² is least over the groups, in closed form for each trial."""
-    at = jnp.asarray(LARGEST_SCALE_AT, jnp.float32)[:, None]
-    _, largest = _scale.keep_largest(jnp.abs(group.scale), group.scale)
-    d = largest / at  # [trial, n]
-    sc = _scale.nearest_sc(group.scale, d[:, None], LIMITS)  # [trial, 16, n]
+    _, largest = _scale.at_largest(jnp.abs(group.scale), group.scale)
+    d = largest / _column(LARGEST_SCALE_AT)  # [trial, 1, n]
+    sc = _scale.nearest_sc(group.scale, d, LIMITS)  # [trial, 16, n]
     A, B = _scale.weighed(group.scale, group.curvature, sc)  # [trial, n]
     d = A * _scale.inverse(B)
-    return _scale.storable(_scale.keep_largest(A * d, d)[1])
+    return _scale.storable(_scale.at_largest(A * d, d)[1])
+
+
+def _column(divisors: tuple[float, ...]) -> Array:
+    """As trials: [trial, 1, 1]."""
+    return jnp.asarray(divisors, jnp.float32)[:, None, None]
 
 
 def assign(
@@ -81,20 +82,12 @@ def pack(codes: Int8[Array, "256 n"], scales: Scales) -> UInt8[Array, "110 n"]:
     d, sc = scales
     n = codes.shape[-1]
     q = (codes - LIMITS.q_min).astype(jnp.uint8)
-    hmask = _joined((q >> 2).reshape(8, 32, n), 1)
-    qs = _joined((q & 3).reshape(2, 4, 32, n).swapaxes(0, 1), 2).reshape(64, n)
+    hmask = joined_bits((q >> 2).reshape(8, 32, n), 1, axis=0)
+    qs = joined_bits((q & 3).reshape(2, 4, 32, n), 2, axis=1).reshape(64, n)
     u = (sc - LIMITS.sc_min).astype(jnp.uint8)
-    low = _joined((u & 15).reshape(2, 8, n), 4)
-    high = _joined((u >> 4).reshape(4, 4, n), 2)
-    return jnp.concatenate([hmask, qs, low, high, f16_bytes(d)])
-
-
-def _joined(fields: Array, bits: int) -> Array:
-    """[k, …] fields of `bits` bits each → bytes […], the first field lowest."""
-    out = fields[0]
-    for i in range(1, len(fields)):
-        out = out | fields[i] << (bits * i)
-    return out
+    low = joined_bits((u & 15).reshape(2, 8, n), 4, axis=0)
+    high = joined_bits((u >> 4).reshape(4, 4, n), 2, axis=0)
+    return stacked_bytes(hmask, qs, low, high, f16_bytes(d))
 
 
 def unpack(data: UInt8[Array, "110 n"]) -> tuple[Int8[Array, "256 n"], Scales]:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int8, UInt8
 
 from jquant.core import Format
 from jquant.formats import _scale
-from jquant.formats._blocks import f16_bytes, f16_from_bytes
+from jquant.formats._blocks import f16_bytes, f16_from_bytes, joined_bits, stacked_bytes
 
 LIMITS = _scale.Limits(q_min=-32, q_max=31, sc_min=-128, sc_max=127)
 Scales = tuple[Float[Array, "n"], Int8[Array, "16 n"]]  # d, sc
@@ -31,34 +31,31 @@ def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None)
     """
     x, w = _scale.grouped(blocks, importance, LIMITS)
     heaviest = _scale.heaviest(x, w)
-    bound, largest = _scale.keep_largest(jnp.abs(x), x)
+    bound, largest = _scale.at_largest(jnp.abs(x), x)
     code = jnp.round(-LIMITS.q_min * jnp.abs(heaviest) * _scale.inverse(bound))
-    signed = -jnp.sign(largest) * jnp.abs(heaviest)  # the negative side has one code more
-
-    def candidate(i: Array) -> Array:
-        return signed / jnp.maximum(code - i.astype(jnp.float32), 1.0)
-
-    group = _scale.fit_groups(x, w, LIMITS, candidate, SCALES_TRIED)
-    d, sc = _fit_d(x, w, group)
+    code = jnp.maximum(code - _upto(SCALES_TRIED), 1.0)
+    trials = -jnp.sign(largest) * jnp.abs(heaviest) / code  # the negative side has one code more
+    group = _scale.fit_groups(x, w, trials, LIMITS)
+    d = _fit_d(x, w, group)
+    sc = _scale.nearest_sc(group.scale, d, LIMITS)
     d = _scale.refit(x, w, d, sc, LIMITS)
     return d, _scale.refine(x, w, d, sc, LIMITS).astype(jnp.int8)
 
 
-def _fit_d(x: Array, w: Array | None, group: _scale.GroupFit) -> tuple[Array, Array]:
-    """d [n] and sc [16, n], by true error: the anchor's scale is exactly −k d, for a few k near the limit."""
-    _, anchor = _scale.keep_largest(group.gain, group.scale)
+def _upto(count: int) -> Array:
+    """0, 1, … count − 1 as trials: [count, 1, 1]."""
+    return jnp.arange(count, dtype=jnp.float32)[:, None, None]
+
+
+def _fit_d(x: Array, w: Array | None, group: _scale.GroupFit) -> Array:
+    """d [n], by true error: the anchor's scale is exactly −k d, for a few k near the limit."""
+    _, anchor = _scale.at_largest(group.gain, group.scale)
     largest = jnp.max(jnp.abs(group.scale), axis=0)
-    k = jnp.floor((0.5 - LIMITS.sc_min - 1) * jnp.abs(anchor) * _scale.inverse(largest))
-
-    def step(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        d = _scale.storable(-anchor / jnp.maximum(k - i.astype(jnp.float32), 1.0))
-        sc = _scale.nearest_sc(group.scale, d, LIMITS)
-        (total,) = _scale.sums(_scale.error(x, w, d * sc, LIMITS))
-        better = total < best[0]
-        return tuple(jnp.where(better, *pair) for pair in zip((total, d, sc), best, strict=True))
-
-    start = (jnp.full_like(anchor, jnp.inf), anchor, group.scale)
-    return lax.fori_loop(0, D_TRIED, step, start)[1:]
+    k = jnp.floor((LIMITS.sc_max + 0.5) * jnp.abs(anchor) * _scale.inverse(largest))
+    d = _scale.storable(-anchor / jnp.maximum(k - _upto(D_TRIED), 1.0))  # [trial, 1, n]
+    trials = d * _scale.nearest_sc(group.scale, d, LIMITS)
+    errors = lax.map(lambda s: _scale.total(_scale.error(x, w, s, LIMITS)), trials)
+    return _scale.at_largest(-errors, d[:, 0])[1]
 
 
 def assign(
@@ -81,12 +78,11 @@ def reconstruct(codes: Int8[Array, "256 n"], scales: Scales) -> Float[Array, "25
 def pack(codes: Int8[Array, "256 n"], scales: Scales) -> UInt8[Array, "210 n"]:
     d, sc = scales
     n = codes.shape[-1]
-    q = (codes - LIMITS.q_min).astype(jnp.uint8).reshape(2, 4, 32, n)  # [half, quarter, l, n]
-    low, high = q & 15, q >> 4
-    ql = low[:, :2] | low[:, 2:] << 4
-    qh = high[:, 0] | high[:, 1] << 2 | high[:, 2] << 4 | high[:, 3] << 6
+    q = (codes - LIMITS.q_min).astype(jnp.uint8)
+    ql = joined_bits((q & 15).reshape(2, 2, 64, n), 4, axis=1)  # [half, low or high nibble, l, n]
+    qh = joined_bits((q >> 4).reshape(2, 4, 32, n), 2, axis=1)
     sc = lax.bitcast_convert_type(sc, jnp.uint8)
-    return jnp.concatenate([ql.reshape(128, n), qh.reshape(64, n), sc, f16_bytes(d)])
+    return stacked_bytes(ql.reshape(128, n), qh.reshape(64, n), sc, f16_bytes(d))
 
 
 def unpack(data: UInt8[Array, "210 n"]) -> tuple[Int8[Array, "256 n"], Scales]:
