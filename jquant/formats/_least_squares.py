@@ -19,6 +19,7 @@ from jquant.formats._blocks import exact_div, f16_round, inverse
 
 REFITS = 3
 _MAX_F16 = 65504.0
+_REACH = 1e7  # beyond the largest weight that any of these types can hold; larger ones are clipped to it
 
 
 def _sum(terms: Array) -> Array:
@@ -43,42 +44,43 @@ def _storable(x: Array) -> Array:
 def search_scale(blocks: Array, importance: Array, low: int, high: int) -> Array:
     """d [n], a float16 value, for x̂ = d q with q in [low, high].
 
-    The codes of a scale give S1 = Σ w x q and S2 = Σ w q². The error of a scale s with these codes is
-    Σ w x² − s (2 S1 − s S2): least at s = S1 / S2, where what it saves, the gain, is S1² / S2.
+    Let q be the codes of a scale s, and r = x − s q. Then s' = s + Σ w r q / Σ w q² is the least-squares
+    scale for these codes, and Σ w (x − s' q)² = Σ w r² − (Σ w r q)² / Σ w q². Sums of r rather than of x
+    keep float32 accurate where the error is a small part of x, as with 8 bits.
     """
+    blocks = jnp.clip(blocks, -_REACH, _REACH)
     largest, smallest = jnp.max(blocks, axis=0), jnp.min(blocks, axis=0)
     peak = jnp.where(largest > -smallest, largest, smallest)
     x = blocks * inverse(peak)[None]  # the weight of largest magnitude is 1
     w = _relative(importance)
 
-    def moments(factor: Array) -> tuple[Array, Array]:
-        q = jnp.clip(jnp.round(x * factor[None]), low, high)
-        return _sum(w * q * x), _sum(w * q * q)
+    def codes(scale: Array) -> Array:
+        return jnp.clip(jnp.round(x * _ratio(jnp.ones_like(scale), scale)[None]), low, high)
+
+    def error(scale: Array) -> Array:
+        return _sum(w * (x - scale[None] * codes(scale)) ** 2)
 
     # The weight of largest magnitude becomes code `low` or `high`, or less, or a little more and is clipped.
-    ladder = low * np.linspace(0.87, 1.11, 13)
+    ladder = 1 / (low * np.linspace(0.87, 1.11, 13))
     if -low != high:
-        ladder = np.concatenate([ladder, high * np.linspace(0.90, 1.10, 11)])
+        ladder = np.concatenate([ladder, 1 / (high * np.linspace(0.90, 1.10, 11))])
     steps = jnp.asarray(ladder, jnp.float32)
 
     def climb(k: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        """best: the gain of the best codes so far, and the factor 1/s of their least-squares scale."""
-        gain, factor = best
-        s1, s2 = moments(jnp.where(k < len(steps), steps[jnp.minimum(k, len(steps) - 1)], factor))
-        gained = s1 * _ratio(s1, s2)
-        better = gained > gain
-        return jnp.where(better, gained, gain), jnp.where(better, _ratio(s2, s1), factor)
+        """best: the least error so far, and the least-squares scale that has it."""
+        least, scale = best
+        trial = jnp.where(k < len(steps), steps[jnp.minimum(k, len(steps) - 1)], scale)
+        q = codes(trial)
+        r = x - trial[None] * q
+        rq, qq = _sum(w * r * q), _sum(w * q * q)
+        shift = _ratio(rq, qq)
+        found = _sum(w * r * r) - shift * rq
+        return jnp.where(found < least, found, least), jnp.where(found < least, trial + shift, scale)
 
-    zero = jnp.zeros(peak.shape)
-    _, factor = lax.fori_loop(0, len(steps) + REFITS, climb, (zero, zero))
-
-    def stored_gain(d: Array) -> Array:
-        scale = d * inverse(peak)
-        s1, s2 = moments(_ratio(jnp.ones_like(scale), scale))
-        return scale * (2 * s1 - scale * s2)
-
-    d, plain = _storable(_ratio(peak, factor)), _storable(exact_div(peak, float(low)))
-    return jnp.where(stored_gain(plain) > stored_gain(d), plain, d)
+    start = jnp.full(peak.shape, 1.0 / low, jnp.float32)
+    _, scale = lax.fori_loop(0, len(steps) + REFITS, climb, (jnp.full(peak.shape, jnp.inf), start))
+    d, plain = _storable(scale * peak), _storable(exact_div(peak, float(low)))
+    return jnp.where(error(plain * inverse(peak)) < error(d * inverse(peak)), plain, d)
 
 
 def search_affine(blocks: Array, importance: Array, levels: int) -> tuple[Array, Array]:
@@ -88,6 +90,7 @@ def search_affine(blocks: Array, importance: Array, levels: int) -> tuple[Array,
     (q, x) has slope d = C / V and m = (Sx − d Sq) / S, where C = S Sxq − Sx Sq and V = S Sqq − Sq².
     Compared with the best constant it lowers the error by C² / V / S: the gain, up to 1 / S.
     """
+    blocks = jnp.clip(blocks, -_REACH, _REACH)
     smallest = jnp.min(blocks, axis=0)
     spread = jnp.max(blocks, axis=0) - smallest
     x = (blocks - smallest[None]) * inverse(spread)[None]  # in [0, 1]

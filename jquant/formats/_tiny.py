@@ -16,7 +16,7 @@ LEAST = 2.0**-80  # of larger blocks, the scale, its inverse and all products ar
 
 
 def magnify(x: Array, tiny: Array) -> tuple[Array, Array]:
-    """(x · unit, unit), where unit is MAGNIFIER where `tiny` [n] and 1 elsewhere. x is [n] or [weights, n]."""
+    """(x · unit, unit) for x [n] or [weights, n]: unit is MAGNIFIER where `tiny` [n] and 1 elsewhere."""
     unit = jnp.where(tiny, MAGNIFIER, 1.0).astype(jnp.float32)
     bits = lax.bitcast_convert_type(x, jnp.int32)
     size = bits & 0x7FFFFFFF

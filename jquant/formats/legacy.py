@@ -62,7 +62,7 @@ def _float(bits: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-# C compares floats; here their bits are compared as integers, for XLA's CPU backend takes subnormals for zeros.
+# C compares floats; we compare their bits as integers, for XLA takes subnormals for zeros on a CPU.
 
 
 def _starts_negative(blocks: Blocks, among: Array) -> Array:
@@ -149,7 +149,7 @@ def _stored(d: Array) -> Scale:
 
 
 def _codes(rule: Callable[..., Codes], inverse: Array, *arrays: Array) -> Codes:
-    """rule(factor [1, n], *arrays), with the arrays of tiny blocks magnified; 0 where 1/d is infinite, as in C."""
+    """rule(factor [1, n], *arrays), tiny blocks magnified; 0 where 1/d is infinite, as in C."""
     tiny = jnp.abs(inverse) > 1 / LEAST
 
     def careful() -> Codes:
