@@ -197,9 +197,13 @@ def quantize(
         raise ValueError(f"{format.name} needs importance: pass the layer's imatrix, one value a column.")
     if importance is not None:
         try:
-            np.broadcast_shapes(importance.shape, x.shape)
+            fits = np.broadcast_shapes(importance.shape, x.shape) == x.shape
         except ValueError:
-            raise ValueError(f"importance of shape {importance.shape} does not fit {x.shape}.") from None
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"importance of shape {importance.shape} does not fit {x.shape}; pass one value a column."
+            )
     return QuantizedTensor({"blocks": _encode(x, importance, format)}, format)
 
 

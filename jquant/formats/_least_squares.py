@@ -77,8 +77,8 @@ def search_scale(blocks: Array, importance: Array, low: int, high: int) -> Array
         found = _sum(w * r * r) - shift * rq
         return jnp.where(found < least, found, least), jnp.where(found < least, trial + shift, scale)
 
-    start = jnp.full(peak.shape, 1.0 / low, jnp.float32)
-    _, scale = lax.fori_loop(0, len(steps) + REFITS, climb, (jnp.full(peak.shape, jnp.inf), start))
+    start = (jnp.full_like(peak, jnp.inf), jnp.full_like(peak, 1 / low))
+    _, scale = lax.fori_loop(0, len(steps) + REFITS, climb, start)
     d, plain = _storable(scale * peak), _storable(exact_div(peak, float(low)))
     return jnp.where(error(plain * inverse(peak)) < error(d * inverse(peak)), plain, d)
 
@@ -118,7 +118,7 @@ def search_affine(blocks: Array, importance: Array, levels: int) -> tuple[Array,
             jnp.where(better, (sx - slope * sq) / s, shift),
         )
 
-    zero = jnp.zeros(spread.shape)
+    zero = jnp.zeros_like(spread)
     _, factor, shift = lax.fori_loop(0, len(steps) + REFITS, climb, (zero, zero, zero))
 
     # As the file will hold it: m rounded to float16 first, then the best d for that m and its codes.
