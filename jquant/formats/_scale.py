@@ -21,7 +21,8 @@ GROUP = 16  # weights that share an integer scale
 F16_MAX = 65504.0
 F16_TINY = 2.0**-24  # the smallest positive float16: a smaller d would erase its superblock
 SMALLEST = 1e-37  # its inverse is finite
-LEAST_IMPORTANCE = 1e-25
+LEAST_IMPORTANCE = 2.0**-60
+TIE = 1 + 2.0**-21  # gains nearer than float32 can tell: the first trial wins, in each group alike
 
 
 class Limits(NamedTuple):
@@ -71,14 +72,18 @@ def inverse(s: Array) -> Array:
 
 
 def grouped(blocks: Array, importance: Array | None, limits: Limits) -> tuple[Array, Array | None]:
-    """[256, n] → [16, 16, n], with weights inside what d can reach and no importance of 0.
+    """[256, n] → [16, 16, n]: weights that d can reach; importance relative to the superblock's largest.
 
-    So squares stay finite, and weights that do not matter are still rounded to something near them.
+    So squares stay finite and the size of importance does not matter. None is 0, for then even a weight
+    that does not matter is rounded to something near it.
     """
     reach = -F16_MAX * limits.sc_min * -limits.q_min
-    x, w = jnp.clip(blocks, -reach, reach), importance
     shape = (-1, GROUP, blocks.shape[-1])
-    return x.reshape(shape), None if w is None else jnp.maximum(w, LEAST_IMPORTANCE).reshape(shape)
+    x = jnp.clip(blocks, -reach, reach).reshape(shape)
+    if importance is None:
+        return x, None
+    w = importance * inverse(jnp.max(importance, axis=0, keepdims=True))
+    return x, jnp.maximum(w, LEAST_IMPORTANCE).reshape(shape)
 
 
 def nearest_codes(x: Array, s: Array, limits: Limits) -> Array:
@@ -113,7 +118,7 @@ def fit_groups(x: Array, w: Array | None, trials: Array, limits: Limits) -> Grou
     def step(best: GroupFit, trial: Array) -> tuple[GroupFit, None]:
         A, B = weighed(x, w, nearest_codes(x, trial, limits))
         scale = A * inverse(B)
-        better = A * scale > best.gain
+        better = A * scale > TIE * best.gain
         fit = GroupFit(scale, A * scale, B)
         return GroupFit(*(jnp.where(better, *pair) for pair in zip(fit, best, strict=True))), None
 
@@ -134,7 +139,7 @@ def nearest_sc(s: Array, d: Array, limits: Limits) -> Array:
 
 def refit(x: Array, w: Array | None, d: Array, sc: Array, limits: Limits) -> Array:
     """The best d for the codes that (d, sc) gives. Error is a parabola in d: the nearest float16 is best."""
-    A, B = weighed(x, w, nearest_codes(x, d * sc, limits))
+    A, B = weighed(x, w, nearest_codes(x, d[None] * sc, limits))
     A, B = totals(A * sc, B * sc * sc)
     return jnp.where(B < SMALLEST, d, storable(A * inverse(B)))
 
@@ -142,5 +147,5 @@ def refit(x: Array, w: Array | None, d: Array, sc: Array, limits: Limits) -> Arr
 def refine(x: Array, w: Array | None, d: Array, sc: Array, limits: Limits) -> Array:
     """The best of sc − 1, sc and sc + 1 for each group, by true error."""
     trials = jnp.clip(jnp.stack([sc, sc - 1, sc + 1]), limits.sc_min, limits.sc_max)
-    errors = lax.map(lambda s: error(x, w, s, limits), d * trials)
+    errors = lax.map(lambda s: error(x, w, s, limits), d[None, None] * trials)
     return at_largest(-errors, trials, axis=0)[1]

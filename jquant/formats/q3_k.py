@@ -19,11 +19,11 @@ from jquant.formats import _scale
 from jquant.formats._blocks import f16_bytes, f16_from_bytes, joined_bits, stacked_bytes
 
 LIMITS = _scale.Limits(q_min=-4, q_max=3, sc_min=-32, sc_max=31)
-Scales = tuple[Float[Array, "n"], Int8[Array, "16 n"]]  # d, sc
+Scales = tuple[Float[Array, " n"], Int8[Array, "16 n"]]  # d, sc
 
 # Scales tried for a group: its largest weight divided by LARGEST_AT, then its heaviest by HEAVIEST_AT.
 LARGEST_AT = (*np.linspace(-5, -2.2, 8), *np.linspace(2.2, 4.7, 8))
-HEAVIEST_AT = (-4, -3, -2, -1, 1, 2, 3)
+HEAVIEST_AT = (-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0)
 # d tried for a superblock: its largest scale divided by these.
 LARGEST_SCALE_AT = (*np.linspace(-35, -27, 16), *np.linspace(27, 35, 16))
 
@@ -36,24 +36,31 @@ def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None)
     """
     x, w = _scale.grouped(blocks, importance, LIMITS)
     _, largest = _scale.at_largest(jnp.abs(x), x)
-    trials = largest / _column(LARGEST_AT)
+    trials = largest[None] / _column(LARGEST_AT)
     if w is not None:
-        trials = jnp.concatenate([trials, _scale.heaviest(x, w) / _column(HEAVIEST_AT)])
+        trials = jnp.concatenate([trials, _scale.heaviest(x, w)[None] / _column(HEAVIEST_AT)])
     group = _scale.fit_groups(x, w, trials, LIMITS)
-    d = _fit_d(group)
-    sc = _scale.nearest_sc(group.scale, d, LIMITS)
+    d = _fit_d(group, w is not None)
+    sc = _scale.nearest_sc(group.scale, d[None], LIMITS)
     d = _scale.refit(x, w, d, sc, LIMITS)
     return d, _scale.refine(x, w, d, sc, LIMITS).astype(jnp.int8)
 
 
-def _fit_d(group: _scale.GroupFit) -> Array:
-    """d [n] such that Σ B (s − d sc)² is least over the groups, in closed form for each trial."""
-    _, largest = _scale.at_largest(jnp.abs(group.scale), group.scale)
-    d = largest / _column(LARGEST_SCALE_AT)  # [trial, 1, n]
-    sc = _scale.nearest_sc(group.scale, d, LIMITS)  # [trial, 16, n]
-    A, B = _scale.weighed(group.scale, group.curvature, sc)  # [trial, n]
-    d = A * _scale.inverse(B)
-    return _scale.storable(_scale.at_largest(A * d, d)[1])
+def _fit_d(group: _scale.GroupFit, anchored: bool) -> Array:
+    """d [n] such that Σ B (s − d sc)² is least over the groups, each trial with its best d."""
+    scale, curvature = group.scale[None], group.curvature[None]
+    bound, largest = _scale.at_largest(jnp.abs(group.scale), group.scale)
+    d = largest[None, None] / _column(LARGEST_SCALE_AT)  # [trial, 1, n]
+    if anchored:  # the group with most to lose has an exact scale
+        _, anchor = _scale.at_largest(group.gain, group.scale)
+        k = jnp.floor(32.5 * jnp.abs(anchor) * _scale.inverse(bound))
+        k = jnp.maximum(k[None, None] - jnp.arange(8, dtype=jnp.float32)[:, None, None], 1.0)
+        d = jnp.concatenate([d, anchor[None, None] / k, -anchor[None, None] / k])
+    sc = _scale.nearest_sc(scale, d, LIMITS)  # [trial, 16, n]
+    A, B = _scale.weighed(scale, curvature, sc)  # [trial, n]
+    d = _scale.storable(A * _scale.inverse(B))
+    rest = scale - d[:, None] * sc
+    return _scale.at_largest(-_scale.total(curvature * rest * rest), d)[1]
 
 
 def _column(divisors: tuple[float, ...]) -> Array:
@@ -67,7 +74,7 @@ def assign(
     """Rounding to nearest is optimal for given scales, whatever the importance."""
     d, sc = scales
     x, _ = _scale.grouped(blocks, None, LIMITS)
-    q = _scale.nearest_codes(x, d * sc.astype(jnp.float32), LIMITS)
+    q = _scale.nearest_codes(x, d[None] * sc.astype(jnp.float32), LIMITS)
     return q.astype(jnp.int8).reshape(blocks.shape)
 
 
@@ -75,7 +82,7 @@ def reconstruct(codes: Int8[Array, "256 n"], scales: Scales) -> Float[Array, "25
     """d · sc · q, which has at most 24 significant bits: no rounding, in any order."""
     d, sc = scales
     q = codes.astype(jnp.float32).reshape(-1, _scale.GROUP, codes.shape[-1])
-    return ((d * sc.astype(jnp.float32))[:, None] * q).reshape(codes.shape)
+    return ((d[None] * sc.astype(jnp.float32))[:, None] * q).reshape(codes.shape)
 
 
 def pack(codes: Int8[Array, "256 n"], scales: Scales) -> UInt8[Array, "110 n"]:

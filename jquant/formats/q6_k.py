@@ -17,7 +17,7 @@ from jquant.formats import _scale
 from jquant.formats._blocks import f16_bytes, f16_from_bytes, joined_bits, stacked_bytes
 
 LIMITS = _scale.Limits(q_min=-32, q_max=31, sc_min=-128, sc_max=127)
-Scales = tuple[Float[Array, "n"], Int8[Array, "16 n"]]  # d, sc
+Scales = tuple[Float[Array, " n"], Int8[Array, "16 n"]]  # d, sc
 SCALES_TRIED = 16  # for each group
 D_TRIED = 6  # for each superblock
 
@@ -33,11 +33,11 @@ def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None)
     heaviest = _scale.heaviest(x, w)
     bound, largest = _scale.at_largest(jnp.abs(x), x)
     code = jnp.round(-LIMITS.q_min * jnp.abs(heaviest) * _scale.inverse(bound))
-    code = jnp.maximum(code - _upto(SCALES_TRIED), 1.0)
-    trials = -jnp.sign(largest) * jnp.abs(heaviest) / code  # the negative side has one code more
+    code = jnp.maximum(code[None] - _upto(SCALES_TRIED), 1.0)
+    trials = (-jnp.sign(largest) * jnp.abs(heaviest))[None] / code  # the negative side has one code more
     group = _scale.fit_groups(x, w, trials, LIMITS)
     d = _fit_d(x, w, group)
-    sc = _scale.nearest_sc(group.scale, d, LIMITS)
+    sc = _scale.nearest_sc(group.scale, d[None], LIMITS)
     d = _scale.refit(x, w, d, sc, LIMITS)
     return d, _scale.refine(x, w, d, sc, LIMITS).astype(jnp.int8)
 
@@ -51,9 +51,11 @@ def _fit_d(x: Array, w: Array | None, group: _scale.GroupFit) -> Array:
     """d [n], by true error: the anchor's scale is exactly −k d, for a few k near the limit."""
     _, anchor = _scale.at_largest(group.gain, group.scale)
     largest = jnp.max(jnp.abs(group.scale), axis=0)
-    k = jnp.floor((LIMITS.sc_max + 0.5) * jnp.abs(anchor) * _scale.inverse(largest))
-    d = _scale.storable(-anchor / jnp.maximum(k - _upto(D_TRIED), 1.0))  # [trial, 1, n]
-    trials = d * _scale.nearest_sc(group.scale, d, LIMITS)
+    k = jnp.floor((0.5 - LIMITS.sc_min) * jnp.abs(anchor) * _scale.inverse(largest))
+    d = _scale.storable(
+        -anchor[None, None] / jnp.maximum(k[None, None] - _upto(D_TRIED), 1.0)
+    )  # [trial, 1, n]
+    trials = d * _scale.nearest_sc(group.scale[None], d, LIMITS)
     errors = lax.map(lambda s: _scale.total(_scale.error(x, w, s, LIMITS)), trials)
     return _scale.at_largest(-errors, d[:, 0])[1]
 
@@ -64,7 +66,7 @@ def assign(
     """Rounding to nearest is optimal for given scales, whatever the importance."""
     d, sc = scales
     x, _ = _scale.grouped(blocks, None, LIMITS)
-    q = _scale.nearest_codes(x, d * sc.astype(jnp.float32), LIMITS)
+    q = _scale.nearest_codes(x, d[None] * sc.astype(jnp.float32), LIMITS)
     return q.astype(jnp.int8).reshape(blocks.shape)
 
 
@@ -72,7 +74,7 @@ def reconstruct(codes: Int8[Array, "256 n"], scales: Scales) -> Float[Array, "25
     """d · sc · q, which has at most 24 significant bits: no rounding, in any order."""
     d, sc = scales
     q = codes.astype(jnp.float32).reshape(-1, _scale.GROUP, codes.shape[-1])
-    return ((d * sc.astype(jnp.float32))[:, None] * q).reshape(codes.shape)
+    return ((d[None] * sc.astype(jnp.float32))[:, None] * q).reshape(codes.shape)
 
 
 def pack(codes: Int8[Array, "256 n"], scales: Scales) -> UInt8[Array, "210 n"]:
