@@ -41,12 +41,13 @@ def _storable(x: Array) -> Array:
     return f16_round(jnp.clip(x, -_MAX_F16, _MAX_F16))
 
 
-def search_scale(blocks: Array, importance: Array, low: int, high: int) -> Array:
+def search_scale(blocks: Array, importance: Array, low: int, high: int, ladder: np.ndarray) -> Array:
     """d [n], a float16 value, for x̂ = d q with q in [low, high].
 
-    Let q be the codes of a scale s, and r = x − s q. Then s' = s + Σ w r q / Σ w q² is the least-squares
-    scale for these codes, and Σ w (x − s' q)² = Σ w r² − (Σ w r q)² / Σ w q². Sums of r rather than of x
-    keep float32 accurate where the error is a small part of x, as with 8 bits.
+    The codes of a scale give S1 = Σ w x q and S2 = Σ w q². The error of a scale s with these codes is
+    Σ w x² − s (2 S1 − s S2): least at s = S1 / S2, where what it saves, the gain, is S1² / S2.
+
+    ladder: what code the weight of largest magnitude is tried as; beyond low and high it is clipped.
     """
     blocks = jnp.clip(blocks, -_REACH, _REACH)
     largest, smallest = jnp.max(blocks, axis=0), jnp.min(blocks, axis=0)
@@ -54,33 +55,28 @@ def search_scale(blocks: Array, importance: Array, low: int, high: int) -> Array
     x = blocks * inverse(peak)[None]  # the weight of largest magnitude is 1
     w = _relative(importance)
 
-    def codes(scale: Array) -> Array:
-        return jnp.clip(jnp.round(x * _ratio(jnp.ones_like(scale), scale)[None]), low, high)
+    def codes(factor: Array) -> Array:
+        return jnp.clip(jnp.round(x * factor[None]), low, high)
 
-    def error(scale: Array) -> Array:
-        return _sum(w * (x - scale[None] * codes(scale)) ** 2)
-
-    # The weight of largest magnitude becomes code `low` or `high`, or less, or a little more and is clipped.
-    ladder = 1 / (low * np.linspace(0.87, 1.11, 13))
-    if -low != high:
-        ladder = np.concatenate([ladder, 1 / (high * np.linspace(0.90, 1.10, 11))])
-    steps = jnp.asarray(ladder, jnp.float32)
+    factors = jnp.asarray(ladder, jnp.float32)
 
     def climb(k: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        """best: the least error so far, and the least-squares scale that has it."""
-        least, scale = best
-        trial = jnp.where(k < len(steps), steps[jnp.minimum(k, len(steps) - 1)], scale)
-        q = codes(trial)
-        r = x - trial[None] * q
-        rq, qq = _sum(w * r * q), _sum(w * q * q)
-        shift = _ratio(rq, qq)
-        found = _sum(w * r * r) - shift * rq
-        return jnp.where(found < least, found, least), jnp.where(found < least, trial + shift, scale)
+        """best: the largest gain so far, and the inverse of the least-squares scale that has it."""
+        gain, factor = best
+        q = codes(jnp.where(k < len(ladder), factors[jnp.minimum(k, len(ladder) - 1)], factor))
+        s1, s2 = _sum(w * q * x), _sum(w * q * q)
+        found = s1 * _ratio(s1, s2)
+        return jnp.maximum(found, gain), jnp.where(found > gain, _ratio(s2, s1), factor)
 
-    start = (jnp.full_like(peak, jnp.inf), jnp.full_like(peak, 1 / low))
-    _, scale = lax.fori_loop(0, len(steps) + REFITS, climb, start)
-    d, plain = _storable(scale * peak), _storable(exact_div(peak, float(low)))
-    return jnp.where(error(plain * inverse(peak)) < error(d * inverse(peak)), plain, d)
+    start = (jnp.zeros_like(peak), jnp.full_like(peak, low))
+    _, factor = lax.fori_loop(0, len(ladder) + REFITS, climb, start)
+
+    def error(d: Array) -> Array:
+        scale = d * inverse(peak)
+        return _sum(w * (x - scale[None] * codes(inverse(scale))) ** 2)
+
+    d, plain = _storable(_ratio(peak, factor)), _storable(exact_div(peak, float(low)))
+    return jnp.where(error(plain) < error(d), plain, d)
 
 
 def search_affine(blocks: Array, importance: Array, levels: int) -> tuple[Array, Array]:
@@ -100,14 +96,17 @@ def search_affine(blocks: Array, importance: Array, levels: int) -> tuple[Array,
     def codes(factor: Array, shift: Array) -> Array:
         return jnp.clip(jnp.round((x - shift[None]) * factor[None]), 0, levels)
 
-    steps = jnp.asarray(np.linspace(levels - 1, levels + 1, 17), jnp.float32)
+    # Tried first: lines that clip a part of the range, or leave some levels unused, at either end or at both.
+    stretch = np.tile(np.linspace(0.9, 1.3, 8), 3)
+    clipped_below = np.repeat([0.0, 0.5, 1.0], 8)
+    factors = jnp.asarray(levels * stretch, jnp.float32)
+    shifts = jnp.asarray(clipped_below * (1 - 1 / stretch), jnp.float32)
 
     def climb(k: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         """best: the gain of the best codes so far, and 1/d and m of their least-squares line."""
         gain, factor, shift = best
-        first = k < len(steps)
-        step = steps[jnp.minimum(k, len(steps) - 1)]
-        q = codes(jnp.where(first, step, factor), jnp.where(first, 0.0, shift))
+        first, step = k < len(factors), jnp.minimum(k, len(factors) - 1)
+        q = codes(jnp.where(first, factors[step], factor), jnp.where(first, shifts[step], shift))
         sq, sqq, sxq = _sum(w * q), _sum(w * q * q), _sum(w * q * x)
         c, v = s * sxq - sx * sq, s * sqq - sq * sq
         slope = _ratio(c, v)
@@ -119,7 +118,7 @@ def search_affine(blocks: Array, importance: Array, levels: int) -> tuple[Array,
         )
 
     zero = jnp.zeros_like(spread)
-    _, factor, shift = lax.fori_loop(0, len(steps) + REFITS, climb, (zero, zero, zero))
+    _, factor, shift = lax.fori_loop(0, len(factors) + REFITS, climb, (zero, zero, zero))
 
     # As the file will hold it: m rounded to float16 first, then the best d for that m and its codes.
     m = _storable(smallest + shift * spread)

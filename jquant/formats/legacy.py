@@ -22,6 +22,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Integer, UInt8
 
@@ -104,7 +105,9 @@ def fit_symmetric(blocks: Blocks, importance: Blocks | None, levels: int) -> Sca
     importance: see `_least_squares.search_scale`.
     """
     if importance is not None:
-        return _stored(search_scale(blocks, importance, -levels, levels - 1))
+        ratios = np.linspace(0.78, 1.35, 8)
+        ladder = np.concatenate([-levels * ratios, (levels - 1) * ratios])
+        return _stored(search_scale(blocks, importance, -levels, levels - 1, ladder))
     peak = _peak(blocks)
     peak, unit = magnify(peak, jnp.abs(peak) < LEAST)
     return _scale(peak / -levels, unit)
@@ -116,7 +119,7 @@ def fit_q8_0(blocks: Blocks, importance: Blocks | None) -> Scale:
     importance: see `_least_squares.search_scale`. ggml ignores it.
     """
     if importance is not None:
-        return _stored(search_scale(blocks, importance, -127, 127))
+        return _stored(search_scale(blocks, importance, -127, 127, 127 * np.linspace(0.9, 1.01, 13)))
     size = _float(jnp.max(_bits(blocks) & 0x7FFFFFFF, axis=0))
     size, unit = magnify(size, size < LEAST)
     return _scale(exact_div(size, 127.0), unit)
