@@ -217,19 +217,21 @@ def dequantize(q: QuantizedTensor) -> Float[Array, "*rows cols"]:
 MetadataValue = str | bool | np.generic | np.ndarray | list[str]
 Metadata = Mapping[str, MetadataValue]
 
-# Types that safetensors has and GGUF has not: (weights, bytes) of a block.
-_ONLY_SAFETENSORS = {"F8_E4M3": (1, 1), "F8_E5M2": (1, 1), "F8_E8M0": (1, 1), "BOOL": (1, 1)}
-_ONLY_SAFETENSORS |= {"U8": (1, 1), "U16": (1, 2), "U32": (1, 4), "U64": (1, 8)}
+# ggml's types: name → number in a GGUF header. gguf-py lags behind llama.cpp for the newest one.
+GGML_TYPES = {t.name: t.value for t in gguf.GGMLQuantizationType} | {"Q2_0": 42}
+# Weights and bytes of one block of each stored type.
+_BLOCKS: dict[str, tuple[int, int]] = {t.name: size for t, size in gguf.GGML_QUANT_SIZES.items()}
+_BLOCKS |= {"Q2_0": (64, 18)}
+_ONLY_SAFETENSORS = {"BOOL": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8}
+_ONLY_SAFETENSORS |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+_BLOCKS |= {name: (1, size) for name, size in _ONLY_SAFETENSORS.items()}
 
 
 def block_and_bytes(type: str) -> tuple[int, int]:
     """Weights and bytes of one block of a stored type, as the file formats define them."""
-    if type in _ONLY_SAFETENSORS:
-        return _ONLY_SAFETENSORS[type]
-    try:
-        return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type]]
-    except KeyError:
-        raise UserError(f"unknown tensor type {type!r}; upgrade the gguf package if it is new.") from None
+    if type not in _BLOCKS:
+        raise UserError(f"unknown tensor type {type!r}; upgrade the gguf package if it is new.")
+    return _BLOCKS[type]
 
 
 @dataclass(frozen=True)

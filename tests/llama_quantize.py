@@ -15,10 +15,10 @@ import gguf
 import llama_cpp
 import numpy as np
 
-from jquant.core import Metadata, TensorSpec
+from jquant.core import GGML_TYPES, Metadata, TensorSpec
 
 _LINE = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- .*? type = +(\S+), size = .*? MiB(?: -> .*?MiB \((\S+)\))?\n")
-_TYPE_NAMES = {t.name.lower(): t.name for t in gguf.GGMLQuantizationType}
+_TYPE_NAMES = {name.lower(): name for name in GGML_TYPES}
 _log: list[str] = []
 
 

@@ -16,12 +16,12 @@ from jquant.core import TensorSpec, UserError, block_and_bytes
 from jquant.formats import FORMATS
 from jquant.plan import Entry, Plan, check_encodable, plan
 from jquant.plan.file_types import ALIASES, FILE_TYPES, file_type
-from jquant.plan.rules import TENSOR_TYPES, Rule, parse_rule, parse_rules_file
+from jquant.plan.rules import Rule, parse_rule, parse_rules_file
 
 # llama.cpp's quantizer refuses NVFP4 files, and Q1_0 where a row is no multiple of 128: we plan both.
 REFUSED_BY_LLAMA_CPP = {"NVFP4"}
-UNKNOWN_TO_GGUF = {kind.name for kind in FILE_TYPES.values() if kind.base not in TENSOR_TYPES}
-COMPARED = [k for k in FILE_TYPES.values() if k.name not in REFUSED_BY_LLAMA_CPP | UNKNOWN_TO_GGUF]
+UNKNOWN_TO_GGUF_PY = {"Q2_0"}
+COMPARED = [k for k in FILE_TYPES.values() if k.name not in REFUSED_BY_LLAMA_CPP]
 SOME_IMPORTANCE = {"any": np.ones(1, np.float32)}
 
 
@@ -127,7 +127,7 @@ def test_a_real_model_gets_the_types_that_llama_cpp_gives():
 
 def test_file_types_have_the_numbers_and_base_types_of_the_gguf_package():
     for kind in FILE_TYPES.values():
-        if kind.name not in UNKNOWN_TO_GGUF:
+        if kind.name not in UNKNOWN_TO_GGUF_PY:
             name = "ALL_F32" if kind.name == "F32" else f"MOSTLY_{kind.name}"
             assert gguf.LlamaFileType[name] == kind.number
     known = {t.name.removeprefix("MOSTLY_").removeprefix("ALL_") for t in gguf.LlamaFileType}
@@ -361,12 +361,6 @@ def test_the_sizes_in_the_descriptions_are_those_of_llama_3_8b():
         model.specs[name] = TensorSpec(name, (128256, 4096), "F16")
     for kind in FILE_TYPES.values():
         claimed = re.search(r"([\d.]+) bpw", kind.about)
-        if claimed and kind.name not in UNKNOWN_TO_GGUF:
+        if claimed:
             bpw = plan(*model, kind.name, has_imatrix=True).bpw
             assert float(claimed[1]) == pytest.approx(bpw, abs=0.06), kind.name
-
-
-def test_a_file_type_that_the_gguf_package_does_not_know_says_so():
-    for name in UNKNOWN_TO_GGUF:
-        with pytest.raises(UserError, match="upgrade the gguf package"):
-            ours(dense(2), name)

@@ -21,10 +21,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
 import numpy as np
 
-from jquant.core import MetadataValue, TensorSpec, UserError, block_and_bytes
+from jquant.core import GGML_TYPES, MetadataValue, TensorSpec, UserError, block_and_bytes
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -45,7 +44,7 @@ _DTYPES = {
     12: np.dtype("<f8"),
 }
 _VALUE_TYPES = {dtype: code for code, dtype in _DTYPES.items()}
-_TYPE_NAMES = {t.value: t.name for t in gguf.GGMLQuantizationType}
+_TYPE_NAMES = {number: name for name, number in GGML_TYPES.items()}
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 # A copied file must keep strings that are not UTF-8, such as halves of characters in old vocabularies.
@@ -281,14 +280,14 @@ def tensor_info_bytes(spec: TensorSpec) -> int:
 
 
 def _tensor(spec: TensorSpec, offset: int) -> bytes:
-    if spec.type not in gguf.GGMLQuantizationType.__members__:
+    if spec.type not in GGML_TYPES:
         raise ValueError(
             f"{spec.name}: GGUF has no type {spec.type}; convert the tensor, for instance to F16."
         )
     if len(spec.shape) > MAX_DIMS:
         raise ValueError(f"{spec.name}: GGUF has at most {MAX_DIMS} dimensions; got shape {spec.shape}.")
     dims = struct.pack(f"<I{len(spec.shape)}Q", len(spec.shape), *reversed(spec.shape))
-    code = gguf.GGMLQuantizationType[spec.type]
+    code = GGML_TYPES[spec.type]
     return _string(spec.name) + dims + struct.pack("<IQ", code, offset)
 
 

@@ -56,7 +56,7 @@ _TABLE = (
     FileType("NVFP4", 39, "NVFP4", "4.6 bpw: 4-bit floats, a scale for 16"),
     FileType("TQ2_0", 37, "TQ2_0", "2.5 bpw, for models trained with ternary weights"),
     FileType("TQ1_0", 36, "TQ1_0", "2.2 bpw, for models trained with ternary weights"),
-    FileType("Q2_0", 41, "Q2_0", "2.6 bpw, for models trained for two bits"),
+    FileType("Q2_0", 41, "Q2_0", "2.7 bpw, for models trained for two bits"),
     FileType("Q1_0", 40, "Q1_0", "1.5 bpw, for models trained with binary weights"),
 )
 

@@ -9,14 +9,12 @@ import difflib
 import re
 from dataclasses import dataclass
 
-import gguf
-
-from jquant.core import UserError
+from jquant.core import GGML_TYPES, UserError
 from jquant.plan.file_types import ALIASES, FILE_TYPES
 
 # ggml types that hold no weights: indices, float64, and the activations' side of ggml's products.
 _NOT_FOR_WEIGHTS = {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
-TENSOR_TYPES = tuple(t.name for t in gguf.GGMLQuantizationType if t.name not in _NOT_FOR_WEIGHTS)
+TENSOR_TYPES = tuple(name for name in GGML_TYPES if name not in _NOT_FOR_WEIGHTS)
 
 
 @dataclass(frozen=True)
