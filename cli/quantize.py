@@ -21,6 +21,16 @@ def _complete_type(incomplete: str) -> list[tuple[str, str]]:
     return [(name, kind.about) for name, kind in FILE_TYPES.items() if name.startswith(start)]
 
 
+def _list_types(asked: bool) -> None:
+    if asked:
+        from jquant.plan import FILE_TYPES
+        from jquant.text import text_table
+
+        rows = [(name, kind.about) for name, kind in FILE_TYPES.items()]
+        _show.result(text_table(("type", "what it is; sizes for an 8 B Llama 3"), rows))
+        raise typer.Exit
+
+
 @_errors.one_line_errors
 def quantize(
     model: Annotated[
@@ -33,10 +43,14 @@ def quantize(
         typer.Option(
             "--type",
             "-t",
-            help="llama.cpp's file type: Q4_K_M, Q8_0, Q2_K, F16, … A wrong name lists all.",
+            help="llama.cpp's file type: Q4_K_M, Q8_0, Q2_K, F16, …",
             autocompletion=_complete_type,
         ),
     ] = "Q4_K_M",
+    list_types: Annotated[
+        bool,
+        typer.Option("--list-types", callback=_list_types, is_eager=True, help="Show all types and exit."),
+    ] = False,
     imatrix: Annotated[
         Path | None,
         typer.Option(
@@ -141,6 +155,7 @@ def quantize(
     """
     if out is None and not dry_run:
         raise typer.BadParameter("name the file to write, or add --dry-run", param_hint="OUT")
+    shard_bytes = _bytes(max_shard_size) if max_shard_size else None
     start = time.monotonic()
     _runtime.start_jax()
 
@@ -182,7 +197,7 @@ def quantize(
             out,
             imatrix=importance,
             imatrix_name=str(imatrix or ""),
-            max_shard_bytes=_bytes(max_shard_size) if max_shard_size else None,
+            max_shard_bytes=shard_bytes,
             threads=threads or _runtime.default_threads(),
             resume=resume,
             force=force,
