@@ -96,17 +96,18 @@ def search_affine(blocks: Array, importance: Array, levels: int) -> tuple[Array,
     def codes(factor: Array, shift: Array) -> Array:
         return jnp.clip(jnp.round((x - shift[None]) * factor[None]), 0, levels)
 
-    # Tried first: lines that clip a part of the range, or leave some levels unused, at either end or at both.
+    # Tried first: lines that clip part of the range, or leave a level unused, at one end or both.
     stretch = np.tile(np.linspace(0.9, 1.3, 8), 3)
-    clipped_below = np.repeat([0.0, 0.5, 1.0], 8)
-    factors = jnp.asarray(levels * stretch, jnp.float32)
-    shifts = jnp.asarray(clipped_below * (1 - 1 / stretch), jnp.float32)
+    below = np.repeat([0.0, 0.5, 1.0], 8)
+    ladder = levels * stretch
+    factors = jnp.asarray(ladder, jnp.float32)
+    shifts = jnp.asarray(below * (1 - 1 / stretch), jnp.float32)
 
     def climb(k: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         """best: the gain of the best codes so far, and 1/d and m of their least-squares line."""
         gain, factor, shift = best
-        first, step = k < len(factors), jnp.minimum(k, len(factors) - 1)
-        q = codes(jnp.where(first, factors[step], factor), jnp.where(first, shifts[step], shift))
+        first, i = k < len(ladder), jnp.minimum(k, len(ladder) - 1)
+        q = codes(jnp.where(first, factors[i], factor), jnp.where(first, shifts[i], shift))
         sq, sqq, sxq = _sum(w * q), _sum(w * q * q), _sum(w * q * x)
         c, v = s * sxq - sx * sq, s * sqq - sq * sq
         slope = _ratio(c, v)
@@ -118,7 +119,7 @@ def search_affine(blocks: Array, importance: Array, levels: int) -> tuple[Array,
         )
 
     zero = jnp.zeros_like(spread)
-    _, factor, shift = lax.fori_loop(0, len(factors) + REFITS, climb, (zero, zero, zero))
+    _, factor, shift = lax.fori_loop(0, len(ladder) + REFITS, climb, (zero, zero, zero))
 
     # As the file will hold it: m rounded to float16 first, then the best d for that m and its codes.
     m = _storable(smallest + shift * spread)
