@@ -79,8 +79,8 @@ def _padded(flat: np.ndarray, step: int, capacity: int) -> np.ndarray:
 def _transcode(
     slab: Array, importance: Array | None, steps: Array, source: Format, target: Format
 ) -> tuple[Array, Array]:
-    """[capacity, step] stored values → (uint8 [capacity, bytes], all finite), the first `steps` rows."""
-    out = jnp.zeros((slab.shape[0], CHUNK_WEIGHTS // target.block_size * target.block_bytes), jnp.uint8)
+    """[capacity, step] stored values → (uint8 [capacity, blocks, bytes], all finite) of `steps` rows."""
+    out = jnp.zeros((slab.shape[0], CHUNK_WEIGHTS // target.block_size, target.block_bytes), jnp.uint8)
 
     def weights(stored: Array) -> Array:
         if source.name in FLOAT_DTYPES:
@@ -94,6 +94,6 @@ def _transcode(
         if importance is not None:
             blocks.append(importance[i].reshape(-1, target.block_size))
         data = encode_chunk(target, *blocks)
-        return out.at[i].set(data.reshape(-1)), finite & jnp.isfinite(x).all()
+        return out.at[i].set(data), finite & jnp.isfinite(x).all()
 
     return lax.fori_loop(0, steps, step, (out, jnp.array(True)))
