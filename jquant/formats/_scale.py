@@ -9,14 +9,17 @@ Arrays are [groups, 16, n] for weights and [groups, n] for scales.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Float, Int8
 
 from jquant.formats._blocks import f16_round
 
+Scales = tuple[Float[Array, " n"], Int8[Array, "16 n"]]  # d, sc
 GROUP = 16  # weights that share an integer scale
 F16_MAX = 65504.0
 F16_TINY = 2.0**-24  # the smallest positive float16: a smaller d would erase its superblock
@@ -66,6 +69,11 @@ def at_largest(keys: Array, values: Array, axis: int = -2) -> tuple[Array, Array
     return lax.reduce((keys, values), (-np.float32(np.inf), np.float32(0)), larger, (axis % keys.ndim,))
 
 
+def trial_axis(values: Sequence[float] | range) -> Array:
+    """[trial, 1, 1], to vary beside groups and blocks."""
+    return jnp.asarray(values, jnp.float32)[:, None, None]
+
+
 def inverse(s: Array) -> Array:
     """1 / s, and 0 where s is next to 0: a group without scale gets zero codes, never NaN."""
     return 1 / jnp.where(jnp.abs(s) < SMALLEST, jnp.inf, s)
@@ -95,7 +103,7 @@ def weighted(w: Array | None, x: Array) -> Array:
     return x if w is None else w * x
 
 
-def weighed(x: Array, w: Array | None, q: Array) -> tuple[Array, Array]:
+def moments(x: Array, w: Array | None, q: Array) -> tuple[Array, Array]:
     """A = Σ w x q and B = Σ w q² of each group."""
     wq = weighted(w, q)
     return totals(wq * x, wq * q)
@@ -116,7 +124,7 @@ def fit_groups(x: Array, w: Array | None, trials: Array, limits: Limits) -> Grou
     """The best of the scales tried, [trial, groups, n], each refitted to the codes that it gives."""
 
     def step(best: GroupFit, trial: Array) -> tuple[GroupFit, None]:
-        A, B = weighed(x, w, nearest_codes(x, trial, limits))
+        A, B = moments(x, w, nearest_codes(x, trial, limits))
         scale = A * inverse(B)
         better = A * scale > TIE * best.gain
         fit = GroupFit(scale, A * scale, B)
@@ -139,7 +147,7 @@ def nearest_sc(s: Array, d: Array, limits: Limits) -> Array:
 
 def refit(x: Array, w: Array | None, d: Array, sc: Array, limits: Limits) -> Array:
     """The best d for the codes that (d, sc) gives. Error is a parabola in d: the nearest float16 is best."""
-    A, B = weighed(x, w, nearest_codes(x, d[None] * sc, limits))
+    A, B = moments(x, w, nearest_codes(x, d[None] * sc, limits))
     A, B = totals(A * sc, B * sc * sc)
     return jnp.where(B < SMALLEST, d, storable(A * inverse(B)))
 
@@ -149,3 +157,18 @@ def refine(x: Array, w: Array | None, d: Array, sc: Array, limits: Limits) -> Ar
     trials = jnp.clip(jnp.stack([sc, sc - 1, sc + 1]), limits.sc_min, limits.sc_max)
     errors = lax.map(lambda s: error(x, w, s, limits), d[None, None] * trials)
     return at_largest(-errors, trials, axis=0)[1]
+
+
+def assign(blocks: Array, importance: Array | None, scales: Scales, limits: Limits) -> Int8[Array, "256 n"]:
+    """Rounding to nearest is optimal for given scales, whatever the importance."""
+    d, sc = scales
+    x, _ = grouped(blocks, None, limits)
+    q = nearest_codes(x, d[None] * sc.astype(jnp.float32), limits)
+    return q.astype(jnp.int8).reshape(blocks.shape)
+
+
+def reconstruct(codes: Int8[Array, "256 n"], scales: Scales) -> Float[Array, "256 n"]:
+    """d · sc · q, which has at most 24 significant bits: no rounding, in any order."""
+    d, sc = scales
+    q = codes.astype(jnp.float32).reshape(-1, GROUP, codes.shape[-1])
+    return ((d[None] * sc.astype(jnp.float32))[:, None] * q).reshape(codes.shape)

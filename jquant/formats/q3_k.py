@@ -9,8 +9,9 @@ Source: llama.cpp, ggml-quants.c, dequantize_row_q3_K.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Float, Int8, UInt8
 
@@ -19,16 +20,15 @@ from jquant.formats import _scale
 from jquant.formats._blocks import f16_bytes, f16_from_bytes, joined_bits, stacked_bytes
 
 LIMITS = _scale.Limits(q_min=-4, q_max=3, sc_min=-32, sc_max=31)
-Scales = tuple[Float[Array, " n"], Int8[Array, "16 n"]]  # d, sc
 
 # Scales tried for a group: its largest weight divided by LARGEST_AT, then its heaviest by HEAVIEST_AT.
-LARGEST_AT = (*np.linspace(-5, -2.2, 8), *np.linspace(2.2, 4.7, 8))
+LARGEST_AT = (-5.0, -4.6, -4.2, -3.8, -3.4, -3.0, -2.6, -2.2)
 HEAVIEST_AT = (-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0)
 # d tried for a superblock: its largest scale divided by these.
-LARGEST_SCALE_AT = (*np.linspace(-35, -27, 16), *np.linspace(27, 35, 16))
+LARGEST_SCALE_AT = (-34.0, -33.0, -32.0, -31.0, -30.0, -29.0, -28.0, -27.0)
 
 
-def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None) -> Scales:
+def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None) -> _scale.Scales:
     """Real scales of the groups, then d, then the integer scales.
 
     One weight may outweigh its whole superblock, as importance of a few columns often does: it pays to
@@ -36,9 +36,9 @@ def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None)
     """
     x, w = _scale.grouped(blocks, importance, LIMITS)
     _, largest = _scale.at_largest(jnp.abs(x), x)
-    trials = largest[None] / _column(LARGEST_AT)
+    trials = largest[None] / _scale.trial_axis(LARGEST_AT)
     if w is not None:
-        trials = jnp.concatenate([trials, _scale.heaviest(x, w)[None] / _column(HEAVIEST_AT)])
+        trials = jnp.concatenate([trials, _scale.heaviest(x, w)[None] / _scale.trial_axis(HEAVIEST_AT)])
     group = _scale.fit_groups(x, w, trials, LIMITS)
     d = _fit_d(group, w is not None)
     sc = _scale.nearest_sc(group.scale, d[None], LIMITS)
@@ -50,42 +50,20 @@ def _fit_d(group: _scale.GroupFit, anchored: bool) -> Array:
     """d [n] such that Σ B (s − d sc)² is least over the groups, each trial with its best d."""
     scale, curvature = group.scale[None], group.curvature[None]
     bound, largest = _scale.at_largest(jnp.abs(group.scale), group.scale)
-    d = largest[None, None] / _column(LARGEST_SCALE_AT)  # [trial, 1, n]
+    d = largest[None, None] / _scale.trial_axis(LARGEST_SCALE_AT)  # [trial, 1, n]
     if anchored:  # the group with most to lose has an exact scale
         _, anchor = _scale.at_largest(group.gain, group.scale)
         k = jnp.floor(32.5 * jnp.abs(anchor) * _scale.inverse(bound))
-        k = jnp.maximum(k[None, None] - jnp.arange(8, dtype=jnp.float32)[:, None, None], 1.0)
+        k = jnp.maximum(k[None, None] - _scale.trial_axis(range(8)), 1.0)
         d = jnp.concatenate([d, anchor[None, None] / k, -anchor[None, None] / k])
     sc = _scale.nearest_sc(scale, d, LIMITS)  # [trial, 16, n]
-    A, B = _scale.weighed(scale, curvature, sc)  # [trial, n]
+    A, B = _scale.moments(scale, curvature, sc)  # [trial, n]
     d = _scale.storable(A * _scale.inverse(B))
     rest = scale - d[:, None] * sc
     return _scale.at_largest(-_scale.total(curvature * rest * rest), d)[1]
 
 
-def _column(divisors: tuple[float, ...]) -> Array:
-    """As trials: [trial, 1, 1]."""
-    return jnp.asarray(divisors, jnp.float32)[:, None, None]
-
-
-def assign(
-    blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None, scales: Scales
-) -> Int8[Array, "256 n"]:
-    """Rounding to nearest is optimal for given scales, whatever the importance."""
-    d, sc = scales
-    x, _ = _scale.grouped(blocks, None, LIMITS)
-    q = _scale.nearest_codes(x, d[None] * sc.astype(jnp.float32), LIMITS)
-    return q.astype(jnp.int8).reshape(blocks.shape)
-
-
-def reconstruct(codes: Int8[Array, "256 n"], scales: Scales) -> Float[Array, "256 n"]:
-    """d · sc · q, which has at most 24 significant bits: no rounding, in any order."""
-    d, sc = scales
-    q = codes.astype(jnp.float32).reshape(-1, _scale.GROUP, codes.shape[-1])
-    return ((d[None] * sc.astype(jnp.float32))[:, None] * q).reshape(codes.shape)
-
-
-def pack(codes: Int8[Array, "256 n"], scales: Scales) -> UInt8[Array, "110 n"]:
+def pack(codes: Int8[Array, "256 n"], scales: _scale.Scales) -> UInt8[Array, "110 n"]:
     d, sc = scales
     n = codes.shape[-1]
     q = (codes - LIMITS.q_min).astype(jnp.uint8)
@@ -97,7 +75,7 @@ def pack(codes: Int8[Array, "256 n"], scales: Scales) -> UInt8[Array, "110 n"]:
     return stacked_bytes(hmask, qs, low, high, f16_bytes(d))
 
 
-def unpack(data: UInt8[Array, "110 n"]) -> tuple[Int8[Array, "256 n"], Scales]:
+def unpack(data: UInt8[Array, "110 n"]) -> tuple[Int8[Array, "256 n"], _scale.Scales]:
     n = data.shape[-1]
     hmask, qs, low, high, d = jnp.split(data, (32, 96, 104, 108))
     qs = qs.reshape(2, 1, 32, n)
@@ -115,8 +93,8 @@ Q3_K = Format(
     block_size=256,
     block_bytes=110,
     fit=fit,
-    assign=assign,
-    reconstruct=reconstruct,
+    assign=partial(_scale.assign, limits=LIMITS),
+    reconstruct=_scale.reconstruct,
     pack=pack,
     unpack=unpack,
 )

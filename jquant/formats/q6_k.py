@@ -8,6 +8,8 @@ Source: llama.cpp, ggml-quants.c, dequantize_row_q6_K.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int8, UInt8
@@ -17,12 +19,11 @@ from jquant.formats import _scale
 from jquant.formats._blocks import f16_bytes, f16_from_bytes, joined_bits, stacked_bytes
 
 LIMITS = _scale.Limits(q_min=-32, q_max=31, sc_min=-128, sc_max=127)
-Scales = tuple[Float[Array, " n"], Int8[Array, "16 n"]]  # d, sc
 SCALES_TRIED = 16  # for each group
 D_TRIED = 6  # for each superblock
 
 
-def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None) -> Scales:
+def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None) -> _scale.Scales:
     """Real scales of the groups, then d, then the integer scales.
 
     With six bits, rounding errors of a group are nearly random in its scale, so the best of several is much
@@ -33,7 +34,7 @@ def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None)
     heaviest = _scale.heaviest(x, w)
     bound, largest = _scale.at_largest(jnp.abs(x), x)
     code = jnp.round(-LIMITS.q_min * jnp.abs(heaviest) * _scale.inverse(bound))
-    code = jnp.maximum(code[None] - _upto(SCALES_TRIED), 1.0)
+    code = jnp.maximum(code[None] - _scale.trial_axis(range(SCALES_TRIED)), 1.0)
     trials = (-jnp.sign(largest) * jnp.abs(heaviest))[None] / code  # the negative side has one code more
     group = _scale.fit_groups(x, w, trials, LIMITS)
     d = _fit_d(x, w, group)
@@ -42,42 +43,19 @@ def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None)
     return d, _scale.refine(x, w, d, sc, LIMITS).astype(jnp.int8)
 
 
-def _upto(count: int) -> Array:
-    """0, 1, … count − 1 as trials: [count, 1, 1]."""
-    return jnp.arange(count, dtype=jnp.float32)[:, None, None]
-
-
 def _fit_d(x: Array, w: Array | None, group: _scale.GroupFit) -> Array:
     """d [n], by true error: the anchor's scale is exactly −k d, for a few k near the limit."""
     _, anchor = _scale.at_largest(group.gain, group.scale)
     largest = jnp.max(jnp.abs(group.scale), axis=0)
     k = jnp.floor((0.5 - LIMITS.sc_min) * jnp.abs(anchor) * _scale.inverse(largest))
-    d = _scale.storable(
-        -anchor[None, None] / jnp.maximum(k[None, None] - _upto(D_TRIED), 1.0)
-    )  # [trial, 1, n]
+    k = jnp.maximum(k[None, None] - _scale.trial_axis(range(D_TRIED)), 1.0)
+    d = _scale.storable(-anchor[None, None] / k)  # [trial, 1, n]
     trials = d * _scale.nearest_sc(group.scale[None], d, LIMITS)
     errors = lax.map(lambda s: _scale.total(_scale.error(x, w, s, LIMITS)), trials)
     return _scale.at_largest(-errors, d[:, 0])[1]
 
 
-def assign(
-    blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None, scales: Scales
-) -> Int8[Array, "256 n"]:
-    """Rounding to nearest is optimal for given scales, whatever the importance."""
-    d, sc = scales
-    x, _ = _scale.grouped(blocks, None, LIMITS)
-    q = _scale.nearest_codes(x, d[None] * sc.astype(jnp.float32), LIMITS)
-    return q.astype(jnp.int8).reshape(blocks.shape)
-
-
-def reconstruct(codes: Int8[Array, "256 n"], scales: Scales) -> Float[Array, "256 n"]:
-    """d · sc · q, which has at most 24 significant bits: no rounding, in any order."""
-    d, sc = scales
-    q = codes.astype(jnp.float32).reshape(-1, _scale.GROUP, codes.shape[-1])
-    return ((d[None] * sc.astype(jnp.float32))[:, None] * q).reshape(codes.shape)
-
-
-def pack(codes: Int8[Array, "256 n"], scales: Scales) -> UInt8[Array, "210 n"]:
+def pack(codes: Int8[Array, "256 n"], scales: _scale.Scales) -> UInt8[Array, "210 n"]:
     d, sc = scales
     n = codes.shape[-1]
     q = (codes - LIMITS.q_min).astype(jnp.uint8)
@@ -87,7 +65,7 @@ def pack(codes: Int8[Array, "256 n"], scales: Scales) -> UInt8[Array, "210 n"]:
     return stacked_bytes(ql.reshape(128, n), qh.reshape(64, n), sc, f16_bytes(d))
 
 
-def unpack(data: UInt8[Array, "210 n"]) -> tuple[Int8[Array, "256 n"], Scales]:
+def unpack(data: UInt8[Array, "210 n"]) -> tuple[Int8[Array, "256 n"], _scale.Scales]:
     n = data.shape[-1]
     ql, qh, sc, d = jnp.split(data, (128, 192, 208))
     ql = ql.reshape(2, 2, 32, n)
@@ -104,8 +82,8 @@ Q6_K = Format(
     block_size=256,
     block_bytes=210,
     fit=fit,
-    assign=assign,
-    reconstruct=reconstruct,
+    assign=partial(_scale.assign, limits=LIMITS),
+    reconstruct=_scale.reconstruct,
     pack=pack,
     unpack=unpack,
 )
