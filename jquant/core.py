@@ -19,9 +19,10 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, PyTree, UInt8
 
-# Weights per step of the encoding loop: small enough that a block's whole search stays in a core's cache,
-# large enough that the vector units are full. One step shape per format also means one compilation.
-CHUNK_WEIGHTS = 1 << 14
+# Weights per tile: small enough that a block's whole search stays in a core's cache, large enough that the
+# vector units are full. A step of the loop is two tiles; its fixed shape means one compilation per format.
+TILE_WEIGHTS = 1 << 14
+CHUNK_WEIGHTS = 2 * TILE_WEIGHTS
 
 
 class UserError(ValueError):
@@ -102,15 +103,27 @@ def encode_chunk(
     format: Format, blocks: Float[Array, "n B"], importance: Float[Array, "n B"] | None = None
 ) -> UInt8[Array, "n bytes"]:
     """One step of the loop: a few blocks to bytes, in the layout of a file (one block a row)."""
-    assert format.fit is not None
-    assert format.assign is not None
+    fit, assign = format.fit, format.assign
+    assert fit is not None
+    assert assign is not None
     # The barrier keeps the caller's arithmetic out of the search: fused with it, x·a − b would become one
     # rounded operation instead of two, and bytes would depend on who calls.
     blocks, importance = lax.optimization_barrier((blocks, importance))
-    blocks = blocks.T
-    importance = None if importance is None else importance.T
-    scales = format.fit(blocks, importance)
-    return format.pack(format.assign(blocks, importance, scales), scales).T
+    n, B = blocks.shape
+    tiles = n * B // TILE_WEIGHTS
+    if B == 1 or tiles == 0 or n % tiles:  # single weights need no transposition
+        tiles = 1
+
+    def tiled(a: Array) -> Array:
+        # What a loop runs over lies in memory: the blocks are transposed once, not in every pass over them.
+        return a.reshape(tiles, n // tiles, B).transpose(0, 2, 1)
+
+    def encode(tile: tuple[Array, Array | None]) -> Array:
+        scales = fit(*tile)
+        return format.pack(assign(*tile, scales), scales)
+
+    data = lax.map(encode, (tiled(blocks), None if importance is None else tiled(importance)))
+    return data.transpose(0, 2, 1).reshape(n, format.block_bytes)  # [tile, bytes, block] before
 
 
 def decode_chunk(format: Format, data: UInt8[Array, "n bytes"]) -> Float[Array, "n B"]:
