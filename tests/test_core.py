@@ -19,7 +19,7 @@ SHAPE = (2, 3, 512)
 TWO_DEVICES = Mesh(np.array(jax.devices()[:2]), ("rows",))
 ENCODABLE = [f for f in FORMATS.values() if f.can_encode]
 # One format of each kind in every run; the others where there is time for their compilation.
-EACH_KIND = {"F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL"}
+EACH_KIND = {"F16", "Q4_0", "Q4_1", "Q4_K"}
 
 
 def formats(found: list[Format]) -> list:

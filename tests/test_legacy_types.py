@@ -17,14 +17,13 @@ from jquant.core import Format, QuantizedTensor, dequantize, quantize
 from jquant.formats import FORMATS
 
 FORMATS_HERE = [FORMATS[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")]
-BLOCKS = 1 << 16
 every_format = pytest.mark.parametrize("format", FORMATS_HERE, ids=str)
 STORIES = Path(__file__).resolve().parents[2] / "shared/data/models/stories15M/model.safetensors"
 
 
 def padded(x: np.ndarray) -> np.ndarray:
-    """x as [2¹⁶, size of a block], for then each format is compiled once for all tests."""
-    return np.concatenate([x, np.zeros((BLOCKS - len(x), x.shape[1]), x.dtype)])
+    """x with zeros up to 2¹⁵ rows, for then each format is compiled once for all tests."""
+    return np.concatenate([x, np.zeros((max((1 << 15) - len(x), 0), x.shape[1]), x.dtype)])
 
 
 def encode(format: Format, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
