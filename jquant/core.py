@@ -119,7 +119,8 @@ def encode_chunk(
         return a.reshape(tiles, n // tiles, B).transpose(0, 2, 1)
 
     def encode(tile: tuple[Array, Array | None]) -> Array:
-        scales = fit(*tile)
+        # Without this barrier the arithmetic of the scales would be repeated for every weight of their group.
+        scales = lax.optimization_barrier(fit(*tile))
         return format.pack(assign(*tile, scales), scales)
 
     data = lax.map(encode, (tiled(blocks), None if importance is None else tiled(importance)))
