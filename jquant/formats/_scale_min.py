@@ -18,6 +18,7 @@ Sums about the mean stay accurate where one weight's importance exceeds the othe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -81,12 +82,12 @@ def _limited(x: Array, top: int) -> Array:
 
 
 def _storable(d: Array, unit: Array) -> Array:
-    """d ≥ 0 in `unit`s, rounded to a finite float16. What is not 0 stays so: 2⁻²⁴ times sc can still serve."""
+    """d ≥ 0 in `unit`s, rounded to a finite float16. What is not 0 stays so: 2⁻²⁴·sc can still serve."""
     stored = jnp.minimum((d * unit).astype(jnp.float16).astype(jnp.float32), 65504.0)
     return jnp.where(d > 0, jnp.maximum(stored, 2.0**-24), 0.0) / unit
 
 
-def _best(errors: list[Array], *choices: list[Array]) -> tuple[Array, ...]:
+def _best(errors: Sequence[Array], *choices: Sequence[Array]) -> tuple[Array, ...]:
     """Of each of `choices` the element with the least error; the first of equals."""
     best = (errors[0], *(c[0] for c in choices))
     for new in zip(errors[1:], *(c[1:] for c in choices), strict=True):
@@ -161,7 +162,8 @@ def _fit_groups(g: _Groups, layout: Layout) -> tuple[Array, Array, _Moments]:
         inverse = (layout.q_max + extra) * width
         fits.append(_least_squares(g, _coded(g, inverse, -low * inverse - left, layout)))
     scales, offsets, errors = map(list, zip(*fits, strict=True))
-    moments = _recoded(g, *_best(errors, scales, offsets), layout)
+    s, o = _best(errors, scales, offsets)
+    moments = _recoded(g, s, o, layout)
     s, o, _ = _least_squares(g, moments)
     return s, o, moments
 
@@ -179,7 +181,9 @@ def _fit_step(values: Array, weights: Array, unit: Array, layout: Layout) -> Arr
     return _storable(_best(list(-t * kv), list(t))[0], unit)
 
 
-def _nearest_integers(g: _Groups, moments: _Moments, d: Array, dmin: Array, layout: Layout):
+def _nearest_integers(
+    g: _Groups, moments: _Moments, d: Array, dmin: Array, layout: Layout
+) -> tuple[Array, ...]:
     """sc and m [groups, n] for given codes: of the two sc about the real one, each with its best m."""
     s, _, _ = _least_squares(g, moments)
     below = jnp.floor(s * _inverse(d)[None])
@@ -244,8 +248,13 @@ def assign(blocks: Blocks, importance: Blocks | None, scales: Scales, layout: La
     s, dmin_m = _steps(scales)
     inverse = _inverse(s)
     x = blocks.reshape(layout.groups, -1, blocks.shape[-1])
-    q = _limited(x * inverse[:, None] + (dmin_m * inverse)[:, None], layout.q_max)
-    return q.astype(jnp.uint8).reshape(blocks.shape)
+
+    def group(step: tuple[Array, Array, Array]) -> Array:
+        x, inverse, zero = step
+        return _limited(x * inverse[None] + zero[None], layout.q_max).astype(jnp.uint8)
+
+    # A loop, since its result is an array: fused into `pack`, every code would be computed several times.
+    return lax.map(group, (x, inverse, dmin_m * inverse)).reshape(blocks.shape)
 
 
 def reconstruct(codes: Codes, scales: Scales) -> Blocks:
