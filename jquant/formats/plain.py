@@ -8,9 +8,9 @@ from __future__ import annotations
 from functools import partial
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, UInt8
-from numpy.typing import DTypeLike
 
 from jquant.core import Format
 
@@ -29,7 +29,7 @@ def reconstruct(codes: Array, scales: tuple[()]) -> Float[Array, "1 n"]:
     return codes
 
 
-def pack(codes: Float[Array, "1 n"], scales: tuple[()], dtype: DTypeLike) -> UInt8[Array, "bytes n"]:
+def pack(codes: Float[Array, "1 n"], scales: tuple[()], dtype: np.dtype) -> UInt8[Array, "bytes n"]:
     bits = lax.bitcast_convert_type(codes[0].astype(dtype), jnp.uint8)  # [n, bytes]
     return bits.T
 
@@ -43,13 +43,14 @@ def pack_bf16(codes: Float[Array, "1 n"], scales: tuple[()]) -> UInt8[Array, "2 
     return lax.bitcast_convert_type(half.astype(jnp.uint16), jnp.uint8).T  # [2, n]
 
 
-def unpack(data: UInt8[Array, "bytes n"], dtype: DTypeLike) -> tuple[Array, tuple[()]]:
-    shape = data.T if jnp.dtype(dtype).itemsize > 1 else data[0]
+def unpack(data: UInt8[Array, "bytes n"], dtype: np.dtype) -> tuple[Array, tuple[()]]:
+    shape = data.T if dtype.itemsize > 1 else data[0]
     return lax.bitcast_convert_type(shape, dtype).astype(jnp.float32)[None], ()
 
 
-def _plain(name: str, ggml_type: int | None, dtype: DTypeLike) -> Format:
-    size = jnp.dtype(dtype).itemsize
+def _plain(name: str, ggml_type: int | None, scalar: type) -> Format:
+    dtype = jnp.dtype(scalar)
+    size = dtype.itemsize
     write = {} if ggml_type is None else {"fit": fit, "assign": assign}
     return Format(
         name=name,
