@@ -102,14 +102,14 @@ def _grouped(blocks: Blocks, importance: Blocks | None, layout: Layout) -> _Grou
     largest = jnp.maximum(jnp.max(jnp.abs(blocks), axis=0), 2.0**-30)
     exponent = lax.bitcast_convert_type(largest, jnp.uint32) & jnp.uint32(0x7F800000)
     unit = lax.bitcast_convert_type(exponent, jnp.float32)
-    x = (blocks * (1 / unit)).reshape(shape)
+    x = (blocks * (1 / unit)[None]).reshape(shape)
     if importance is None:
         w, W = None, jnp.full((shape[0], shape[2]), float(shape[1]))
         c = jnp.sum(x, axis=1) / shape[1]
         z = wz = x - c[:, None]
     else:
         # Columns without importance keep a little, so that a group of them still gets codes.
-        scale = jnp.max(importance, axis=0)
+        scale = jnp.max(importance, axis=0, keepdims=True)
         w = (jnp.where(scale > 0, importance * _inverse(scale), 1.0) + 1e-9).reshape(shape)
         W = jnp.sum(w, axis=1)
         c = jnp.sum(w * x, axis=1) / W

@@ -25,7 +25,7 @@ LAYOUT = _scale_min.Layout(
     starts=(
         (-0.1, 0.0), (0.5, 0.0), (0.5, 0.2), (0.6, 0.5), (0.6, 0.8), (0.8, -0.1), (1.4, 0.6), (1.4, 0.9),
     ),
-    tops=_scale_min.tops(12, 16, 8),
+    tops=_scale_min.tops(12.0, 16.0, 8),
 )  # fmt: skip
 
 

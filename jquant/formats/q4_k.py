@@ -23,7 +23,7 @@ LAYOUT = _scale_min.Layout(
     sc_max=63,
     # Chosen greedily from a grid for the least error on Gaussian, Student-t and trained weights.
     starts=((-0.6, 0.2), (0.0, -0.2), (0.0, 0.2), (0.4, 0.2), (0.6, 0.0), (0.6, 0.6)),
-    tops=_scale_min.tops(55, 65, 16),
+    tops=_scale_min.tops(55.0, 65.0, 16),
 )
 
 

@@ -24,7 +24,7 @@ LAYOUT = _scale_min.Layout(
     sc_max=63,
     # Chosen greedily from a grid for the least error on Gaussian, Student-t and trained weights.
     starts=((-1.4, -0.6), (-1.0, 0.2), (-0.8, 0.0), (0.0, 0.0), (0.2, -0.2), (0.4, 0.4)),
-    tops=_scale_min.tops(55, 65, 16),
+    tops=_scale_min.tops(55.0, 65.0, 16),
 )
 
 
