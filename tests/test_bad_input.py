@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import write_tiny
 from typer.testing import CliRunner
 
+from jquant.core import TensorSpec
+from jquant.io import GgufSink
 from jquant_cli import _errors
 from jquant_cli.main import app
 
@@ -218,7 +220,11 @@ def test_a_type_that_needs_importance_says_how_to_get_it(model, tmp_path):
 
 def test_resuming_another_job_is_refused(model, tmp_path):
     out = tmp_path / "out.gguf"
-    (tmp_path / "out.gguf.partial").write_bytes(b"something else")
+    written, missing = TensorSpec("a", (1, 4), "F32"), TensorSpec("b", (1, 4), "F32")
+    sink = GgufSink(out, {}, [written, missing], fingerprint="another job")
+    sink.write("a", 0, np.zeros((1, 16), np.uint8))
+    sink.finish("a")
+    sink.close()
     refused(model, "--resume", out=out, code=_errors.OUTPUT)
 
 
