@@ -6,11 +6,12 @@ Terms
     s, o        scale d·sc and offset −dmin·m ≤ 0 of a group
     z, c        a group's weights about their weighted mean c, so that Σ w z = 0: x = c + z
     W           Σ w of a group
-    mean, V, C  of given codes: weighted mean q̄, Σ w (q − q̄)², Σ w z q
+    mean, V     of given codes: their weighted mean q̄ and Σ w (q − q̄)²
+    slope       of given codes: Σ w z q / V, the best scale where the offset is free
 
 With those the error of a group is, for any s and o,
 
-    Σ w (x − s q − o)² = Σ w z² + W (s q̄ + o − c)² + V s² − 2 C s                                  (1)
+    Σ w (x − s q − o)² = W (s q̄ + o − c)² + V (s − slope)² + Σ w z² − V slope²                     (1)
 
 so after one pass over the weights every choice of scales for these codes costs a few operations per group.
 Sums about the mean stay accurate where one weight's importance exceeds the others' a millionfold.
@@ -69,7 +70,7 @@ class _Groups(NamedTuple):
 class _Moments(NamedTuple):
     mean: Array  # q̄ [groups, n]
     V: Array
-    C: Array
+    slope: Array
 
 
 def _inverse(x: Array) -> Array:
@@ -127,7 +128,8 @@ def _coded(g: _Groups, inverse: Array, code_of_mean: Array, layout: Layout) -> _
     Q, QQ, C = jnp.sum(wq, axis=1), jnp.sum(wq * q, axis=1), jnp.sum(g.wz * q, axis=1)
     mean = Q / g.W
     V = QQ - Q * mean
-    return _Moments(near + mean, jnp.where(V > 1e-6 * QQ, V, 0.0), C)
+    V = jnp.where(V > 1e-6 * QQ, V, 0.0)
+    return _Moments(near + mean, V, C * _inverse(V))
 
 
 def _recoded(g: _Groups, s: Array, o: Array, layout: Layout) -> _Moments:
@@ -136,21 +138,21 @@ def _recoded(g: _Groups, s: Array, o: Array, layout: Layout) -> _Moments:
 
 
 def _least_squares(g: _Groups, moments: _Moments) -> tuple[Array, Array, Array]:
-    """s ≥ 0 and o ≤ 0 that minimise (1), and (1) there without its constant. All [groups, n]."""
-    mean, V, C = moments
-    s = C * _inverse(V)
+    """s ≥ 0 and o ≤ 0 that minimise (1), and (1) there without Σ w z². All [groups, n]."""
+    mean, V, s = moments
     o = g.c - s * mean
     # Where the free offset is positive the best has o = 0: one scale for codes and mean together.
-    s0 = (C + g.W * mean * g.c) * _inverse(V + g.W * mean * mean)
-    s = jnp.maximum(jnp.where(o > 0, s0, s), 0.0)
+    s = jnp.where(o > 0, (V * s + g.W * mean * g.c) * _inverse(V + g.W * mean * mean), s)
+    s = jnp.maximum(s, 0.0)
     o = jnp.minimum(jnp.where(s > 0, o, g.c), 0.0)
-    return s, o, _error(g, moments, s, o)
+    return s, o, _error(g, moments, s, o) - V * moments.slope * moments.slope
 
 
 def _error(g: _Groups, moments: _Moments, s: Array, o: Array) -> Array:
-    mean, V, C = moments
-    u = s * mean + o - g.c
-    return g.W * u * u + s * (V * s - 2 * C)
+    """The part of (1) that depends on s and o."""
+    off = s * moments.mean + o - g.c
+    steep = s - moments.slope
+    return g.W * off * off + moments.V * steep * steep
 
 
 def _fit_groups(g: _Groups, layout: Layout) -> tuple[Array, Array, _Moments]:
@@ -171,14 +173,15 @@ def _fit_groups(g: _Groups, layout: Layout) -> tuple[Array, Array, _Moments]:
 def _fit_step(values: Array, weights: Array, unit: Array, layout: Layout) -> Array:
     """A step t ≥ 0 [n], float16, whose whole multiples k·t come near the values [groups, n] ≥ 0.
 
-    For given k the best t = Σ w k v / Σ w k², with gain t Σ w k v; k follows from the guesses in `tops`.
+    For given k the best t = Σ w k v / Σ w k²; k follows from the guesses in `tops`.
     """
+    values, weights = values[None], weights[None]
     tops = jnp.array(layout.tops, jnp.float32)[:, None, None]
-    k = _limited(values[None] * (tops * _inverse(jnp.max(values, axis=0))[None, None]), layout.sc_max)
-    wk = weights[None] * k
-    kv = jnp.sum(wk * values[None], axis=1)  # [tops, n]
-    t = kv * _inverse(jnp.sum(wk * k, axis=1))
-    return _storable(_best(list(-t * kv), list(t))[0], unit)
+    k = _limited(values * (tops * _inverse(jnp.max(values, axis=1))[None]), layout.sc_max)
+    wk = weights * k
+    t = _storable(jnp.sum(wk * values, axis=1) * _inverse(jnp.sum(wk * k, axis=1)), unit[None])  # [tops, n]
+    off = t[:, None] * k - values
+    return _best(list(jnp.sum(weights * off * off, axis=1)), list(t))[0]
 
 
 def _nearest_integers(
@@ -199,26 +202,34 @@ def _nearest_integers(
     return _best(errors, scs, ms)
 
 
-def _refit(g: _Groups, moments: _Moments, sc: Array, m: Array) -> tuple[Array, Array]:
+def _refit(
+    g: _Groups, moments: _Moments, steps: tuple[Array, Array], sc: Array, m: Array
+) -> tuple[Array, ...]:
     """d and dmin [n], float16, that minimise the sum of (1) over the groups for given codes, sc and m.
 
-    (1) is Σ W (d a − dmin m − c)² + V (d sc)² − 2 C d sc with a = sc q̄. dmin is eliminated by projection
-    on m; normal equations would lose a group that dominates.
+    That is Σ W (d a − dmin m − c)² + V (d sc − slope)² with a = sc q̄. dmin is eliminated by projection on
+    m; normal equations would lose a group that dominates. The former `steps` stay where rounding to
+    float16 costs more than was won.
     """
-    mean, V, C = moments
+    mean, V, slope = moments
     a = sc * mean
     wm = g.W * m
     per_mm = _inverse(jnp.sum(wm * m, axis=0))
     a_on_m, c_on_m = jnp.sum(wm * a, axis=0) * per_mm, jnp.sum(wm * g.c, axis=0) * per_mm
 
     def solve(a: Array, c: Array) -> Array:
-        top = jnp.sum(g.W * a * c + sc * C, axis=0)
-        return jnp.maximum(top * _inverse(jnp.sum(g.W * a * a + sc * sc * V, axis=0)), 0.0)
+        top = jnp.sum(g.W * a * c + V * sc * slope, axis=0)
+        return jnp.maximum(top * _inverse(jnp.sum(g.W * a * a + V * sc * sc, axis=0)), 0.0)
 
     d = solve(a - a_on_m[None] * m, g.c - c_on_m[None] * m)
     d = jnp.where(d * a_on_m < c_on_m, solve(a, g.c), d)  # dmin would be negative: it is 0
     d = _storable(d, g.unit)
-    return d, _storable(jnp.maximum(d * a_on_m - c_on_m, 0.0), g.unit)
+    dmin = _storable(jnp.maximum(d * a_on_m - c_on_m, 0.0), g.unit)
+
+    def total(d: Array, dmin: Array) -> Array:
+        return jnp.sum(_error(g, moments, d[None] * sc, -dmin[None] * m), axis=0)
+
+    return _best([total(d, dmin), total(*steps)], [d, steps[0]], [dmin, steps[1]])
 
 
 def fit(blocks: Blocks, importance: Blocks | None, layout: Layout) -> Scales:
@@ -230,8 +241,10 @@ def fit(blocks: Blocks, importance: Blocks | None, layout: Layout) -> Scales:
     3. Codes for these; sc and m for the codes, jointly; d and dmin for all by least squares.
     """
     g = _grouped(blocks, importance, layout)
-    s, _, moments = _fit_groups(g, layout)
-    d = _fit_step(s, moments.V, g.unit, layout)
+    s, o, moments = _fit_groups(g, layout)
+    # What an error of s costs: a free offset makes up for the mean's share.
+    curvature = moments.V + jnp.where(o < 0, 0.0, g.W * moments.mean * moments.mean)
+    d = _fit_step(s, curvature, g.unit, layout)
     sc = _limited(s * _inverse(d)[None], layout.sc_max)
     offsets = jnp.maximum(d[None] * sc * moments.mean - g.c, 0.0)
     dmin = _fit_step(offsets, g.W, g.unit, layout)
@@ -239,7 +252,7 @@ def fit(blocks: Blocks, importance: Blocks | None, layout: Layout) -> Scales:
 
     moments = _recoded(g, d[None] * sc, -dmin[None] * m, layout)
     sc, m = _nearest_integers(g, moments, d, dmin, layout)
-    d, dmin = _refit(g, moments, sc, m)
+    d, dmin = _refit(g, moments, (d, dmin), sc, m)
     return Scales(d * g.unit, dmin * g.unit, sc.astype(jnp.uint8), m.astype(jnp.uint8))
 
 
