@@ -7,8 +7,6 @@ import threading
 import time
 from types import TracebackType
 
-from jquant.text import human_size
-
 from . import _show
 
 LOG_SECONDS = 15.0  # between two lines where stderr is no terminal
@@ -64,6 +62,8 @@ class ProgressBar:
                 _show.remark(self._line(name))
 
     def _line(self, name: str) -> str:
+        from jquant.text import human_size  # here, for jquant brings JAX with it
+
         elapsed = time.monotonic() - self._start
         left = elapsed * (self._total - self._done) / self._done
         return f"{100 * self._done / self._total:3.0f}%  {human_size(self._done)}  {left:.0f} s left  {name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Annotated
@@ -165,7 +166,10 @@ def quantize(
     from jquant.plan import check_encodable, plan
     from jquant.report import plan_report, plan_table, remarks, summary
 
-    opened = open_model(hub.resolve(model, revision=revision), pre_tokenizer=pre_tokenizer)
+    path = hub.resolve(model, revision=revision)
+    # A download lies in a folder that is named after its commit.
+    name = None if Path(model).exists() else re.split(r"[/:]", model.removeprefix("hf:"))[1]
+    opened = open_model(path, name=name, pre_tokenizer=pre_tokenizer)
     importance = imatrix_file.read(imatrix) if imatrix else None
     planned = plan(
         opened.source.specs,
@@ -229,8 +233,6 @@ def _rules(options: list[str] | None, file: Path | None) -> list:
 
 def _bytes(text: str) -> int:
     """'2GB' → 2 · 10⁹, '1.5GiB' → 1.5 · 2³⁰."""
-    import re
-
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if not match or float(match[1]) == 0:
         raise typer.BadParameter(f"expected a size such as 2GB or 1.5GiB; got {text!r}")

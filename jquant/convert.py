@@ -33,9 +33,10 @@ class Model(NamedTuple):
     metadata: Metadata
 
 
-def open_model(path: Path, *, pre_tokenizer: str | None = None) -> Model:
+def open_model(path: Path, *, name: str | None = None, pre_tokenizer: str | None = None) -> Model:
     """A GGUF file of any architecture, or a Hugging Face folder of one that we know. Reads headers only.
 
+    name: general.name of a model that has none of its own; default: the folder's.
     pre_tokenizer: GGUF's name for the way the tokenizer splits text, where it cannot be recognised.
     Raises UserError where the model cannot be read or has a setting that we do not handle.
     """
@@ -45,9 +46,8 @@ def open_model(path: Path, *, pre_tokenizer: str | None = None) -> Model:
     folder = path if path.is_dir() else path.parent
     config = _config(folder)
     architecture = models.for_config(config)
-    metadata = architecture.metadata(config)
+    metadata = architecture.metadata(config, name or folder.resolve().name)
     metadata |= tokenizer.metadata(folder, config, pre=pre_tokenizer)
-    metadata.setdefault("general.name", folder.resolve().name)
     return Model(path, source.files, architecture.as_gguf(source, config), metadata)
 
 

@@ -84,3 +84,8 @@ def test_the_wheel_holds_exactly_jquant_and_jquant_cli(tmp_path):
     assert {name for name in top if not name.endswith(".dist-info")} == {"jquant", "jquant_cli"}
     packaged = {name for name in names if name.startswith("jquant/") and name.endswith(".py")}
     assert packaged == {str(path.relative_to(ROOT)) for path in SOURCES}
+
+
+def test_help_does_not_wait_for_jax():
+    code = "import sys, jquant_cli.main; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

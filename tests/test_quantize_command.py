@@ -106,6 +106,7 @@ def test_the_header_says_which_imatrix_was_used(model, tmp_path):
     assert fields["quantize.imatrix.dataset"].contents() == "made up"
     assert fields["quantize.imatrix.entries_count"].contents() == 7
     assert fields["quantize.imatrix.chunks_count"].contents() == 3
+    assert fields["general.name"].contents() == model.name
     assert fields["general.file_type"].contents() == 15
     assert fields["general.quantization_version"].contents() == 2
 
