@@ -99,8 +99,9 @@ def _best(errors: Sequence[Array], *choices: Sequence[Array]) -> tuple[Array, ..
 
 def _grouped(blocks: Blocks, importance: Blocks | None, layout: Layout) -> _Groups:
     shape = (layout.groups, 256 // layout.groups, blocks.shape[-1])
-    # A power of two scales without rounding. Below 2⁻³⁰ nothing survives float16's d, so no unit is needed.
-    largest = jnp.maximum(jnp.max(jnp.abs(blocks), axis=0), 2.0**-30)
+    # A power of two scales without rounding. Weights below 2⁻³⁰ do not survive float16's d, those above 2¹⁰⁰
+    # saturate, so the unit stays between, where its inverse and its products are normal numbers.
+    largest = jnp.clip(jnp.max(jnp.abs(blocks), axis=0), 2.0**-30, 2.0**100)
     exponent = lax.bitcast_convert_type(largest, jnp.uint32) & jnp.uint32(0x7F800000)
     unit = lax.bitcast_convert_type(exponent, jnp.float32)
     x = (blocks * (1 / unit)[None]).reshape(shape)
