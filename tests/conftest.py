@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The user's own compilation cache is not for tests to fill.
+os.environ["JQUANT_CACHE"] = tempfile.mkdtemp(prefix="jquant-tests-")
+atexit.register(shutil.rmtree, os.environ["JQUANT_CACHE"], ignore_errors=True)
 
 import jax
 

@@ -1,0 +1,50 @@
+"""What llama.cpp predicts with our files, on text that comes with Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from llama_eval import evaluate
+from peers import llama_quantize
+from typer.testing import CliRunner
+
+from jquant_cli.demo import package_model
+from jquant_cli.main import app
+
+pytestmark = pytest.mark.slow
+
+
+def held_out_text() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))[:20_000]
+
+
+def quantize(model: Path, out: Path, kind: str) -> Path:
+    result = CliRunner().invoke(app, ["quantize", str(model), str(out), "--type", kind, "-q"])
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct at 16 bits."""
+    return quantize(package_model(), tmp_path_factory.mktemp("smol") / "f16.gguf", "F16")
+
+
+def test_q8_0_predicts_as_well_as_f16(original, tmp_path):
+    files = [original, quantize(original, tmp_path / "q8.gguf", "Q8_0")]
+    (_, base), (_, q8) = evaluate(files, held_out_text(), most=2)
+    # A few hundred tokens tell no finer: benchmarks/quality.py holds the 0.5% on a whole text.
+    assert q8.perplexity == pytest.approx(base.perplexity, rel=0.02)
+    assert q8.mean_kld < 0.02
+
+
+def test_k_types_stay_closer_to_the_original_than_llama_cpps(original, tmp_path):
+    ours = quantize(original, tmp_path / "ours.gguf", "Q3_K_M")
+    theirs = tmp_path / "theirs.gguf"
+    llama_quantize(original, theirs, "Q3_K_M", threads=2)
+    assert ours.stat().st_size == theirs.stat().st_size
+    _, (_, mine), (_, peer) = evaluate([original, ours, theirs], held_out_text(), most=3)
+    assert mine.mean_kld < peer.mean_kld
