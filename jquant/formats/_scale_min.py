@@ -308,4 +308,5 @@ def unpack_d_dmin(data: Array) -> tuple[Array, Array]:
 
 
 def tops(first: float, last: float, count: int) -> tuple[float, ...]:
+    """Evenly spaced guesses for `Layout.tops`."""
     return tuple(np.linspace(first, last, count).tolist())
