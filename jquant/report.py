@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jquant.core import TensorSpec
-from jquant.formats import FORMATS
+from jquant.core import TensorSpec, block_and_bytes
 from jquant.plan import Entry, Plan
 from jquant.text import human_shape, human_size, text_table
 
@@ -92,7 +91,7 @@ def remarks(plan: Plan, importance: Collection[str] | None) -> list[str]:
             "a second time; start from the original weights where you can."
         )
     if importance is not None:
-        quantized = [e.name for e in plan.entries if FORMATS[e.type].block_size > 1]
+        quantized = [e.name for e in plan.entries if block_and_bytes(e.type)[0] > 1]
         without = [name for name in quantized if name not in importance]
         if without:
             found.append(f"the imatrix says nothing of {len(without)} tensors, such as {without[0]}.")
