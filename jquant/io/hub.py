@@ -16,6 +16,7 @@ import huggingface_hub
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -87,6 +88,8 @@ def resolve(
         )
     except (GatedRepoError, RevisionNotFoundError, RepositoryNotFoundError) as error:
         raise UserError(_refusal(repo, revision, error, api.endpoint)) from None
+    except HFValidationError as error:
+        raise UserError(f"{model!r}: neither a local path nor a valid hub id ({error}).") from None
     except _NETWORK_ERRORS as error:
         if _status(error) in (401, 403):
             raise UserError(_refusal(repo, revision, error, api.endpoint)) from None
