@@ -31,8 +31,12 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except UserError as error:
             _fail(str(error), OUTPUT if isinstance(error, OutputError) else INPUT)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _fail(f"{error.filename}: {error.strerror}.", INPUT)
         except KeyboardInterrupt:
-            _fail("interrupted; run the same command with --resume to continue.", INTERRUPTED)
+            _fail("interrupted; `jquant quantize … --resume` continues.", INTERRUPTED)
 
     return wrapped
 

@@ -11,7 +11,8 @@ def result(text: str) -> None:
 
 
 def result_json(value: object) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    # ASCII: old vocabularies have halves of characters, which no encoding of stdout can write.
+    print(json.dumps(value, indent=2))
 
 
 def remark(text: str) -> None:
