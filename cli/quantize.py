@@ -163,19 +163,22 @@ def quantize(
     from jquant.convert import open_model, write_gguf
     from jquant.io import hub
     from jquant.io import imatrix as imatrix_file
-    from jquant.plan import check_encodable, plan
+    from jquant.plan import check_encodable, file_type, plan
     from jquant.report import plan_report, plan_table, remarks, summary
 
+    # Slips of the command line show before a download.
+    file_type(type)
+    given_rules = _rules(rule, rules)
+    importance = imatrix_file.read(imatrix) if imatrix else None
     path = hub.resolve(model, revision=revision)
     # A download lies in a folder that is named after its commit.
     name = None if Path(model).exists() else re.split(r"[/:]", model.removeprefix("hf:"))[1]
     opened = open_model(path, name=name, pre_tokenizer=pre_tokenizer)
-    importance = imatrix_file.read(imatrix) if imatrix else None
     planned = plan(
         opened.source.specs,
         opened.metadata,
         type,
-        rules=_rules(rule, rules),
+        rules=given_rules,
         pure=pure,
         output_type=output_type,
         embedding_type=embedding_type,
