@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from jquant.core import Metadata, TensorSpec
+from jquant.core import Metadata, TensorSpec, UserError
 from jquant.io._gguf_header import alignment_of, encode, padded, tensor_info_bytes
+
+MAX_SHARDS = 65535  # split.count is an unsigned integer of 16 bits
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,17 @@ def shards(path: Path, metadata: Metadata, layout: Sequence[TensorSpec], limit: 
 
     The first carries the metadata, and each of several the keys split.no, split.count and
     split.tensors.count; what fits in one file is called `path` and has none of these.
+    Raises UserError where the limit would make more than MAX_SHARDS.
     """
     whole = Shard(path, *encode(metadata, layout))
     parts = [list(layout)] if limit is None or whole.size <= limit else _split(metadata, layout, limit)
     if len(parts) == 1:
         return [whole]
+    if len(parts) > MAX_SHARDS:
+        raise UserError(
+            f"{path}: {limit} bytes a shard would make {len(parts)} shards, but GGUF counts to {MAX_SHARDS}; "
+            "allow larger ones."
+        )
     found = []
     for i, part in enumerate(parts):
         keys = _split_keys(metadata, i, len(parts), len(layout))

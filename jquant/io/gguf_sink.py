@@ -243,6 +243,8 @@ def _stale_names(record: Record | None) -> list[str]:
 
 
 def _check_folder(path: Path) -> None:
+    if not path.name:
+        raise OutputError(f"{path}: is a folder; give the name of a file.")
     folder = path.parent
     if not folder.is_dir():
         raise OutputError(f"{path}: the folder {folder} does not exist; create it first.")
