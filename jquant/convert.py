@@ -28,7 +28,7 @@ class Model(NamedTuple):
     """A model as GGUF would describe it, wherever it comes from."""
 
     path: Path
-    files: list[Path]  # that hold the weights
+    files: list[Path]  # that the tensors are made from
     source: Source  # tensors under GGUF names
     metadata: Metadata
 
@@ -48,7 +48,8 @@ def open_model(path: Path, *, name: str | None = None, pre_tokenizer: str | None
     architecture = models.for_config(config)
     metadata = architecture.metadata(config, name or folder.resolve().name)
     metadata |= tokenizer.metadata(folder, config, pre=pre_tokenizer)
-    return Model(path, source.files, architecture.as_gguf(source, config), metadata)
+    files = [*source.files, folder / "config.json"]  # rope_freqs follows from the configuration
+    return Model(path, files, architecture.as_gguf(source, config), metadata)
 
 
 def _config(folder: Path) -> dict:
