@@ -218,6 +218,7 @@ DAMAGED = {
         header_bytes(tensor_info(b"t", 1 << 40, 1 << 40), tensors=1, count=0),
         "impossible for F32",
     ),
+    "an empty tensor": (header_bytes(tensor_info(b"t", 0, 4), tensors=1, count=0), "impossible for F32"),
     "an offset between": (
         header_bytes(tensor_info(b"t", 1, offset=4), tensors=1, count=0),
         "no multiple of 32",
@@ -227,7 +228,7 @@ DAMAGED = {
         "ends at byte .* truncated",
     ),
     "a tensor twice": (
-        header_bytes(tensor_info(b"t", 0), tensor_info(b"t", 0), tensors=2, count=0),
+        header_bytes(tensor_info(b"t", 1), tensor_info(b"t", 1), tensors=2, count=0),
         "'t' appears twice",
     ),
 }

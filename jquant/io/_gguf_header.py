@@ -169,7 +169,7 @@ class _Cursor:
             )
         spec = TensorSpec(name, shape, _TYPE_NAMES[code])
         block, size = block_and_bytes(spec.type)
-        if math.prod(shape) * size >= 1 << 63 or spec.cols % block:
+        if not 0 < math.prod(shape) * size < 1 << 63 or spec.cols % block:
             raise UserError(
                 f"{self.path}: tensor {name!r} has shape {shape}, impossible for {spec.type} "
                 f"(blocks of {block} weights): the header is damaged; download or convert the file again."
