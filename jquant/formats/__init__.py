@@ -19,4 +19,3 @@ def _collect() -> dict[str, Format]:
 
 
 FORMATS = MappingProxyType(_collect())
-BY_GGML_TYPE = MappingProxyType({f.ggml_type: f for f in FORMATS.values() if f.ggml_type is not None})

@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-SUPERBLOCK = 256  # weights per block of every IQ type but IQ4_NL
-
 
 @cache
 def grid(name: str) -> np.ndarray:
