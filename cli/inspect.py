@@ -47,7 +47,7 @@ def inspect(
 
 def _plain(value: object) -> object:
     """A metadata value as JSON knows it."""
-    return value.tolist() if hasattr(value, "tolist") else value
+    return getattr(value, "tolist", lambda: value)()
 
 
 def _short(value: object) -> str:

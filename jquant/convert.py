@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gguf
+import jax
 import numpy as np
 
 from jquant import io, models
@@ -78,7 +79,9 @@ def output_metadata(model: Model, plan: Plan, imatrix: Imatrix | None, imatrix_n
             "quantize.imatrix.entries_count": np.uint32(len(imatrix.entries)),
             "quantize.imatrix.chunks_count": np.uint32(imatrix.chunk_count),
         }
-    return {**model.metadata, **added}
+    # What a source says of an imatrix was true of the source.
+    kept = {k: v for k, v in model.metadata.items() if not k.startswith("quantize.imatrix.")}
+    return {**kept, **added}
 
 
 def write_gguf(
@@ -133,12 +136,13 @@ def _importance(model: Model, imatrix: Imatrix, name: str) -> dict[str, np.ndarr
 
 
 def _fingerprint(model: Model, plan: Plan, imatrix: Imatrix | None) -> str:
-    """What the bytes of the output depend on: the input files, the plan, the importance, our version."""
+    """What the bytes of the output depend on: input files, plan, importance, versions, kind of device."""
     digest = hashlib.sha256()
     for file in model.files:
         stat = file.stat()
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    digest.update(f"{version('jquant')} {version('jax')}\n{plan.to_json()}\n".encode())
+    ours = f"{version('jquant')} {version('jax')} {version('jaxlib')} {jax.default_backend()}"
+    digest.update(f"{ours}\n{plan.to_json()}\n".encode())
     for name, values in (imatrix.entries if imatrix else {}).items():
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(values).tobytes())

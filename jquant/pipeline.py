@@ -7,6 +7,7 @@ thread is in memory. The order in which jobs end has no influence on the bytes.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -20,7 +21,10 @@ from jquant.formats import FORMATS
 from jquant.plan import Entry, Plan
 from jquant.transcode import FLOAT_DTYPES, slab_rows, transcode
 
-Progress = Callable[[str, int], None]  # tensor name, source bytes that are now done
+F16_MAX = 65504.0
+
+# Tensor name, source bytes that are now done; no name for what an interrupted run had done already.
+Progress = Callable[[str, int], None]
 
 
 class Job(NamedTuple):
@@ -48,8 +52,7 @@ def run(
     importance = importance or {}
     finished = set(sink.finished())
     entries = [e for e in plan.entries if e.name not in finished]
-    for name in finished:
-        progress(name, source.specs[name].nbytes)
+    progress("", sum(source.specs[name].nbytes for name in finished))
     open_jobs = {e.name: len(list(_slabs(e))) for e in entries}
     lock = threading.Lock()
     jobs = iter([job for e in entries for job in _slabs(e)])
@@ -108,15 +111,32 @@ def _encode(source: Source, job: Job, importance: np.ndarray | None) -> np.ndarr
         matrix_rows = source.specs[entry.name].rows // importance.shape[0]
         importance = importance[np.arange(start, stop) // matrix_rows]
     encoded = transcode(data, FORMATS[entry.source_type], FORMATS[entry.type], importance)
-    _check_finite(encoded.finite, job, data)
+    _check_finite(encoded.largest < np.inf, job, data)
+    if encoded.largest > F16_MAX:
+        _check_range(encoded.data, job)
     return encoded.data
+
+
+def _check_range(data: np.ndarray, job: Job) -> None:
+    """Weights beyond float16 fit types whose scales bridge the gap, and no others."""
+    entry = job.entry
+    if not np.isfinite(_decoded(data, entry.type)).all():
+        raise UserError(
+            f"{entry.name}: has weights too large for {entry.type}; "
+            f"give it another type, e.g. --rule '{re.escape(entry.name)}=BF16'."
+        )
+
+
+def _decoded(data: np.ndarray, type: str) -> np.ndarray:
+    """Rows of stored bytes as float32."""
+    return np.asarray(dequantize(QuantizedTensor({"blocks": jnp.asarray(data)}, FORMATS[type])))
 
 
 def _check_finite(finite: bool, job: Job, data: np.ndarray) -> None:
     if finite:
         return
     entry = job.entry
-    x = np.asarray(dequantize(QuantizedTensor({"blocks": jnp.asarray(data)}, FORMATS[entry.source_type])))
+    x = _decoded(data, entry.source_type)
     row, col = np.argwhere(~np.isfinite(x))[0]
     index = (*np.unravel_index(job.start + row, entry.shape[:-1]), col)
     raise UserError(

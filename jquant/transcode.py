@@ -33,7 +33,7 @@ FLOAT_DTYPES = {
 
 class Encoded(NamedTuple):
     data: np.ndarray  # uint8 [rows, row bytes]
-    finite: bool  # whether every weight read was a finite number
+    largest: float  # magnitude of the weights read; infinite where one is no finite number
 
 
 def slab_rows(cols: int) -> int:
@@ -57,9 +57,9 @@ def transcode(
     weights = None
     if importance is not None:
         weights = _padded(np.broadcast_to(importance, (rows, cols)).reshape(-1), CHUNK_WEIGHTS, capacity)
-    out, finite = _transcode(slab, weights, np.int32(steps), source, target)
+    out, largest = _transcode(slab, weights, np.int32(steps), source, target)
     row_bytes = cols // target.block_size * target.block_bytes
-    return Encoded(np.asarray(out).reshape(-1)[: rows * row_bytes].reshape(rows, row_bytes), bool(finite))
+    return Encoded(np.asarray(out).reshape(-1)[: rows * row_bytes].reshape(rows, row_bytes), float(largest))
 
 
 def _padded(flat: np.ndarray, step: int, capacity: int) -> np.ndarray:
@@ -79,7 +79,7 @@ def _padded(flat: np.ndarray, step: int, capacity: int) -> np.ndarray:
 def _transcode(
     slab: Array, importance: Array | None, steps: Array, source: Format, target: Format
 ) -> tuple[Array, Array]:
-    """[capacity, step] stored values → (uint8 [capacity, blocks, bytes], all finite) of `steps` rows."""
+    """[capacity, step] stored values → (uint8 [capacity, blocks, bytes], largest magnitude) of `steps`."""
     out = jnp.zeros((slab.shape[0], CHUNK_WEIGHTS // target.block_size, target.block_bytes), jnp.uint8)
 
     def weights(stored: Array) -> Array:
@@ -88,12 +88,14 @@ def _transcode(
         return decode_chunk(source, stored.reshape(-1, source.block_bytes)).reshape(-1)
 
     def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        out, finite = carry
+        out, largest = carry
         x = weights(slab[i])
         blocks = [x.reshape(-1, target.block_size)]
         if importance is not None:
             blocks.append(importance[i].reshape(-1, target.block_size))
         data = encode_chunk(target, *blocks)
-        return out.at[i].set(data), finite & jnp.isfinite(x).all()
+        # A maximum may pass over NaN, so NaN becomes infinity first.
+        magnitude = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf))
+        return out.at[i].set(data), jnp.maximum(largest, magnitude)
 
-    return lax.fori_loop(0, steps, step, (out, jnp.array(True)))
+    return lax.fori_loop(0, steps, step, (out, jnp.float32(0)))

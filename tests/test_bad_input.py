@@ -236,3 +236,13 @@ def test_truncated_gguf(model, tmp_path):
         cut = tmp_path / f"cut-{size}.gguf"
         cut.write_bytes(data[:size])
         assert cut.name in refused(cut, out=tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q4_0"])
+def test_weights_too_large_for_the_type_are_refused(copy, tmp_path, kind):
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name] * np.float32(1e30)}, copy / "model.safetensors")
+    message = refused(copy, "--type", kind, out=tmp_path / "out.gguf")
+    assert "blk.0.ffn_up.weight" in message
+    assert "BF16" in message

@@ -13,8 +13,8 @@ def rounded(x: Array) -> Array:
     Within one fused loop the compiler may contract a·b + c into a single rounded operation; ggml rounds
     twice. Exact products (few significant bits) need no such care.
     """
-    # A maximum that changes no finite value: it stands between product and sum, where an optimization
-    # barrier would either be removed before code is generated or write the whole array to memory.
+    # A maximum that changes no finite value stands between product and sum. An optimization barrier does
+    # not: XLA's CPU backend removes it before it forms multiply-adds.
     return jnp.maximum(x, float(jnp.finfo(x.dtype).min))
 
 

@@ -6,6 +6,7 @@ and HF_HUB_OFFLINE. Without a connection, a model that is in the cache is used f
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from jquant.core import UserError
+from jquant.core import OutputError, UserError
 
 _HUB_ID = re.compile(r"(hf:)?(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<tag>[\w][\w./-]*))?", re.ASCII)
 _FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".json", ".pt", ".pth")
@@ -91,6 +92,8 @@ def resolve(
     except HFValidationError as error:
         raise UserError(f"{model!r}: neither a local path nor a valid hub id ({error}).") from None
     except _NETWORK_ERRORS as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"{repo}: the disk is full; free some space in the hub's cache.") from None
         if _status(error) in (401, 403):
             raise UserError(_refusal(repo, revision, error, api.endpoint)) from None
         return _from_cache(repo, revision, cache_dir, tag, error)
