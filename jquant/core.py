@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import gguf
 import jax
@@ -86,7 +86,7 @@ class QuantizedTensor:
     from the leaves, so it stays right under `vmap` and when a leading axis is sliced or stacked.
     """
 
-    parts: dict[str, Array]
+    parts: dict[str, Any]  # arrays; while JAX transforms the tree, its placeholders
     format: Format
 
     @property

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+F16_MAX = 65504.0  # the largest finite float16
+
 
 def rounded(x: Array) -> Array:
     """x, rounded to its type before anything else is done with it.
@@ -16,6 +18,12 @@ def rounded(x: Array) -> Array:
     # A maximum that changes no finite value stands between product and sum. An optimization barrier does
     # not: XLA's CPU backend removes it before it forms multiply-adds.
     return jnp.maximum(x, float(jnp.finfo(x.dtype).min))
+
+
+def zeros_along(x: Array) -> Array:
+    """Zeros of x's shape, as a loop starts from. Inside `shard_map` they vary over devices as x does, which
+    `zeros_like` does not tell JAX before 0.7."""
+    return jnp.where(x == x, 0.0, 0.0).astype(x.dtype)
 
 
 def exact_div(x: Array, y: Array | float) -> Array:
@@ -32,6 +40,11 @@ def inverse(d: Array) -> Array:
 def f16_round(x: Array) -> Array:
     """float32 → the nearest float16, as float32: the scale that the file can hold."""
     return x.astype(jnp.float16).astype(jnp.float32)
+
+
+def storable(d: Array) -> Array:
+    """The nearest finite float16, as float32."""
+    return f16_round(jnp.clip(d, -F16_MAX, F16_MAX))
 
 
 def f16_bytes(x: Array) -> Array:

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jquant.formats._blocks import exact_div, f16_round, inverse
+from jquant.formats._blocks import exact_div, inverse, storable, zeros_along
 
 REFITS = 3
-_MAX_F16 = 65504.0
 _REACH = 1e7  # beyond the largest weight that any of these types can hold; larger ones are clipped to it
 
 
@@ -35,10 +34,6 @@ def _relative(w: Array) -> Array:
     """w / the block's largest, or ones where no weight of the block matters."""
     largest = jnp.max(w, axis=0)
     return jnp.where((largest > 0)[None], jnp.maximum(w, 0.0) * inverse(largest)[None], 1.0)
-
-
-def _storable(x: Array) -> Array:
-    return f16_round(jnp.clip(x, -_MAX_F16, _MAX_F16))
 
 
 def search_scale(blocks: Array, importance: Array, low: int, high: int, ladder: np.ndarray) -> Array:
@@ -68,14 +63,14 @@ def search_scale(blocks: Array, importance: Array, low: int, high: int, ladder: 
         found = s1 * _ratio(s1, s2)
         return jnp.maximum(found, gain), jnp.where(found > gain, _ratio(s2, s1), factor)
 
-    start = (jnp.zeros_like(peak), jnp.full_like(peak, low))
+    start = (zeros_along(peak), zeros_along(peak) + low)
     _, factor = lax.fori_loop(0, len(ladder) + REFITS, climb, start)
 
     def error(d: Array) -> Array:
         scale = d * inverse(peak)
         return _sum(w * (x - scale[None] * codes(inverse(scale))) ** 2)
 
-    d, plain = _storable(_ratio(peak, factor)), _storable(exact_div(peak, float(low)))
+    d, plain = storable(_ratio(peak, factor)), storable(exact_div(peak, float(low)))
     return jnp.where(error(plain) < error(d), plain, d)
 
 
@@ -118,20 +113,20 @@ def search_affine(blocks: Array, importance: Array, levels: int) -> tuple[Array,
             jnp.where(better, (sx - slope * sq) / s, shift),
         )
 
-    zero = jnp.zeros_like(spread)
+    zero = zeros_along(spread)
     _, factor, shift = lax.fori_loop(0, len(ladder) + REFITS, climb, (zero, zero, zero))
 
     # As the file will hold it: m rounded to float16 first, then the best d for that m and its codes.
-    m = _storable(smallest + shift * spread)
+    m = storable(smallest + shift * spread)
     shift = (m - smallest) * inverse(spread)
     q = codes(factor, shift)
-    d = _storable(_ratio(_sum(w * q * (x - shift[None])), _sum(w * q * q)) * spread)
+    d = storable(_ratio(_sum(w * q * (x - shift[None])), _sum(w * q * q)) * spread)
 
     def error(d: Array, m: Array) -> Array:
         scale, shift = d * inverse(spread), (m - smallest) * inverse(spread)
         q = codes(_ratio(jnp.ones_like(scale), scale), shift)
         return _sum(w * (x - shift[None] - q * scale[None]) ** 2)
 
-    plain_d, plain_m = _storable(exact_div(spread, float(levels))), _storable(smallest)
+    plain_d, plain_m = storable(exact_div(spread, float(levels))), storable(smallest)
     worse = error(plain_d, plain_m) < error(d, m)
     return jnp.where(worse, plain_d, d), jnp.where(worse, plain_m, m)

@@ -17,15 +17,9 @@ from itertools import pairwise
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jquant.formats._blocks import f16_round, inverse
+from jquant.formats._blocks import inverse, storable, zeros_along
 
 REFITS = 2
-_MAX_F16 = 65504.0
-
-
-def storable(d: Array) -> Array:
-    """The nearest finite float16, as float32."""
-    return f16_round(jnp.clip(d, -_MAX_F16, _MAX_F16))
 
 
 def weights(blocks: Array, importance: Array | None) -> Array:
@@ -89,7 +83,8 @@ def search_scale(x: Array, w: Array, levels: Sequence[float], ladder: Array) -> 
             jnp.maximum(refitted * s1, best[1]),
         )
 
-    best = (jnp.zeros_like(ladder[0]), jnp.zeros_like(ladder[0]))
+    zero = zeros_along(x[..., :1, :])  # [..., 1, n]
+    best = (zero, zero)
     best = lax.fori_loop(0, len(ladder), lambda k, best: better(ladder[k], best), best)
     return lax.fori_loop(0, REFITS, lambda _, best: better(best[0], best), best)
 

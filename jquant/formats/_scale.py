@@ -17,11 +17,10 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int8
 
-from jquant.formats._blocks import f16_round
+from jquant.formats._blocks import F16_MAX, f16_round, zeros_along
 
 Scales = tuple[Float[Array, " n"], Int8[Array, "16 n"]]  # d, sc
 GROUP = 16  # weights that share an integer scale
-F16_MAX = 65504.0
 F16_TINY = 2.0**-24  # the smallest positive float16: a smaller d would erase its superblock
 SMALLEST = 1e-37  # its inverse is finite
 LEAST_IMPORTANCE = 2.0**-60
@@ -130,7 +129,7 @@ def fit_groups(x: Array, w: Array | None, trials: Array, limits: Limits) -> Grou
         fit = GroupFit(scale, A * scale, B)
         return GroupFit(*(jnp.where(better, *pair) for pair in zip(fit, best, strict=True))), None
 
-    zero = jnp.zeros_like(trials[0])
+    zero = zeros_along(trials[0])
     return lax.scan(step, GroupFit(trials[0], zero, zero), trials)[0]
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, UInt8
 
-from jquant.formats._blocks import f16_from_bytes
+from jquant.formats._blocks import F16_MAX, f16_from_bytes
 
 Blocks = Float[Array, "256 n"]
 Codes = UInt8[Array, "256 n"]
@@ -84,7 +84,7 @@ def _limited(x: Array, top: int) -> Array:
 
 def _storable(d: Array, unit: Array) -> Array:
     """d ≥ 0 in `unit`s, rounded to a finite float16. What is not 0 stays so: 2⁻²⁴·sc can still serve."""
-    stored = jnp.minimum((d * unit).astype(jnp.float16).astype(jnp.float32), 65504.0)
+    stored = jnp.minimum((d * unit).astype(jnp.float16).astype(jnp.float32), F16_MAX)
     return jnp.where(d > 0, jnp.maximum(stored, 2.0**-24), 0.0) / unit
 
 

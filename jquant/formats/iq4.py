@@ -31,7 +31,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int, UInt8
 
 from jquant.core import Format
-from jquant.formats._blocks import f16_bytes, f16_from_bytes, inverse
+from jquant.formats._blocks import f16_bytes, f16_from_bytes, inverse, zeros_along
 from jquant.formats._grids import (
     bit_fields,
     halves_from_nibbles,
@@ -116,7 +116,7 @@ def fit_xs(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | No
                 jnp.where(found[0] > best[0], new, old) for new, old in zip(found, best, strict=True)
             )
 
-        zero = jnp.zeros_like(s)
+        zero = zeros_along(s)
         return lax.fori_loop(-1, 2, better, (zero - 1, zero, zero, zero))
 
     def better(
@@ -133,7 +133,7 @@ def fit_xs(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | No
 
     d = stored(superblock_scale(c, gains * inverse(c) ** 2))
     s = nearest_s(c, d)
-    best, _, _ = lax.fori_loop(0, RETRIES, better, ((jnp.full_like(d, -1.0), d, s), d, s))
+    best, _, _ = lax.fori_loop(0, RETRIES, better, ((zeros_along(d) - 1, d, s), d, s))
     _, d, s = best
     return storable(d * peak)[0, 0], s[:, 0].astype(jnp.int32)
 
@@ -152,7 +152,8 @@ def superblock_scale(c: Array, s2: Array) -> Array:
         excess = jnp.sum(s2 * (nearest_s(c, d) * d - c) ** 2, axis=0, keepdims=True)
         return jnp.minimum(excess, best[0]), jnp.where(excess < best[0], d, best[1])
 
-    first = (jnp.full_like(largest, jnp.inf), jnp.zeros_like(largest))
+    zero = zeros_along(largest)
+    first = (zero + jnp.inf, zero)
     return lax.fori_loop(0, len(LADDER_XS), better, first)[1]
 
 

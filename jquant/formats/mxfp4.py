@@ -18,6 +18,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int, UInt8
 
 from jquant.core import Format
+from jquant.formats._blocks import zeros_along
 from jquant.formats._e2m1 import gain_of_scale, nearest_code
 from jquant.formats._grids import halves_from_nibbles, nibbles_from_halves
 from jquant.formats._levels import weights
@@ -46,8 +47,8 @@ def fit(blocks: Float[Array, "32 n"], importance: Float[Array, "32 n"] | None) -
         gains = gain_of_scale(x, w, jnp.full_like(peak, 2.0**-2) * 2.0 ** step.astype(jnp.float32))
         return jnp.maximum(gains, best[0]), jnp.where(gains > best[0], step, best[1])
 
-    zero = jnp.zeros_like(k)
-    step = lax.fori_loop(STEPS.start, STEPS.stop, better, (jnp.full_like(peak, -1.0), zero))[1]
+    zero = zeros_along(k)
+    step = lax.fori_loop(STEPS.start, STEPS.stop, better, (zeros_along(peak) - 1, zero))[1]
     return jnp.clip(k - 2 + step + 127, 0, 254)[0]
 
 

@@ -19,7 +19,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int, UInt8
 
 from jquant.core import Format
-from jquant.formats._blocks import inverse
+from jquant.formats._blocks import inverse, zeros_along
 from jquant.formats._e2m1 import MAGNITUDES, gain_of_scale, nearest_code
 from jquant.formats._grids import halves_from_nibbles, nibbles_from_halves, scaled
 from jquant.formats._levels import weights
@@ -60,8 +60,8 @@ def fit(blocks: Float[Array, "64 n"], importance: Float[Array, "64 n"] | None) -
         gains = gain_of_scale(x, w, scale)
         return jnp.maximum(gains, best[0]), jnp.where(gains > best[0], byte, best[1])
 
-    zero = jnp.zeros_like(first)
-    return lax.fori_loop(STEPS.start, STEPS.stop, better, (jnp.zeros_like(top), zero))[1][:, 0]
+    zero = zeros_along(first)
+    return lax.fori_loop(STEPS.start, STEPS.stop, better, (zeros_along(top), zero))[1][:, 0]
 
 
 def assign(

@@ -17,9 +17,9 @@ from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 from jquant.core import Format
-from jquant.formats._blocks import f16_bytes, f16_from_bytes, inverse
+from jquant.formats._blocks import f16_bytes, f16_from_bytes, inverse, storable
 from jquant.formats._grids import bit_fields, join_fields
-from jquant.formats._levels import storable, weights
+from jquant.formats._levels import weights
 
 
 def fit(blocks: Float[Array, "128 n"], importance: Float[Array, "128 n"] | None) -> Float[Array, " n"]:

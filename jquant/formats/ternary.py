@@ -33,8 +33,8 @@ from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 from jquant.core import Format
-from jquant.formats._blocks import f16_bytes, f16_from_bytes, inverse
-from jquant.formats._levels import nearest_code, search_scale, storable, weights
+from jquant.formats._blocks import f16_bytes, f16_from_bytes, inverse, storable
+from jquant.formats._levels import nearest_code, search_scale, weights
 
 LEVELS = (-1.0, 0.0, 1.0)
 STEPS = 24
