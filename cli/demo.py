@@ -11,7 +11,8 @@ import typer
 from . import _errors, _show
 from .quantize import quantize
 
-DEFAULT_OUT = Path("SmolLM2-135M-Instruct-Q4_K_M.gguf")
+DEFAULT_TYPE = "IQ4_NL"  # blocks of 32: the model's rows of 576 are no multiple of 256
+DEFAULT_OUT = Path("SmolLM2-135M-Instruct-IQ4_NL.gguf")
 PROMPT = "What is the capital of France? Answer in one sentence."
 
 
@@ -29,7 +30,7 @@ def package_model() -> Path:
 @_errors.one_line_errors
 def demo(
     out: Annotated[Path, typer.Argument(help="GGUF file to write.")] = DEFAULT_OUT,
-    type: Annotated[str, typer.Option("--type", "-t", help="llama.cpp's file type.")] = "Q4_K_M",
+    type: Annotated[str, typer.Option("--type", "-t", help="llama.cpp's file type.")] = DEFAULT_TYPE,
     prompt: Annotated[str, typer.Option("--prompt", help="What to ask the quantized model.")] = PROMPT,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace OUT if it exists.")] = False,
 ) -> None:

@@ -80,15 +80,15 @@ def remarks(plan: Plan, importance: Collection[str] | None) -> list[str]:
     if plan.fallbacks:
         kinds = sorted({f"{e.fallback_from} → {e.type}" for e in plan.fallbacks})
         found.append(
-            f"{len(plan.fallbacks)} tensors take another type because of their row length "
+            f"another type because of the row length: {len(plan.fallbacks)} of {len(plan.entries)} tensors "
             f"({', '.join(kinds)}), {plan.extra_bpw:+.2f} bpw over the whole model; "
             "--dry-run lists them, --no-fallback forbids it."
         )
     if plan.requantized:
         kinds = sorted({e.source_type for e in plan.requantized})
         found.append(
-            f"{len(plan.requantized)} tensors are already quantized ({', '.join(kinds)}) and lose precision "
-            "a second time; start from the original weights where you can."
+            f"quantized already: {len(plan.requantized)} ({', '.join(kinds)}). They lose precision a second "
+            "time; start from the original weights where you can."
         )
     if importance is not None:
         quantized = [e.name for e in plan.entries if block_and_bytes(e.type)[0] > 1]

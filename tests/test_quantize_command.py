@@ -240,3 +240,11 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path):
     assert interrupted
     assert resumed_with_work_left
     assert {p.name for p in tmp_path.iterdir()} == {"llama", "whole.gguf", "out.gguf", "cache"}
+
+
+@pytest.mark.slow
+def test_the_demo_writes_a_file_with_which_llama_cpp_answers(tmp_path):
+    out = tmp_path / "demo.gguf"
+    answer = run("demo", out)
+    assert "Paris" in answer
+    assert {t.tensor_type.name for t in tensors(out).values()} >= {"IQ4_NL", "Q8_0", "F32"}
