@@ -10,15 +10,11 @@ memory speed. `lower` and `compile` are what the first tensor of a type waits fo
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import peers  # noqa: F401 — makes the tests' oracles importable
 import specs
+from record import record
 
 import ggml  # isort: skip
 from jquant import FORMATS, Format, quantize
@@ -109,24 +106,6 @@ def line(result: dict, weights: int) -> str:
     )
 
 
-def device() -> dict[str, object]:
-    """What the figures depend on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((s.split(": ", 1)[1] for s in info.read_text().splitlines() if "model name" in s), cpu)
-    root = Path(__file__).resolve().parent
-    commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "numpy", "gguf", "llama-cpp-python")},
-        "commit": commit.stdout.strip(),
-    }
-
-
 def main() -> None:
     encodable = [f for f in FORMATS.values() if f.can_encode and f.ggml_type is not None]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -152,10 +131,7 @@ def main() -> None:
                 results.append(measure(format, weighted, x, args.repeats, pool))
                 print(line(results[-1], x.size), flush=True)
     if args.json:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        args.json.write_text(
-            json.dumps({"device": device(), "settings": settings, "results": results}, indent=2)
-        )
+        record(args, results)
 
 
 if __name__ == "__main__":

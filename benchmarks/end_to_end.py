@@ -9,7 +9,6 @@ encoding and writing are all counted, for both.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -17,6 +16,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from record import record
 
 PEER = """
 import sys, llama_cpp
@@ -61,7 +62,7 @@ def main() -> None:
     print(f"  ratio, pair by pair  {ratio:6.2f}")
     print(f"  jquant, first run    {cold:6.2f} s   (compiles)")
     if args.json:
-        args.json.write_text(json.dumps({"cold_s": cold, "pairs_s": warm, "bytes": sizes}, indent=2))
+        record(args, {"cold_s": cold, "pairs_s": warm, "bytes": sizes})
 
 
 if __name__ == "__main__":

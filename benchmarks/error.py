@@ -11,7 +11,6 @@ in the imatrix, importance is drawn at random, the same for both.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,8 @@ import peers  # noqa: F401 — makes the tests' oracles importable
 import specs
 
 import ggml  # isort: skip
+from record import record
+
 from jquant import FORMATS, Format
 from jquant.io import imatrix as imatrix_file
 from jquant.transcode import slab_rows, transcode
@@ -95,7 +96,7 @@ def main() -> None:
                 kind = "yes" if weighted else "no"
                 print(f"{name:8} {kind:10}  {family:16} {median:7.4f} {worst:7.4f} {where}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=2))
+        record(args, rows)
 
 
 if __name__ == "__main__":

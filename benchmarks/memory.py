@@ -9,7 +9,6 @@ Memory does not depend on the values; the file that is written is real.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from record import record
 
 WIDTH, FFN, HEADS, KV_HEADS, VOCAB = 4096, 14336, 32, 8, 32000
 BLOCK = {
@@ -88,7 +88,7 @@ def main() -> None:
         results.append({"gigabytes": gigabytes, "blocks": blocks, "peak_bytes": nbytes, "seconds": seconds})
         print(f"  {gigabytes:5.1f} GB  {blocks:4d}  {nbytes / 1e6:7.0f} MB  {seconds:6.1f}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=2))
+        record(args, results)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ With --imatrix both use it. The text is one that neither has seen.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from llama_eval import evaluate
 from peers import llama_quantize
+from record import record
 
 JQUANT = str(Path(sys.executable).with_name("jquant"))
 
@@ -48,7 +48,7 @@ def main() -> None:
             compared = "" if scores.mean_kld is None else f"{scores.mean_kld:8.5f}  {scores.top1:.2%}"
             print(f"{row['file']:20}  {row['bytes']:13,}  {scores.perplexity:10.4f}  {compared}")
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=2))
+        record(args, rows)
 
 
 if __name__ == "__main__":

@@ -161,13 +161,15 @@ def quantize(
     _runtime.start_jax()
 
     from jquant.convert import open_model, write_gguf
-    from jquant.io import hub
+    from jquant.io import check_target, hub
     from jquant.io import imatrix as imatrix_file
     from jquant.plan import check_encodable, file_type, plan
     from jquant.report import plan_report, plan_table, remarks, summary
 
     # Slips of the command line show before a download.
     file_type(type)
+    if out is not None and not dry_run and not max_shard_size:
+        check_target(out, force=force or resume)
     given_rules = _rules(rule, rules)
     importance = imatrix_file.read(imatrix) if imatrix else None
     path = hub.resolve(model, revision=revision)

@@ -23,6 +23,14 @@ from jquant.io._shards import Shard, shards
 SYNC_BYTES = 256 << 20
 
 
+def check_target(path: Path, *, force: bool) -> None:
+    """OutputError where `path` is a folder, or a file that may not be replaced."""
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; give the name of a file.")
+    if path.exists() and not force:
+        raise OutputError(f"{path}: exists; give another name, or --force to replace it.")
+
+
 class GgufSink:
     """Writes `path`, or `path`-00001-of-0000N.gguf and so on where one file would pass `max_shard_bytes`.
 
@@ -99,10 +107,7 @@ class GgufSink:
 
     def _check_absent(self, force: bool) -> None:
         for shard in self._shards:
-            if shard.path.is_dir():
-                raise OutputError(f"{shard.path}: is a folder; give the name of a file.")
-            if shard.path.exists() and not force:
-                raise OutputError(f"{shard.path}: exists; give another name, or --force to replace it.")
+            check_target(shard.path, force=force)
 
     def _can_continue(self, record: Record) -> bool:
         """Every file is there in full size, under its partial name, or its final one during a commit."""
