@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import NamedTuple
@@ -16,12 +17,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.core import QuantizedTensor, Sink, Source, TensorSpec, UserError, dequantize
+from jquant.core import QuantizedTensor, Sink, Source, UserError, dequantize
 from jquant.formats import FORMATS
 from jquant.plan import Entry, Plan
 from jquant.transcode import FLOAT_DTYPES, slab_rows, transcode
 
-F16_MAX = 65504.0
+F16_MAX = float(np.finfo(np.float16).max)
 
 # Tensor name, source bytes that are now done; no name for what an interrupted run had done already.
 Progress = Callable[[str, int], None]
@@ -47,15 +48,17 @@ def run(
     importance: per tensor name float32 [matrices, cols], where a stack of experts has one row for each; a
     tensor without an entry is encoded without importance.
 
-    Raises UserError for a weight that is no finite number: tensor and position are named.
+    Raises UserError for a weight that is no finite number, tensor and position named, and for a tensor whose
+    weights are too large for its type.
     """
     importance = importance or {}
     finished = set(sink.finished())
     entries = [e for e in plan.entries if e.name not in finished]
     progress("", sum(source.specs[name].nbytes for name in finished))
-    open_jobs = {e.name: len(list(_slabs(e))) for e in entries}
+    todo = [job for entry in entries for job in _slabs(entry)]
+    open_jobs = Counter(job.entry.name for job in todo)
     lock = threading.Lock()
-    jobs = iter([job for e in entries for job in _slabs(e)])
+    jobs = iter(todo)
 
     def work() -> None:
         while True:
@@ -92,10 +95,9 @@ def run(
 
 
 def _slabs(entry: Entry) -> Iterator[Job]:
-    spec = TensorSpec(entry.name, entry.shape, entry.type)
-    step = slab_rows(spec.cols)
-    for start in range(0, spec.rows, step):
-        yield Job(entry, start, min(start + step, spec.rows))
+    rows, step = entry.spec.rows, slab_rows(entry.spec.cols)
+    for start in range(0, rows, step):
+        yield Job(entry, start, min(start + step, rows))
 
 
 def _encode(source: Source, job: Job, importance: np.ndarray | None) -> np.ndarray:

@@ -69,6 +69,15 @@ def experts(name: str, *axes: str, count: int) -> Weight:
     return Weight(name.replace(".{}", ""), parts, axes, stacked=True)
 
 
+def routed_experts(name: str, count: int) -> Iterator[Weight]:
+    """Qwen's router and its experts; `name` is the block's."""
+    yield weight(f"{name}.mlp.gate.weight", "num_experts", HIDDEN)
+    expert = f"{name}.mlp.experts.{{}}"
+    yield experts(f"{expert}.gate_proj.weight", "moe_intermediate_size", HIDDEN, count=count)
+    yield experts(f"{expert}.up_proj.weight", "moe_intermediate_size", HIDDEN, count=count)
+    yield experts(f"{expert}.down_proj.weight", HIDDEN, "moe_intermediate_size", count=count)
+
+
 def decoder(config: Config, block: Callable[[str], Iterator[Weight]]) -> Iterator[Weight]:
     """Embedding, blocks, final norm and, unless tied to the embedding, the output matrix."""
     yield weight("model.embed_tokens.weight", "vocab_size", HIDDEN)

@@ -20,8 +20,8 @@ from ._shared import (
     Weight,
     attention,
     decoder,
-    experts,
     mlp,
+    routed_experts,
     weight,
 )
 from .qwen2 import check_square
@@ -33,11 +33,7 @@ def weights(config: Config) -> Iterator[Weight]:
 
     def block(name: str) -> Iterator[Weight]:
         yield from attention(name, rotary_pairs=False, qkv_bias=True)
-        yield weight(f"{name}.mlp.gate.weight", "num_experts", HIDDEN)
-        expert = f"{name}.mlp.experts.{{}}"
-        yield experts(f"{expert}.gate_proj.weight", "moe_intermediate_size", HIDDEN, count=count)
-        yield experts(f"{expert}.up_proj.weight", "moe_intermediate_size", HIDDEN, count=count)
-        yield experts(f"{expert}.down_proj.weight", HIDDEN, "moe_intermediate_size", count=count)
+        yield from routed_experts(name, count)
         yield from mlp(f"{name}.mlp.shared_expert", "shared_expert_intermediate_size")
         yield weight(f"{name}.mlp.shared_expert_gate.weight", "1", HIDDEN)
 

@@ -12,15 +12,13 @@ import gguf
 
 from ._shared import (
     DECODER_KEYS,
-    HIDDEN,
     REQUIRED,
     Architecture,
     Config,
     Weight,
     attention,
     decoder,
-    experts,
-    weight,
+    routed_experts,
 )
 
 
@@ -29,11 +27,7 @@ def weights(config: Config) -> Iterator[Weight]:
 
     def block(name: str) -> Iterator[Weight]:
         yield from attention(name, rotary_pairs=False, qk_norm=True)
-        yield weight(f"{name}.mlp.gate.weight", "num_experts", HIDDEN)
-        expert = f"{name}.mlp.experts.{{}}"
-        yield experts(f"{expert}.gate_proj.weight", "moe_intermediate_size", HIDDEN, count=count)
-        yield experts(f"{expert}.up_proj.weight", "moe_intermediate_size", HIDDEN, count=count)
-        yield experts(f"{expert}.down_proj.weight", HIDDEN, "moe_intermediate_size", count=count)
+        yield from routed_experts(name, count)
 
     return decoder(config, block)
 
