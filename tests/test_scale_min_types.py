@@ -15,11 +15,11 @@ import pytest
 import specs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from k_blocks import BLOCKS, decode, encode
 
-from jquant.core import Format, QuantizedTensor, dequantize, quantize
+from jquant.core import Format
 from jquant.formats import FORMATS
 
-BLOCKS = 1 << 11
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 IMATRIX = SHARED / "reference/smol768-imatrix-60x512.gguf"
 STORIES = SHARED / "models/stories15M/model.safetensors"
@@ -28,23 +28,6 @@ CODES = {"Q2_K": 4, "Q4_K": 16, "Q5_K": 32}
 AT_MOST = {"Q2_K": 0.97, "Q4_K": 0.99, "Q5_K": 0.98}
 every_format = pytest.mark.parametrize("format", [FORMATS[name] for name in CODES], ids=str)
 with_and_without_importance = pytest.mark.parametrize("weighted", [False, True], ids=["plain", "importance"])
-
-
-def padded(x: np.ndarray) -> jax.Array:
-    """x as [2¹¹, size of a block], so that each format is compiled once for all tests."""
-    return jnp.asarray(np.concatenate([x, np.zeros((BLOCKS - len(x), x.shape[1]), x.dtype)]))
-
-
-def encode(format: Format, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-    """x [..., cols], importance [cols] → uint8 [blocks, block bytes]."""
-    blocks = x.reshape(-1, 256)
-    w = None if importance is None else padded(np.broadcast_to(importance, x.shape).reshape(-1, 256))
-    return np.asarray(quantize(padded(blocks), format, w).parts["blocks"])[: len(blocks)]
-
-
-def decode(format: Format, data: np.ndarray) -> np.ndarray:
-    """uint8 [blocks, block bytes] → float32 [blocks, 256]."""
-    return np.asarray(dequantize(QuantizedTensor({"blocks": padded(data)}, format)))[: len(data)]
 
 
 def error(format: Format, data: np.ndarray, x: np.ndarray, importance: np.ndarray | None) -> float:
@@ -128,32 +111,6 @@ def test_weights_beyond_the_largest_scale_saturate(format):
     assert (decoded[0, 1::2] > decoded[0, ::2]).all()
     largest = 65504 * (CODES[format.name] - 1) * (15 if format.name == "Q2_K" else 63)
     np.testing.assert_allclose(decode(format, encode(format, np.full((1, 256), 3e38, np.float32))), largest)
-
-
-@every_format
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_weight_that_is_no_number_spoils_its_own_block_only(format, value):
-    x = specs.gaussian(4, 768)
-    spoilt = x.copy()
-    spoilt[2, 300] = value
-    for importance in (None, specs.importance(768)):
-        differs = (encode(format, x, importance) != encode(format, spoilt, importance)).reshape(4, 3, -1)
-        assert set(map(tuple, np.argwhere(differs.any(axis=-1)))) <= {(2, 1)}
-
-
-@every_format
-def test_the_size_of_importance_does_not_matter(format):
-    x, w = specs.gaussian(16, 256), specs.importance(256)
-    reference = encode(format, x, w)
-    for scale in (2.0**-100, 2.0**100):
-        assert (encode(format, x, w * np.float32(scale)) == reference).all()
-
-
-@every_format
-def test_without_any_importance_in_a_block_all_weights_count_alike(format):
-    x = specs.gaussian(16, 256)
-    nothing, alike = np.zeros(256, np.float32), np.ones(256, np.float32)
-    assert (encode(format, x, nothing) == encode(format, x, alike)).all()
 
 
 @every_format

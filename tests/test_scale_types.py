@@ -15,35 +15,16 @@ import pytest
 import specs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from k_blocks import BLOCKS, decode, encode
 
-from jquant.core import Format, QuantizedTensor, dequantize, quantize
+from jquant.core import Format
 from jquant.formats import FORMATS
 
-BLOCKS = 1 << 11
 every_format = pytest.mark.parametrize("format", [FORMATS["Q3_K"], FORMATS["Q6_K"]], ids=str)
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 STORIES = SHARED / "models/stories15M/model.safetensors"
 # What our error must be below, as a fraction of ggml's.
 AT_MOST = {"Q3_K": 0.99, "Q6_K": 0.99}
-
-
-def padded(x: np.ndarray) -> np.ndarray:
-    """x as [2¹¹, size of a block], for then each format is compiled once for all tests."""
-    return np.concatenate([x, np.zeros((BLOCKS - len(x), x.shape[1]), x.dtype)])
-
-
-def encode(format: Format, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-    """x [..., cols], importance [cols] or of x's shape: uint8 [blocks, block bytes]."""
-    blocks = x.reshape(-1, 256)
-    w = None
-    if importance is not None:
-        w = jnp.asarray(padded(np.broadcast_to(importance, x.shape).reshape(-1, 256)))
-    return np.asarray(quantize(jnp.asarray(padded(blocks)), format, w).parts["blocks"])[: len(blocks)]
-
-
-def decode(format: Format, data: np.ndarray) -> np.ndarray:
-    """uint8 [blocks, block bytes] → float32 [blocks, 256]."""
-    return np.asarray(dequantize(QuantizedTensor({"blocks": jnp.asarray(padded(data))}, format)))[: len(data)]
 
 
 def error(format: Format, data: np.ndarray, x: np.ndarray, importance: np.ndarray | None) -> float:
@@ -129,32 +110,6 @@ def test_weights_beyond_the_largest_scale_saturate(format):
     assert np.isfinite(largest)
     assert (np.sign(decoded) == np.sign(x)).all()
     assert (np.abs(decoded) > 0.5 * largest).all()
-
-
-@every_format
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_weight_that_is_no_number_spoils_its_own_block_only(format, value):
-    x = specs.gaussian(4, 768)
-    spoilt = x.copy()
-    spoilt[2, 300] = value
-    for importance in (None, specs.importance(768)):
-        differs = (encode(format, x, importance) != encode(format, spoilt, importance)).reshape(4, 3, -1)
-        assert set(map(tuple, np.argwhere(differs.any(axis=-1)))) <= {(2, 1)}
-
-
-@every_format
-def test_the_size_of_importance_does_not_matter(format):
-    x, w = specs.gaussian(16, 256), specs.importance(256)
-    reference = encode(format, x, w)
-    for scale in (2.0**-100, 2.0**100):
-        assert (encode(format, x, w * np.float32(scale)) == reference).all()
-
-
-@every_format
-def test_without_any_importance_in_a_block_all_weights_count_alike(format):
-    x = specs.gaussian(16, 256)
-    nothing, alike = np.zeros(256, np.float32), np.ones(256, np.float32)
-    assert (encode(format, x, nothing) == encode(format, x, alike)).all()
 
 
 @every_format
