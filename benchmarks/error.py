@@ -81,7 +81,7 @@ def main() -> None:
     print("our error / ggml's\ntype     importance  matrices          median   worst")
     rows = []
     for name in args.types.split(","):
-        for weighted in (False, True):
+        for weighted in (True,) if FORMATS[name].needs_importance else (False, True):
             found: dict[str, list[tuple[float, str]]] = {}
             for family, tensor, x, w in matrices(args):
                 value = ratio(x, FORMATS[name], w if weighted else None)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jquant import io, models
-from jquant.core import Metadata, MetadataValue, Source, UserError
+from jquant.core import Effort, Metadata, MetadataValue, Source, UserError
 from jquant.io import GgufSink, GgufSource, tokenizer
 from jquant.io.imatrix import Imatrix
 from jquant.pipeline import Progress, run
@@ -84,6 +84,11 @@ def output_metadata(model: Model, plan: Plan, imatrix: Imatrix | None, imatrix_n
     return {**kept, **added}
 
 
+class Written(NamedTuple):
+    paths: list[Path]
+    errors: dict[str, float]  # relative error by tensor: see pipeline.run
+
+
 def write_gguf(
     model: Model,
     plan: Plan,
@@ -91,13 +96,14 @@ def write_gguf(
     *,
     imatrix: Imatrix | None = None,
     imatrix_name: str = "",
+    effort: Effort = "fast",
     max_shard_bytes: int | None = None,
     threads: int = 2,
     resume: bool = False,
     force: bool = False,
     progress: Progress = lambda name, done: None,
-) -> list[Path]:
-    """Write the planned file, or its shards; returns their paths.
+) -> Written:
+    """Write the planned file, or its shards.
 
     The file appears under its final name when it is complete. A run that was killed leaves `OUT.partial`,
     which `resume` continues; the result has the same bytes as an undisturbed run.
@@ -111,13 +117,21 @@ def write_gguf(
         plan.layout(),
         max_shard_bytes=max_shard_bytes,
         resume=resume,
-        fingerprint=_fingerprint(model, plan, imatrix),
+        fingerprint=_fingerprint(model, plan, imatrix, effort),
         force=force,
     )
     try:
-        run(model.source, plan, sink, importance=importance, threads=threads, progress=progress)
+        errors = run(
+            model.source,
+            plan,
+            sink,
+            importance=importance,
+            effort=effort,
+            threads=threads,
+            progress=progress,
+        )
         sink.commit()
-        return sink.paths
+        return Written(sink.paths, errors)
     finally:
         sink.close()
 
@@ -135,14 +149,14 @@ def _importance(model: Model, imatrix: Imatrix, name: str) -> dict[str, np.ndarr
     return found
 
 
-def _fingerprint(model: Model, plan: Plan, imatrix: Imatrix | None) -> str:
-    """What the bytes of the output depend on: input files, plan, importance, versions, kind of device."""
+def _fingerprint(model: Model, plan: Plan, imatrix: Imatrix | None, effort: Effort) -> str:
+    """What the bytes depend on: input files, plan, importance, effort, versions, kind of device."""
     digest = hashlib.sha256()
     for file in model.files:
         stat = file.stat()
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     ours = f"{version('jquant')} {version('jax')} {version('jaxlib')} {jax.default_backend()}"
-    digest.update(f"{ours}\n{plan.to_json()}\n".encode())
+    digest.update(f"{ours}\n{plan.to_json()}\n{effort}\n".encode())
     for name, values in (imatrix.entries if imatrix else {}).items():
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(values).tobytes())

@@ -31,9 +31,15 @@ FLOAT_DTYPES = {
 }
 
 
+# Types with at most these bits a weight are read back: what they lose can be what makes a model fail.
+LOW_BPW = 3.5
+
+
 class Encoded(NamedTuple):
     data: np.ndarray  # uint8 [rows, row bytes]
     largest: float  # magnitude of the weights read; infinite where one is no finite number
+    loss: float  # Σ w (x − x̂)² of the bytes as written, w importance or 1; 0 above LOW_BPW
+    total: float  # Σ w x²; 0 above LOW_BPW
 
 
 def slab_rows(cols: int) -> int:
@@ -57,9 +63,10 @@ def transcode(
     weights = None
     if importance is not None:
         weights = _padded(np.broadcast_to(importance, (rows, cols)).reshape(-1), CHUNK_WEIGHTS, capacity)
-    out, largest = _transcode(slab, weights, np.int32(steps), source, target)
+    out, *found = _transcode(slab, weights, np.int32(steps), source, target)
     row_bytes = cols // target.block_size * target.block_bytes
-    return Encoded(np.asarray(out).reshape(-1)[: rows * row_bytes].reshape(rows, row_bytes), float(largest))
+    data = np.asarray(out).reshape(-1)[: rows * row_bytes].reshape(rows, row_bytes)
+    return Encoded(data, *map(float, found))
 
 
 def _padded(flat: np.ndarray, step: int, capacity: int) -> np.ndarray:
@@ -78,8 +85,8 @@ def _padded(flat: np.ndarray, step: int, capacity: int) -> np.ndarray:
 )
 def _transcode(
     slab: Array, importance: Array | None, steps: Array, source: Format, target: Format
-) -> tuple[Array, Array]:
-    """[capacity, step] stored values → (uint8 [capacity, blocks, bytes], largest magnitude) of `steps`."""
+) -> tuple[Array, Array, Array, Array]:
+    """[capacity, step] stored values → uint8 [capacity, blocks, bytes] of `steps`; the rest of Encoded."""
     out = jnp.zeros((slab.shape[0], CHUNK_WEIGHTS // target.block_size, target.block_bytes), jnp.uint8)
 
     def weights(stored: Array) -> Array:
@@ -87,8 +94,8 @@ def _transcode(
             return stored.astype(jnp.float32)
         return decode_chunk(source, stored.reshape(-1, source.block_bytes)).reshape(-1)
 
-    def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        out, largest = carry
+    def step(i: Array, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        out, largest, loss, total = carry
         x = weights(slab[i])
         blocks = [x.reshape(-1, target.block_size)]
         if importance is not None:
@@ -96,6 +103,10 @@ def _transcode(
         data = encode_chunk(target, *blocks)
         # A maximum may pass over NaN, so NaN becomes infinity first.
         magnitude = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf))
-        return out.at[i].set(data), jnp.maximum(largest, magnitude)
+        if target.bpw <= LOW_BPW:
+            w = blocks[1] if importance is not None else jnp.float32(1)
+            rest = blocks[0] - decode_chunk(target, data)
+            loss, total = loss + jnp.sum(w * rest * rest), total + jnp.sum(w * blocks[0] * blocks[0])
+        return out.at[i].set(data), jnp.maximum(largest, magnitude), loss, total
 
-    return lax.fori_loop(0, steps, step, (out, jnp.float32(0)))
+    return lax.fori_loop(0, steps, step, (out, jnp.float32(0), jnp.float32(0), jnp.float32(0)))

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "io": CORE,
     "transcode": CORE,
     "plan": CORE | {"formats"},
+    "quality": CORE | {"plan"},
     "report": CORE | {"formats", "plan", "text"},
     "pipeline": CORE | {"formats", "plan", "transcode"},
     "convert": CORE | {"formats", "io", "models", "pipeline", "plan"},

@@ -46,8 +46,8 @@ def tensors(file: Path) -> dict[str, gguf.ReaderTensor]:
     return {t.name: t for t in gguf.GGUFReader(str(file)).tensors}
 
 
-def imatrix_file(path: Path, model: Path) -> Path:
-    """An imatrix of every matrix of the model's first block, from random activations."""
+def imatrix_file(path: Path, model: Path, prefix: str = "blk.0.") -> Path:
+    """An imatrix of every matrix of the model's first block (or of others), from random activations."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(str(path), "")
     writer.add_type("imatrix")
@@ -57,7 +57,7 @@ def imatrix_file(path: Path, model: Path) -> Path:
     file = path.with_suffix(".f16")
     run("quantize", model, file, "--type", "F16", "-q")
     for name, tensor in tensors(file).items():
-        if name.startswith("blk.0.") and len(tensor.shape) == 2:
+        if name.startswith(prefix) and len(tensor.shape) == 2:
             sums = rng.chisquare(4, (1, tensor.shape[0])).astype(np.float32)
             writer.add_tensor(f"{name}.in_sum2", sums)
             writer.add_tensor(f"{name}.counts", np.full((1, 1), 512, np.float32))
@@ -248,3 +248,71 @@ def test_the_demo_writes_a_file_with_which_llama_cpp_answers(tmp_path):
     answer = run("demo", out)
     assert "Paris" in answer
     assert {t.tensor_type.name for t in tensors(out).values()} >= {"IQ4_NL", "Q8_0", "F32"}
+
+
+LOW_BIT = ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*LOW_BIT, "IQ4_XS", "IQ4_NL", "TQ1_0", "TQ2_0"])
+def test_llama_cpp_runs_a_file_of_each_low_bit_type(model, tmp_path, kind):
+    out = tmp_path / "out.gguf"
+    file = imatrix_file(tmp_path / "imatrix.gguf", model, prefix="blk.")
+    run("quantize", model, out, "--type", kind, "--imatrix", file, "-q")
+    llm = llama_cpp.Llama(str(out), n_ctx=64, logits_all=True, verbose=False)
+    llm.eval(list(range(3, 35)))
+    logits = np.asarray(llm.scores[:32])
+    assert np.isfinite(logits).all()
+    assert logits.std(axis=0).max() > 0
+
+
+def test_a_low_bit_run_reports_the_error_of_the_bytes_and_warns_where_it_is_severe(model, tmp_path):
+    out = tmp_path / "out.gguf"
+    result = CliRunner().invoke(app, ["quantize", str(model), str(out), "--type", "TQ1_0", "--json"])
+    assert result.exit_code == 0, result.output
+    assert "severe damage is to be expected" in result.stderr
+    assert "--imatrix" in result.stderr
+    quality = json.loads(result.stdout)["quality"]
+    weights = load_file(model / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].astype(np.float64)
+    tensor = tensors(out)["blk.1.ffn_down.weight"]
+    decoded = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    expected = ((weights - decoded) ** 2).sum() / (weights**2).sum()
+    np.testing.assert_allclose(quality["relative_errors"]["blk.1.ffn_down.weight"], expected, rtol=1e-4)
+    assert quality["mean_relative_error"] > 0.1
+
+
+def test_a_type_of_many_bits_is_not_read_back(model, tmp_path):
+    report = json.loads(run("quantize", model, tmp_path / "out.gguf", "--type", "Q8_0", "--json", "-q"))
+    assert report["quality"]["relative_errors"] == {}
+    assert report["quality"]["warnings"] == []
+
+
+def test_a_tensor_that_is_ternary_already_is_stored_without_loss_and_named(tmp_path):
+    source, out = tmp_path / "bitnet.gguf", tmp_path / "out.gguf"
+    rng = np.random.default_rng(0)
+    scales = np.float16(rng.uniform(0.01, 2, (64, 1))).astype(np.float32)
+    ternary = scales * rng.integers(-1, 2, (64, 512)).astype(np.float32)
+    ternary[3] = 0
+    writer = gguf.GGUFWriter(str(source), "bitnet")
+    writer.add_tensor("blk.0.ffn_up.weight", ternary)
+    writer.add_tensor("blk.0.ffn_down.weight", rng.standard_normal((64, 512), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for kind in ("TQ1_0", "TQ2_0"):
+        result = CliRunner().invoke(app, ["quantize", str(source), str(out), "--type", kind, "--json", "-f"])
+        assert "1 tensors, such as blk.0.ffn_up.weight, are ternary already" in result.stderr
+        assert json.loads(result.stdout)["quality"]["lossless"] == ["blk.0.ffn_up.weight"]
+        tensor = tensors(out)["blk.0.ffn_up.weight"]
+        np.testing.assert_array_equal(gguf.quants.dequantize(tensor.data, tensor.tensor_type), ternary)
+
+
+def test_effort_changes_the_bytes_and_is_part_of_what_a_resumed_run_must_share(model, tmp_path):
+    fast, best = tmp_path / "fast.gguf", tmp_path / "best.gguf"
+    run("quantize", model, fast, "--type", "Q4_0", "-q")
+    run("quantize", model, best, "--type", "Q4_0", "--effort", "best", "-q")
+    assert fast.stat().st_size == best.stat().st_size
+    assert fast.read_bytes() != best.read_bytes()
+    result = CliRunner().invoke(app, ["quantize", str(model), str(fast), "--effort", "most"])
+    assert result.exit_code == 2

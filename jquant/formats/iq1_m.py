@@ -19,6 +19,7 @@ from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 from jquant.core import Format
+from jquant.formats import _shifted
 from jquant.formats._blocks import f16_bytes, f16_from_bytes
 from jquant.formats._grids import (
     bit_fields,
@@ -28,10 +29,22 @@ from jquant.formats._grids import (
     words_from_bytes,
     words_to_bytes,
 )
-from jquant.formats.iq1_s import SHIFT
+from jquant.formats._shifted import SHIFT
 
 Codes = tuple[Int[Array, "32 n"], Int[Array, "32 n"]]  # grid index, and 1 where the group's shift is −⅛
 Scales = tuple[Float[Array, " n"], Int[Array, "16 n"]]  # d, and s of each 16 weights
+
+LAYOUT = _shifted.layout(runs=16)
+
+
+def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None) -> Scales:
+    """The shifts found on the way are not kept: `assign` takes the better one for the final scales."""
+    d, s, _ = _shifted.fit(blocks, importance, LAYOUT, shared=1)
+    return d, s
+
+
+def assign(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None, scales: Scales) -> Codes:
+    return _shifted.assign(blocks, importance, scales, LAYOUT)
 
 
 def reconstruct(codes: Codes, scales: Scales) -> Float[Array, "256 n"]:
@@ -67,6 +80,8 @@ IQ1_M = Format(
     block_size=256,
     block_bytes=56,
     group_size=8,
+    fit=fit,
+    assign=assign,
     reconstruct=reconstruct,
     pack=pack,
     unpack=unpack,

@@ -18,6 +18,7 @@ from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 from jquant.core import Format
+from jquant.formats import _shifted
 from jquant.formats._blocks import f16_bytes, f16_from_bytes
 from jquant.formats._grids import (
     bit_fields,
@@ -27,12 +28,22 @@ from jquant.formats._grids import (
     words_from_bytes,
     words_to_bytes,
 )
+from jquant.formats._shifted import SHIFT
 
 Codes = Int[Array, "32 n"]  # grid index of each group
 # d; s of each 32 weights; and 1 where their shift is −⅛. The shift spans four groups, so it is a scale.
 Scales = tuple[Float[Array, " n"], Int[Array, "8 n"], Int[Array, "8 n"]]
 
-SHIFT = 0.125
+LAYOUT = _shifted.layout(runs=8)
+
+
+def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None) -> Scales:
+    return _shifted.fit(blocks, importance, LAYOUT, shared=4)
+
+
+def assign(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None, scales: Scales) -> Codes:
+    d, s, negative = scales
+    return _shifted.assign(blocks, importance, (d, s), LAYOUT, negative)[0]
 
 
 def reconstruct(codes: Codes, scales: Scales) -> Float[Array, "256 n"]:
@@ -64,6 +75,8 @@ IQ1_S = Format(
     block_size=256,
     block_bytes=50,
     group_size=8,
+    fit=fit,
+    assign=assign,
     reconstruct=reconstruct,
     pack=pack,
     unpack=unpack,

@@ -14,16 +14,21 @@ Source: ggml-common.h, block_iq2_s; ggml-quants.c, dequantize_row_iq2_s.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 from jquant.core import Format
+from jquant.formats import _magnitudes
 from jquant.formats._blocks import f16_bytes, f16_from_bytes
 from jquant.formats._grids import bit_fields, join_fields, lookup, negate_where, scaled
 
 Codes = tuple[Int[Array, "32 n"], UInt8[Array, "32 n"]]  # grid index and 8 sign bits of each group
 Scales = tuple[Float[Array, " n"], Int[Array, "16 n"]]  # d, and s of each 16 weights
+
+LAYOUT = _magnitudes.layout("IQ2_S", runs=16, unit=1 / 8, rms=(8.0, 45.0))
 
 
 def reconstruct(codes: Codes, scales: Scales) -> Float[Array, "256 n"]:
@@ -54,6 +59,8 @@ IQ2_S = Format(
     block_size=256,
     block_bytes=82,
     group_size=8,
+    fit=partial(_magnitudes.fit, layout=LAYOUT, even_signs=False),
+    assign=partial(_magnitudes.assign, layout=LAYOUT, even_signs=False),
     reconstruct=reconstruct,
     pack=pack,
     unpack=unpack,

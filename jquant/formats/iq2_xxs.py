@@ -12,11 +12,14 @@ of minuses even. Source: ggml-common.h, block_iq2_xxs; ggml-quants.c, dequantize
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 from jquant.core import Format
+from jquant.formats import _magnitudes
 from jquant.formats._blocks import f16_bytes, f16_from_bytes
 from jquant.formats._grids import (
     bit_fields,
@@ -31,6 +34,8 @@ from jquant.formats._grids import (
 
 Codes = tuple[Int[Array, "32 n"], UInt8[Array, "32 n"]]  # grid index and 8 sign bits of each group
 Scales = tuple[Float[Array, " n"], Int[Array, "8 n"]]  # d, and s of each 32 weights
+
+LAYOUT = _magnitudes.layout("IQ2_XXS", runs=8, unit=1 / 8, rms=(8.0, 45.0))
 
 
 def reconstruct(codes: Codes, scales: Scales) -> Float[Array, "256 n"]:
@@ -66,6 +71,8 @@ IQ2_XXS = Format(
     block_size=256,
     block_bytes=66,
     group_size=8,
+    fit=partial(_magnitudes.fit, layout=LAYOUT, even_signs=True),
+    assign=partial(_magnitudes.assign, layout=LAYOUT, even_signs=True),
     reconstruct=reconstruct,
     pack=pack,
     unpack=unpack,

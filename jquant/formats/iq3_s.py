@@ -14,16 +14,21 @@ Source: ggml-common.h, block_iq3_s; ggml-quants.c, dequantize_row_iq3_s.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 from jquant.core import Format
+from jquant.formats import _magnitudes
 from jquant.formats._blocks import f16_bytes, f16_from_bytes
 from jquant.formats._grids import bit_fields, join_fields, lookup, negate_where, scaled
 
 Codes = tuple[Int[Array, "64 n"], UInt8[Array, "64 n"]]  # grid index and 4 sign bits of each group
 Scales = tuple[Float[Array, " n"], Int[Array, "8 n"]]  # d, and s of each 32 weights
+
+LAYOUT = _magnitudes.layout("IQ3_S", runs=8, unit=1.0, rms=(3.0, 12.0))
 
 
 def reconstruct(codes: Codes, scales: Scales) -> Float[Array, "256 n"]:
@@ -55,6 +60,8 @@ IQ3_S = Format(
     block_size=256,
     block_bytes=110,
     group_size=4,
+    fit=partial(_magnitudes.fit, layout=LAYOUT, even_signs=False),
+    assign=partial(_magnitudes.assign, layout=LAYOUT, even_signs=False),
     reconstruct=reconstruct,
     pack=pack,
     unpack=unpack,

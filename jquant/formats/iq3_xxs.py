@@ -14,11 +14,14 @@ dequantize_row_iq3_xxs.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 from jquant.core import Format
+from jquant.formats import _magnitudes
 from jquant.formats._blocks import f16_bytes, f16_from_bytes
 from jquant.formats._grids import (
     bit_fields,
@@ -33,6 +36,13 @@ from jquant.formats._grids import (
 
 Codes = tuple[Int[Array, "32 2 n"], UInt8[Array, "32 n"]]  # two grid indices and 8 sign bits of each group
 Scales = tuple[Float[Array, " n"], Int[Array, "8 n"]]  # d, and s of each 32 weights
+
+LAYOUT = _magnitudes.layout("IQ3_XXS", runs=8, unit=1 / 4, rms=(12.0, 50.0))
+
+
+def assign(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None, scales: Scales) -> Codes:
+    index, signs = _magnitudes.assign(blocks, importance, scales, LAYOUT, even_signs=True)
+    return index.reshape(32, 2, -1), signs
 
 
 def reconstruct(codes: Codes, scales: Scales) -> Float[Array, "256 n"]:
@@ -65,6 +75,8 @@ IQ3_XXS = Format(
     block_size=256,
     block_bytes=98,
     group_size=8,
+    fit=partial(_magnitudes.fit, layout=LAYOUT, even_signs=True),
+    assign=assign,
     reconstruct=reconstruct,
     pack=pack,
     unpack=unpack,
