@@ -26,10 +26,11 @@ Every loop ends with codewords that were looked up for the scales as the file ho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from itertools import pairwise
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -37,6 +38,9 @@ from jax import Array, lax
 from jquant.formats._grids import grid
 
 Table = list[Array]  # one array [lanes] per level, or per half codeword
+
+# Thousands of steps: a fit and an assign that share lanes need to trace them only once.
+_traced_once = partial(jax.jit, static_argnames="book")
 
 
 class Codebook(NamedTuple):
@@ -173,6 +177,7 @@ def _best_of_rows(book: Codebook, rows: Sequence[tuple[int, Array, Array]]) -> A
     return first | (lax.bitcast_convert_type(second, jnp.int32) & (1 << size) - 1) << size
 
 
+@_traced_once
 def nearest(book: Codebook, gains: Sequence[Table]) -> Array:
     """The codeword of largest gain. gains[j][l]: that of weight j at level l."""
     first = _over_halves(jnp.add, gains[: book.half])
@@ -180,11 +185,13 @@ def nearest(book: Codebook, gains: Sequence[Table]) -> Array:
     return _best_of_rows(book, [(a, first[a], m) for (a, _), m in zip(book.rows, seconds, strict=True)])
 
 
+@_traced_once
 def nearest_with_wrong_sign(book: Codebook, gains: Sequence[Table], losses: Sequence[Table]) -> Array:
     """The codeword of largest gain after the loss of one weight, the cheapest. losses[j][l] ≥ 0, as gains."""
     return _with_and_without_wrong_sign(book, gains, losses)[0]
 
 
+@_traced_once
 def nearest_right_and_wrong(book: Codebook, gains: Sequence[Table], losses: Sequence[Table]) -> Array:
     """`nearest`, and above its bits `nearest_with_wrong_sign`."""
     wrong, right = _with_and_without_wrong_sign(book, gains, losses)
