@@ -17,18 +17,54 @@ def logits(config: Mapping, tensors: Mapping[str, np.ndarray], tokens: list[int]
     w = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or config["hidden_size"] // heads
-    angles = np.arange(len(tokens))[:, None] * frequencies(config, head)[None]  # [token, head/2]
+    positions = np.arange(len(tokens))[:, None]
     scale = attention_factor(config)
-    x = w["model.embed_tokens.weight"][tokens]
+    gemma = config["model_type"].startswith("gemma")
+    if gemma:
+        w |= {name: 1 + tensor for name, tensor in w.items() if name.endswith("norm.weight")}
+    x = w["model.embed_tokens.weight"][tokens] * (math.sqrt(config["hidden_size"]) if gemma else 1)
     for i in range(config["num_hidden_layers"]):
+        width, local = window(config, i)
+        freqs = (
+            10000.0 ** (-np.arange(0, head, 2) / head) if local else frequencies(config, head, len(tokens))
+        )
+        angles = positions * freqs  # [token, head/2]
         layer = f"model.layers.{i}."
         p = {name.removeprefix(layer): tensor for name, tensor in w.items() if name.startswith(layer)}
         normed = rmsnorm(x, p["input_layernorm.weight"], config)
-        x = x + attention(config, p, normed, angles, scale, heads, head)
+        attended = attention(config, p, normed, angles, scale, heads, head, width)
+        if gemma:
+            x = x + rmsnorm(attended, p["post_attention_layernorm.weight"], config)
+            normed = rmsnorm(x, p["pre_feedforward_layernorm.weight"], config)
+            fed = mlp(p, "mlp.", normed, activation=gelu)
+            x = x + rmsnorm(fed, p["post_feedforward_layernorm.weight"], config)
+            continue
+        x = x + attended
         normed = rmsnorm(x, p["post_attention_layernorm.weight"], config)
         x = x + (experts(config, p, normed) if "num_experts_per_tok" in config else mlp(p, "mlp.", normed))
     x = rmsnorm(x, w["model.norm.weight"], config)
-    return x @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+    return capped(
+        x @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T, config.get("final_logit_softcapping")
+    )
+
+
+def window(config, i):
+    """(tokens that block i attends to, whether it turns its heads as gemma3's blocks with a window do)"""
+    kind, width = config["model_type"], config.get("sliding_window")
+    if kind.startswith("qwen"):
+        return None, False
+    if kind.startswith("gemma"):
+        period = 6 if kind.startswith("gemma3") else 2
+        return (None, False) if (i + 1) % period == 0 else (width, period == 6)
+    return width, False
+
+
+def capped(x, cap):
+    return cap * np.tanh(x / cap) if cap else x
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def rmsnorm(x, weight, config):
@@ -48,8 +84,12 @@ def softmax(x):
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def attention(config, p, x, angles, scale, heads, head):
+def attention(config, p, x, angles, scale, heads, head, width):
     n = len(x)
+    if "self_attn.qkv_proj.weight" in p:
+        rows = heads * head, config["num_key_value_heads"] * head
+        parts = np.split(p["self_attn.qkv_proj.weight"], (rows[0], rows[0] + rows[1]))
+        p |= {f"self_attn.{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)}
 
     def split(name, norm=None):
         y = linear(p, f"self_attn.{name}", x).reshape(n, -1, head)
@@ -59,7 +99,9 @@ def attention(config, p, x, angles, scale, heads, head):
     q, k = (rotate(y, angles) * scale for y in (q, k))
     k, v = (np.repeat(y, heads // y.shape[1], axis=1) for y in (k, v))
     scores = np.einsum("ihd,jhd->hij", q, k) / math.sqrt(head)
-    scores = np.where(np.tril(np.ones((n, n), bool)), scores, -np.inf)
+    scores = capped(scores, config.get("attn_logit_softcapping"))
+    behind = np.arange(n)[:, None] - np.arange(n)
+    scores = np.where((behind >= 0) & (behind < (width or n)), scores, -np.inf)
     out = np.einsum("hij,jhd->ihd", softmax(scores), v)
     return linear(p, "self_attn.o_proj", out.reshape(n, -1))
 
@@ -71,9 +113,12 @@ def rotate(x, angles):
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def mlp(p, prefix, x, names=("gate_proj", "up_proj", "down_proj")):
+def mlp(p, prefix, x, names=("gate_proj", "up_proj", "down_proj"), activation=silu):
+    if f"{prefix}gate_up_proj.weight" in p:
+        gate, up = np.split(linear(p, f"{prefix}gate_up_proj", x), 2, axis=-1)
+        return linear(p, f"{prefix}down_proj", silu(gate) * up)
     gate, up, down = (f"{prefix}{name}" for name in names)
-    return linear(p, down, silu(linear(p, gate, x)) * linear(p, up, x))
+    return linear(p, down, activation(linear(p, gate, x)) * linear(p, up, x))
 
 
 def experts(config, p, x):
@@ -98,14 +143,18 @@ def experts(config, p, x):
 
 def rope(config) -> dict:
     given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    given = dict(given.get("full_attention", given))
     given.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     given["rope_type"] = given.get("rope_type", given.get("type", "default"))
     return given
 
 
-def frequencies(config, head):
+def frequencies(config, head, n=1):
     r = rope(config)
     freqs = r["rope_theta"] ** (-np.arange(0, head, 2) / head)
+    if r["rope_type"] in ("longrope", "su"):
+        kind = "long" if n > config["original_max_position_embeddings"] else "short"
+        return freqs / np.array(r[f"{kind}_factor"])
     if r["rope_type"] == "linear":
         return freqs / r["factor"]
     if r["rope_type"] == "llama3":
@@ -136,6 +185,9 @@ def frequencies(config, head):
 
 def attention_factor(config):
     r = rope(config)
+    if r["rope_type"] in ("longrope", "su"):
+        first = config["original_max_position_embeddings"]
+        return math.sqrt(1 + math.log(config["max_position_embeddings"] / first) / math.log(first))
     if r["rope_type"] != "yarn":
         return 1.0
     return r.get("attention_factor", 0.1 * math.log(r["factor"]) + 1)

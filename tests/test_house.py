@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "models": CORE,
     "io": CORE,
     "transcode": CORE,
+    "weights": CORE | {"formats", "transcode"},
     "plan": CORE | {"formats"},
     "quality": CORE | {"plan"},
     "report": CORE | {"formats", "plan", "text"},

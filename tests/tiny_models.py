@@ -42,10 +42,27 @@ BASE: dict[str, object] = {
 QWEN = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 2}
 CONFIGS: dict[str, dict[str, object]] = {
     "LlamaForCausalLM": {"model_type": "llama", "attention_bias": False, "mlp_bias": False},
+    "Gemma2ForCausalLM": {
+        "model_type": "gemma2", "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16,
+        "attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "cache_implementation": "hybrid",
+        "tie_word_embeddings": True,
+    },
+    "Gemma3ForCausalLM": {
+        "model_type": "gemma3_text", "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16,
+        "num_hidden_layers": 6, "sliding_window_pattern": 6, "rope_theta": 100.0, "rope_local_base_freq": 1e4,
+        "attn_logit_softcapping": None, "final_logit_softcapping": None, "hidden_act": DROP,
+        "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "tie_word_embeddings": True,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
     "MistralForCausalLM": {"model_type": "mistral", "head_dim": 24, "sliding_window": 64},
     "MixtralForCausalLM": {
         "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None,
         "router_aux_loss_coef": 0.02, "output_router_logits": False,
+    },
+    "Phi3ForCausalLM": {
+        "model_type": "phi3", "attention_bias": False, "original_max_position_embeddings": 32,
+        "sliding_window": None, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
     },
     "Qwen2ForCausalLM": {"model_type": "qwen2", **QWEN},
     "Qwen2MoeForCausalLM": {
@@ -63,11 +80,18 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+LONGROPE = {
+    "type": "longrope", "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [1.0 + 1.5 * i for i in range(8)],
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 TOKENIZERS = {
+    "Gemma2ForCausalLM": "spm",
+    "Gemma3ForCausalLM": "spm",
     "LlamaForCausalLM": "llama-bpe",
     "MistralForCausalLM": "spm",
     "MixtralForCausalLM": "spm",
+    "Phi3ForCausalLM": "spm",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen2MoeForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen2",
@@ -122,16 +146,23 @@ def shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
     for i in range(n["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         rows = {"q": heads * head, "k": kv_heads * head, "v": kv_heads * head}
-        for name, size in rows.items():
+        if kind == "phi3":
+            out[f"{layer}.self_attn.qkv_proj.weight"] = (sum(rows.values()), hidden)
+            out[f"{layer}.mlp.gate_up_proj.weight"] = (2 * ffn, hidden)
+            out[f"{layer}.mlp.down_proj.weight"] = (hidden, ffn)
+        for name, size in rows.items() if kind != "phi3" else ():
             out[f"{layer}.self_attn.{name}_proj.weight"] = (size, hidden)
             if bias or kind in ("qwen2", "qwen2_moe"):
                 out[f"{layer}.self_attn.{name}_proj.bias"] = (size,)
         out[f"{layer}.self_attn.o_proj.weight"] = (hidden, rows["q"])
         if bias:
             out[f"{layer}.self_attn.o_proj.bias"] = (hidden,)
-        if str(kind).startswith("qwen3"):
+        if str(kind).startswith(("qwen3", "gemma3")):
             out[f"{layer}.self_attn.q_norm.weight"] = out[f"{layer}.self_attn.k_norm.weight"] = (head,)
         out[f"{layer}.input_layernorm.weight"] = out[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+        if str(kind).startswith("gemma"):
+            out[f"{layer}.pre_feedforward_layernorm.weight"] = (hidden,)
+            out[f"{layer}.post_feedforward_layernorm.weight"] = (hidden,)
         if kind == "mixtral":
             moe = f"{layer}.block_sparse_moe"
             out[f"{moe}.gate.weight"] = (n["num_local_experts"], hidden)
@@ -145,7 +176,7 @@ def shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
                 width = n["shared_expert_intermediate_size"]
                 out |= _gated(f"{layer}.mlp.shared_expert", PROJECTIONS, hidden, width)
                 out[f"{layer}.mlp.shared_expert_gate.weight"] = (1, hidden)
-        else:
+        elif kind != "phi3":
             out |= _gated(f"{layer}.mlp", PROJECTIONS, hidden, ffn)
             if n.get("mlp_bias"):
                 sizes = zip(PROJECTIONS, (ffn, ffn, hidden), strict=True)

@@ -7,9 +7,17 @@ import pkgutil
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from jquant.core import UserError
+import gguf
 
+from jquant.core import Metadata, UserError
+
+from ._decoder import Decoder, Parameters, Tensors, open_decoder, run_block
+from ._layers import Block
 from ._shared import Architecture
+
+__all__ = [
+    "ARCHITECTURES", "Architecture", "Block", "Decoder", "Parameters", "decoder", "for_config", "run_block",
+]  # fmt: skip
 
 
 def _collect() -> dict[str, Architecture]:
@@ -41,3 +49,12 @@ def for_config(config: Mapping[str, object]) -> Architecture:
         )
     architecture.read_config(config)
     return architecture
+
+
+def decoder(tensors: Tensors, metadata: Metadata) -> Decoder:
+    """The forward pass of a model that GGUF names and metadata describe; nothing is read yet but vectors.
+
+    Raises UserError where the architecture's function is not known or the file is incomplete.
+    """
+    traits = {gguf.MODEL_ARCH_NAMES[a.gguf]: a.traits for a in ARCHITECTURES.values()}
+    return open_decoder(tensors, metadata, traits)

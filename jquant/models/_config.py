@@ -15,17 +15,17 @@ REQUIRED = "required"  # in place of a default: the key must be there
 # fmt: off
 IGNORABLE = frozenset({
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path",
-    "architectures", "attention_dropout", "attn_implementation", "bad_words_ids",
+    "architectures", "attention_dropout", "attn_implementation", "auto_map", "bad_words_ids",
     "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "cls_token_id",
     "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
-    "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
+    "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
     "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "hidden_dropout", "id2label",
     "initializer_range", "is_llama_config", "label2id", "length_penalty", "mask_token_id",
     "max_length", "min_length", "model_type", "neftune_noise_alpha", "no_repeat_ngram_size",
     "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
     "output_hidden_states", "output_router_logits", "output_scores", "pad_token_id", "prefix",
     "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty",
-    "residual_dropout", "return_dict", "return_dict_in_generate", "router_aux_loss_coef",
+    "resid_pdrop", "residual_dropout", "return_dict", "return_dict_in_generate", "router_aux_loss_coef",
     "router_jitter_noise", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
     "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype",
     "torchscript", "transformers.js_config", "transformers_version", "typical_p", "unk_token_id",
@@ -52,6 +52,7 @@ _ROPE_KEYS: Mapping[str, Collection[str]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "factor", "original_max_position_embeddings"),
     "yarn": (
         *("factor", "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim"),
         *("beta_fast", "beta_slow", "truncate", "extrapolation_factor", "finetuned"),
@@ -72,7 +73,9 @@ class Rope:
     original_context: int = 0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    attention_factor: float = 1.0  # yarn: q and k are multiplied by it
+    attention_factor: float = 1.0  # yarn and longrope: q and k are multiplied by it
+    short_factors: tuple[float, ...] = ()  # longrope: divisors of the frequencies up to original_context
+    long_factors: tuple[float, ...] = ()  # and beyond
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,11 @@ class Config:
     rope: Rope
 
     def size(self, axis: str) -> int:
-        """The length of an axis, given as config keys: "num_attention_heads * head_dim", or as "1"."""
-        return 1 if axis == "1" else math.prod(_integer(self.values, key) for key in axis.split(" * "))
+        """The length of an axis, given as config keys: "num_attention_heads * head_dim + …", or as "1"."""
+        if axis == "1":
+            return 1
+        terms = [term.split(" * ") for term in axis.split(" + ")]
+        return sum(math.prod(_integer(self.values, key) for key in term) for term in terms)
 
     def flag(self, key: str) -> bool:
         value = self.values[key]
@@ -103,11 +109,13 @@ def read(
     keys: Mapping[str, object],
     only: Mapping[str, tuple[object, ...]],
     rope_types: Collection[str],
+    window_period: int = 0,
 ) -> Config:
     """Check `config` and fill in defaults.
 
     keys: what the architecture reads, with the default of its class or REQUIRED. only: keys for which
-    llama.cpp computes one thing, with the values that ask for it.
+    llama.cpp computes one thing, with the values that ask for it. window_period: one block in so many attends
+    to everything, the others to a sliding window; 0: all to everything.
 
     Raises UserError naming the key, its value and, where there is one, the remedy.
     """
@@ -121,11 +129,19 @@ def read(
         value = values.get(key, config.get(key, allowed[0]))
         if value not in allowed:
             raise _unsupported(key, value, architecture, allowed)
-    layer_types = config.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(type != "full_attention" for type in layer_types):
-        raise _unsupported("layer_types", layer_types, architecture, ("full_attention",))
+    _check_layer_types(config, architecture, window_period)
     _fill_heads(values)
     return Config(values, _read_rope(config, values, rope_types))
+
+
+def _check_layer_types(config: Mapping[str, object], architecture: str, period: int) -> None:
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise _bad("layer_types", layer_types, "a list")
+    for i, type in enumerate(layer_types):
+        wanted = "sliding_attention" if period and i % period < period - 1 else "full_attention"
+        if type != wanted:
+            raise _unsupported("layer_types", layer_types, architecture, (wanted,))
 
 
 def _refuse_unknown(config: Mapping[str, object], architecture: str, known: set[str]) -> None:
@@ -182,11 +198,13 @@ def _read_rope(
         given = config.get(key) or {}
         if not isinstance(given, Mapping):
             raise _bad(key, given, "a table or null")
+        given = _of_full_attention(given)
         scaling |= {str(name): value for name, value in given.items() if value is not None}
     default = values.get("rope_theta") if config.get("rope_theta") is None else config["rope_theta"]
     base = _number({"rope_theta": scaling.pop("rope_theta", default)}, "rope_theta")
     old_type = scaling.pop("type", "default")
     type = scaling.pop("rope_type", old_type)
+    type = "longrope" if type == "su" else type  # its name in the first Phi-3
     if not isinstance(type, str) or type not in supported:
         raise UserError(
             f"config.json: rope scaling {type!r} is not supported; supported: {', '.join(sorted(supported))}."
@@ -203,6 +221,8 @@ def _read_rope(
         raise UserError(f"config.json: rope scaling {type!r} has keys that are not handled: {listed}.")
     if type == "default":
         return Rope(base=base)
+    if type == "longrope":
+        return _read_longrope(base, scaling, values)
     if "factor" not in scaling:
         raise UserError(f"config.json: rope scaling {type!r} needs 'factor', which is missing.")
     scaling.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
@@ -215,6 +235,43 @@ def _read_rope(
         low_freq_factor=_number({"low_freq_factor": 1.0, **scaling}, "low_freq_factor"),
         high_freq_factor=_number({"high_freq_factor": 4.0, **scaling}, "high_freq_factor"),
         attention_factor=_yarn_attention(factor, scaling) if type == "yarn" else 1.0,
+    )
+
+
+def _of_full_attention(given: Mapping[str, object]) -> Mapping[str, object]:
+    """transformers 5 has a table for each kind of block; llama.cpp fixes those of blocks with a window."""
+    full, sliding = given.get("full_attention"), given.get("sliding_attention")
+    if not isinstance(full, Mapping):
+        return given
+    if sliding != {"rope_type": "default", "rope_theta": 10000.0}:
+        raise UserError(
+            f"config.json: rope_parameters of 'sliding_attention' are {_short(sliding)}; "
+            "llama.cpp computes it with base 10000 and without scaling."
+        )
+    return full
+
+
+def _read_longrope(base: float, scaling: Mapping[str, object], values: Mapping[str, object]) -> Rope:
+    """Phi-3's two sets of divisors. Source: transformers, _compute_longrope_parameters."""
+    longest = _integer(values, "max_position_embeddings")
+    name = "original_max_position_embeddings"
+    first = scaling.get(name, values.get(name))
+    original = longest if first is None else _integer({name: first}, name)
+    ratio = longest / original
+    pairs = _integer(values, "head_dim") // 2
+    factors = {}
+    for key in ("short_factor", "long_factor"):
+        given = scaling.get(key)
+        if not isinstance(given, list) or len(given) != pairs:
+            raise _bad(key, given, f"a list of head_dim / 2 = {pairs} numbers")
+        factors[key] = tuple(_number({key: value}, key) for value in given)
+    return Rope(
+        base=base,
+        type="longrope",
+        original_context=original,
+        attention_factor=math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0,
+        short_factors=factors["short_factor"],
+        long_factors=factors["long_factor"],
     )
 
 

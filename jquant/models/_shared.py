@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import gguf
+import ml_dtypes
 import numpy as np
 
 from jquant.core import MetadataValue, Source, TensorSpec, UserError
 
 from . import _config
 from ._config import REQUIRED, Config, Rope
+from ._decoder import Traits
 
 HIDDEN = "hidden_size"
 Q_ROWS = "num_attention_heads * head_dim"
@@ -39,6 +41,8 @@ DECODER_KEYS: Mapping[str, object] = {
     "tie_word_embeddings": False,
 }
 
+_FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
 # Buffers that old versions of transformers saved; they follow from the config.
 _DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
@@ -57,6 +61,7 @@ class Weight:
     axes: tuple[str, ...]  # of one part
     rotary: str | None = None
     stacked: bool = False  # parts along a new first axis
+    shift: float = 0.0  # added to a vector, which is then stored as float32
 
 
 def weight(name: str, *axes: str, rotary: str | None = None) -> Weight:
@@ -143,6 +148,12 @@ def rope_freqs(rope: Rope, head_dim: int) -> np.ndarray:
     return (1 / ((1 - kept) / rope.factor + kept)).astype(np.float32)
 
 
+def sliding_window(config: Config) -> dict[str, MetadataValue]:
+    """The header's window, for architectures that attend to the last so many tokens only."""
+    window = config.values["sliding_window"]
+    return {} if window is None else {"attention.sliding_window": np.uint32(config.size("sliding_window"))}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """A class of transformers and the llama.cpp architecture that computes the same function."""
@@ -153,11 +164,18 @@ class Architecture:
     keys: Mapping[str, object] = field(repr=False)  # config keys read, with their defaults
     only: Mapping[str, tuple[object, ...]] = field(repr=False, default_factory=dict)
     rope_types: frozenset[str] = frozenset({"default", "linear", "yarn"})
+    header: Callable[[Config], Mapping[str, MetadataValue]] = field(repr=False, default=lambda config: {})
+    traits: Traits = field(repr=False, default=Traits())  # noqa: RUF009: frozen; one for a GGUF name
 
     def read_config(self, config: Mapping[str, object]) -> Config:
         """Raises UserError for a key that is unknown, or whose value llama.cpp cannot honour."""
         return _config.read(
-            config, architecture=self.name, keys=self.keys, only=self.only, rope_types=self.rope_types
+            config,
+            architecture=self.name,
+            keys=self.keys,
+            only=self.only,
+            rope_types=self.rope_types,
+            window_period=self.traits.window_period,
         )
 
     def as_gguf(self, source: Source, config: Mapping[str, object]) -> Source:
@@ -170,15 +188,13 @@ class Architecture:
         _check_names(self.name, source, weights, tied=checked.flag("tie_word_embeddings"))
         names = gguf.get_tensor_name_map(self.gguf, checked.size("num_hidden_layers"))
         made: dict[str, _Made] = {}
-        if checked.rope.type == "llama3":
-            data = rope_freqs(checked.rope, checked.size("head_dim"))
-            spec = TensorSpec("rope_freqs.weight", data.shape, "F32")
-            made[spec.name] = _Made(spec, data=data.view(np.uint8)[None])
+        for name, data in _rope_tensors(checked.rope, checked.size("head_dim")).items():
+            made[name] = _Made(TensorSpec(name, data.shape, "F32"), data=data.view(np.uint8)[None])
         for entry in weights:
             name = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
             assert name is not None, f"gguf has no name for {entry.name}; upgrade the package"
             heads = checked.size(entry.rotary) if entry.rotary else 0
-            made[name] = _Made(_spec(name, entry, source, checked), entry.parts, heads)
+            made[name] = _Made(_spec(name, entry, source, checked), entry.parts, heads, entry.shift)
         return _GgufView(source, made)
 
     def metadata(self, config: Mapping[str, object], name: str | None = None) -> dict[str, MetadataValue]:
@@ -202,10 +218,11 @@ class Architecture:
             "vocab_size": np.uint32(checked.size("vocab_size")),
             "rope.dimension_count": head_dim,
             **_rope_metadata(checked.rope),
+            **self.header(checked),
         }
         for key, config_keys in _EXPERT_KEYS.items():
             for config_key in config_keys:
-                if config_key in checked.values:
+                if checked.values.get(config_key) is not None:
                     described[key] = np.uint32(checked.size(config_key))
         return out | {f"{arch}.{key}": value for key, value in described.items()}
 
@@ -218,11 +235,26 @@ _EXPERT_KEYS = {
 }
 
 
+def _rope_tensors(rope: Rope, head_dim: int) -> dict[str, np.ndarray]:
+    """What the frequencies are divided by, for scalings that llama.cpp has no formula for: float32."""
+    if rope.type == "llama3":
+        return {"rope_freqs.weight": rope_freqs(rope, head_dim)}
+    if rope.type == "longrope":
+        return {
+            "rope_factors_long.weight": np.array(rope.long_factors, np.float32),
+            "rope_factors_short.weight": np.array(rope.short_factors, np.float32),
+        }
+    return {}
+
+
 def _rope_metadata(rope: Rope) -> dict[str, MetadataValue]:
     out: dict[str, MetadataValue] = {"rope.freq_base": np.float32(rope.base)}
     if rope.type in ("linear", "yarn"):  # llama3 is in the rope_freqs tensor
         out["rope.scaling.type"] = rope.type
         out["rope.scaling.factor"] = np.float32(rope.factor)
+    if rope.type == "longrope":
+        out["rope.scaling.original_context_length"] = np.uint32(rope.original_context)
+        out["rope.scaling.attn_factor"] = np.float32(rope.attention_factor)
     if rope.type == "yarn":
         out["rope.scaling.original_context_length"] = np.uint32(rope.original_context)
         # llama.cpp multiplies by YaRN's temperature by itself; what is stored comes on top of that.
@@ -269,6 +301,10 @@ def _spec(name: str, entry: Weight, source: Source, config: Config) -> TensorSpe
                 f"{part}: config.json implies shape {shape} ({axes}); the checkpoint has {found}. "
                 "They belong to different models, or config.json was edited."
             )
+    if entry.shift:
+        if not types <= _FLOATS.keys():
+            raise UserError(f"{entry.parts[0]}: is stored as {types.pop()}; expected {' or '.join(_FLOATS)}.")
+        types = {"F32"}
     if len(types) > 1:
         raise UserError(f"{name}: the experts are stored in different types: {', '.join(sorted(types))}.")
     if entry.axes[0] == "1":
@@ -283,6 +319,7 @@ class _Made:
     spec: TensorSpec
     parts: tuple[str, ...] = ()
     heads: int = 0  # rotary heads whose rows are to be paired; 0: rows as they are
+    shift: float = 0.0
     data: np.ndarray | None = None  # uint8 [rows, row bytes]
 
 
@@ -303,6 +340,8 @@ class _GgufView:
         stop = made.spec.rows if stop is None else stop
         if made.data is not None:
             return made.data[start:stop]
+        if made.shift:
+            return self._read_shifted(made)[start:stop]
         if made.heads:
             return self._read_paired(made, start, stop)
         rows = made.spec.rows // len(made.parts)  # of one part
@@ -313,6 +352,11 @@ class _GgufView:
         if not pieces:
             return np.empty((0, made.spec.row_bytes), np.uint8)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _read_shifted(self, made: _Made) -> np.ndarray:
+        (part,) = made.parts
+        stored = self._source.read(part).view(_FLOATS[self._source.specs[part].type])
+        return (stored.astype(np.float32) + np.float32(made.shift)).view(np.uint8)
 
     def _read_paired(self, made: _Made, start: int, stop: int) -> np.ndarray:
         """Whole heads are read, their rows paired, and the wanted rows kept."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import gguf
 
+from ._decoder import Traits
 from ._shared import DECODER_KEYS, Architecture, Config, Weight, attention, decoder, mlp
 
 
@@ -28,6 +29,7 @@ def weights(config: Config) -> Iterator[Weight]:
 LLAMA = Architecture(
     name="LlamaForCausalLM",
     gguf=gguf.MODEL_ARCH.LLAMA,
+    traits=Traits(rotary_pairs=True),
     weights=weights,
     keys={**DECODER_KEYS, "rms_norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False},
     rope_types=frozenset({"default", "linear", "yarn", "llama3"}),

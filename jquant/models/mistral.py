@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import gguf
 
-from ._shared import DECODER_KEYS, Architecture, Config, Weight, attention, decoder, mlp
+from ._decoder import Traits
+from ._shared import DECODER_KEYS, Architecture, Config, Weight, attention, decoder, mlp, sliding_window
 
 
 def weights(config: Config) -> Iterator[Weight]:
@@ -24,7 +25,9 @@ def weights(config: Config) -> Iterator[Weight]:
 MISTRAL = Architecture(
     name="MistralForCausalLM",
     gguf=gguf.MODEL_ARCH.LLAMA,
+    traits=Traits(rotary_pairs=True),
     weights=weights,
+    header=sliding_window,
     keys={**DECODER_KEYS, "rms_norm_eps": 1e-6, "sliding_window": None},
     only={"attention_bias": (False,), "mlp_bias": (False,)},
 )

@@ -10,7 +10,19 @@ from collections.abc import Iterator
 
 import gguf
 
-from ._shared import DECODER_KEYS, HIDDEN, Architecture, Config, Weight, attention, decoder, experts, weight
+from ._decoder import Traits
+from ._shared import (
+    DECODER_KEYS,
+    HIDDEN,
+    Architecture,
+    Config,
+    Weight,
+    attention,
+    decoder,
+    experts,
+    sliding_window,
+    weight,
+)
 
 
 def weights(config: Config) -> Iterator[Weight]:
@@ -30,7 +42,9 @@ def weights(config: Config) -> Iterator[Weight]:
 MIXTRAL = Architecture(
     name="MixtralForCausalLM",
     gguf=gguf.MODEL_ARCH.LLAMA,
+    traits=Traits(rotary_pairs=True),
     weights=weights,
+    header=sliding_window,
     keys={
         **DECODER_KEYS,
         "rms_norm_eps": 1e-5,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import gguf
 
+from ._decoder import Traits
 from ._shared import (
     DECODER_KEYS,
     HIDDEN,
@@ -43,6 +44,7 @@ def weights(config: Config) -> Iterator[Weight]:
 QWEN2_MOE = Architecture(
     name="Qwen2MoeForCausalLM",
     gguf=gguf.MODEL_ARCH.QWEN2MOE,
+    traits=Traits(experts_normalized=False),
     weights=weights,
     keys={
         **DECODER_KEYS,

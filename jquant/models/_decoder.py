@@ -1,0 +1,269 @@
+"""A decoder as GGUF describes it: hyperparameters from the header, weights by tensor name, block by block."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, cast, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Float32, Int
+
+from jquant.core import Metadata, TensorSpec, UserError
+
+from ._layers import PRECISION, Block, rms_norm
+from ._rope import Rotary, angles
+
+SLAB_WEIGHTS = 1 << 24  # weights of an embedding that are decoded at once
+
+Parameters = dict[str, dict[str, Array]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What an architecture's name says of its function and the header does not. The default is Qwen2's."""
+
+    rotary_pairs: bool = False  # neighbouring rows of q and k are turned together, else halves of a head
+    gelu: bool = False
+    experts_normalized: bool = True
+    embedding_scaled: bool = False  # by √width
+    window: int | None = None  # where the header has none
+    window_period: int = 0  # every so many blocks one attends to everything; 0: none does
+    window_rotary_base: float | None = None  # of the blocks with a window, which are then not scaled
+    attention_softcap: float = 0.0
+    final_softcap: float = 0.0
+    # Models of so many blocks divide q·k by √(width/heads) rather than √head_dim.
+    blocks_scaled_by_width: int | None = None
+
+
+@runtime_checkable
+class Tensors(Protocol):
+    """Where weights come from: float32, whatever the file stores."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray: ...
+
+    def tensor(self, name: str) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model to compute with. Nothing but the headers and the vectors of rotary embedding is in memory."""
+
+    tensors: Tensors
+    blocks: tuple[Block, ...]
+    rotary: tuple[Rotary, ...]  # of each block
+    width: int
+    vocab: int
+    eps: float
+    embedding_scale: float
+    final_softcap: float
+
+    def embed(self, tokens: Int[np.ndarray, "s t"]) -> Float32[np.ndarray, "s t width"]:
+        """The input of the first block. The embedding is decoded a slab of rows at a time."""
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab:
+            bad = int(tokens.max() if tokens.max() >= self.vocab else tokens.min())
+            raise UserError(f"token {bad} is not in the model's vocabulary of {self.vocab}.")
+        out = np.empty((*tokens.shape, self.width), np.float32)
+        for start, stop in self._slabs("token_embd.weight"):
+            here = (tokens >= start) & (tokens < stop)
+            if here.any():
+                rows = self.tensors.rows("token_embd.weight", start, stop)
+                out[here] = rows[tokens[here] - start] * np.float32(self.embedding_scale)
+        return out
+
+    def load_block(self, i: int) -> Parameters:
+        """The parameters of block i on the device: {"attn_q": {"weight": [out, in]}, …}, float32."""
+        params: Parameters = {}
+        for name, shape in self.blocks[i].shapes:
+            module, parameter = name.split(".")
+            value = self.tensors.tensor(f"blk.{i}.{name}")
+            if parameter == "weight" and "norm" not in module and len(shape) == 1:
+                value = value[None]  # a matrix of one row
+            params.setdefault(module, {})[parameter] = jnp.asarray(value)
+        return params
+
+    def angles(self, i: int, tokens: int) -> Float32[np.ndarray, "t pairs"]:
+        """What block i turns its heads by at positions 0, 1, …: radians."""
+        rotary = self.rotary[i]
+        name = "rope_freqs.weight"
+        if name not in self.tensors.specs:
+            kind = "long" if tokens > rotary.original_context else "short"
+            name = f"rope_factors_{kind}.weight"
+        divisors = self.tensors.tensor(name) if name in self.tensors.specs else None
+        return angles(rotary.frequencies(divisors), np.arange(tokens))
+
+    def logits(self, x: Float[Array, "s t width"]) -> Float[Array, "s t vocab"]:
+        """What the output of the last block predicts of the next token."""
+        output = "output.weight" if "output.weight" in self.tensors.specs else "token_embd.weight"
+        norm = jnp.asarray(self.tensors.tensor("output_norm.weight"))
+        parts = [
+            _project(norm, jnp.asarray(self.tensors.rows(output, *slab)), x, self.eps, self.final_softcap)
+            for slab in self._slabs(output)
+        ]
+        return jnp.concatenate(parts, axis=-1)
+
+    def _slabs(self, name: str) -> list[tuple[int, int]]:
+        spec = self.tensors.specs[name]
+        step = max(SLAB_WEIGHTS // spec.cols, 1)
+        return [(start, min(start + step, spec.rows)) for start in range(0, spec.rows, step)]
+
+
+@partial(jax.jit, static_argnames=("eps", "softcap"))
+def _project(norm: Array, output: Array, x: Array, eps: float, softcap: float) -> Array:
+    logits = jnp.matmul(rms_norm(x, norm, eps), output.T, precision=PRECISION)
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
+
+
+@partial(jax.jit, static_argnames="block")
+def run_block(
+    block: Block, params: Parameters, x: Float[Array, "s t width"], angles: Float[Array, "t pairs"]
+) -> Float[Array, "s t width"]:
+    """The output of a block: compiled once for all blocks of a kind."""
+    return cast(Array, block.apply({"params": params}, x, angles))
+
+
+def open_decoder(tensors: Tensors, metadata: Metadata, traits: Mapping[str, Traits]) -> Decoder:
+    """Read a model's hyperparameters; traits: of each architecture, by GGUF's name.
+
+    Raises UserError for an architecture that is not among them, a header that lacks something, or a tensor
+    that no part of the block would use.
+    """
+    header = _Header(metadata)
+    if header.architecture not in traits:
+        raise UserError(
+            f"architecture {header.architecture!r}: its forward pass is not known; known: "
+            f"{', '.join(sorted(traits))}. Give an importance matrix that llama-imatrix made instead."
+        )
+    own = traits[header.architecture]
+    count = header.integer("block_count")
+    kinds = [_block(header, own, i, count, _shapes(tensors.specs, i)) for i in range(count)]
+    for name in ("token_embd.weight", "output_norm.weight"):
+        if name not in tensors.specs:
+            raise UserError(f"the model has no tensor {name}; the file is incomplete.")
+    width = header.integer("embedding_length")
+    return Decoder(
+        tensors,
+        tuple(block for block, _ in kinds),
+        tuple(rotary for _, rotary in kinds),
+        width,
+        tensors.specs["token_embd.weight"].rows,
+        header.number("attention.layer_norm_rms_epsilon"),
+        math.sqrt(width) if own.embedding_scaled else 1.0,
+        header.number("final_logit_softcapping", own.final_softcap),
+    )
+
+
+# Tensors of a block that the layers know: norms, matrices that may have a bias, stacks of experts.
+_KNOWN = re.compile(
+    r"(attn|ffn|post_attention|post_ffw|attn_q|attn_k)_norm\.weight"
+    r"|(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_shexp)?|ffn_gate_inp(_shexp)?)\.(weight|bias)"
+    r"|ffn_(gate|up|down)_exps\.weight"
+)
+
+
+def _shapes(specs: Mapping[str, TensorSpec], i: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Tensors of block i, without "blk.i.", sorted."""
+    prefix = f"blk.{i}."
+    found = sorted((n.removeprefix(prefix), s.shape) for n, s in specs.items() if n.startswith(prefix))
+    for name, _ in found:
+        if not _KNOWN.fullmatch(name):
+            raise UserError(
+                f"{prefix}{name}: what the model does with this tensor is not known; calibrating without it "
+                "would measure another model."
+            )
+    if not found:
+        raise UserError(f"the header says that there is a block {i}, but it has no tensors.")
+    return tuple(found)
+
+
+def _block(
+    header: _Header, traits: Traits, i: int, count: int, shapes: tuple[tuple[str, tuple[int, ...]], ...]
+) -> tuple[Block, Rotary]:
+    width, heads = header.integer("embedding_length"), header.integer("attention.head_count", at=i)
+    head_dim = header.integer("attention.key_length", width // heads)
+    windowed, window = _window(header, traits, i)
+    dims = header.integer("rope.dimension_count", head_dim)
+    scaling = header.text("rope.scaling.type", "linear")
+    factor = header.number("rope.scaling.factor", header.number("rope.scale_linear", 1.0)) or 1.0
+    rotary = Rotary(
+        dims=dims,
+        base=header.number("rope.freq_base", 10000.0),
+        factor=1.0 if scaling == "none" else factor,
+        yarn=scaling == "yarn",
+        original_context=header.integer(
+            "rope.scaling.original_context_length", header.integer("context_length", 0)
+        ),
+        attention_factor=header.number("rope.scaling.attn_factor", 1.0),
+    )
+    if windowed and traits.window_rotary_base is not None:
+        base = header.number("rope.freq_base_swa", traits.window_rotary_base)
+        rotary = Rotary(dims=dims, base=base)
+    by_width = traits.blocks_scaled_by_width == count
+    block = Block(
+        shapes=shapes,
+        heads=heads,
+        kv_heads=header.integer("attention.head_count_kv", heads, at=i),
+        head_dim=head_dim,
+        value_dim=header.integer("attention.value_length", width // heads),
+        eps=header.number("attention.layer_norm_rms_epsilon"),
+        attention_scale=1 / math.sqrt(width // heads if by_width else head_dim),
+        rotary_dims=dims,
+        rotary_pairs=traits.rotary_pairs,
+        rotary_magnitude=rotary.magnitude,
+        window=window if windowed else None,
+        attention_softcap=header.number("attn_logit_softcapping", traits.attention_softcap),
+        gelu=traits.gelu,
+        experts_used=header.integer("expert_used_count", 0),
+        experts_normalized=traits.experts_normalized,
+    )
+    return block, rotary
+
+
+def _window(header: _Header, traits: Traits, i: int) -> tuple[bool, int]:
+    """Whether block i sees a window only, and how many tokens it has."""
+    window = header.integer("attention.sliding_window", traits.window or 0)
+    if not window:
+        return False, 0
+    pattern = header.metadata.get(f"{header.architecture}.attention.sliding_window_pattern")
+    if isinstance(pattern, np.ndarray | list):
+        return bool(pattern[i]), window
+    period = header.integer("attention.sliding_window_pattern", traits.window_period)
+    return period == 0 or i % period < period - 1, window
+
+
+@dataclass(frozen=True)
+class _Header:
+    """Values of "ARCHITECTURE.key"; some are one for all blocks or one for each."""
+
+    metadata: Metadata
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata.get("general.architecture", ""))
+
+    def integer(self, key: str, default: int | None = None, at: int = 0) -> int:
+        return int(self._get(key, default, at))
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return float(self._get(key, default, 0))
+
+    def text(self, key: str, default: str) -> str:
+        return str(self.metadata.get(f"{self.architecture}.{key}", default))
+
+    def _get(self, key: str, default: int | float | None, at: int) -> float:
+        name = f"{self.architecture}.{key}"
+        value = self.metadata.get(name, default)
+        if isinstance(value, np.ndarray) and value.ndim:
+            value = value[at] if at < len(value) else None
+        if value is None or isinstance(value, str | list):
+            raise UserError(f"the model's header has no usable {name} (found {value!r}); convert it again.")
+        return float(value)

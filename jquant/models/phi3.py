@@ -1,0 +1,55 @@
+"""Phi-3, Phi-3.5 and Phi-4 (text): Llama with q, k, v in one matrix, and gate and up in another.
+
+Models for long contexts have two sets of divisors of the rotary frequencies (LongRoPE): one for texts within
+the original context, one for longer ones. llama.cpp turns halves: no rows reordered. It ignores the window
+that the header names; the models were trained with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gguf
+
+from ._decoder import Traits
+from ._shared import (
+    DECODER_KEYS,
+    HIDDEN,
+    KV_ROWS,
+    Q_ROWS,
+    Architecture,
+    Config,
+    Weight,
+    decoder,
+    sliding_window,
+    weight,
+)
+
+
+def weights(config: Config) -> Iterator[Weight]:
+    def block(name: str) -> Iterator[Weight]:
+        yield weight(f"{name}.input_layernorm.weight", HIDDEN)
+        yield weight(f"{name}.self_attn.qkv_proj.weight", f"{Q_ROWS} + {KV_ROWS} + {KV_ROWS}", HIDDEN)
+        yield weight(f"{name}.self_attn.o_proj.weight", HIDDEN, Q_ROWS)
+        yield weight(f"{name}.post_attention_layernorm.weight", HIDDEN)
+        yield weight(f"{name}.mlp.gate_up_proj.weight", "intermediate_size + intermediate_size", HIDDEN)
+        yield weight(f"{name}.mlp.down_proj.weight", HIDDEN, "intermediate_size")
+
+    return decoder(config, block)
+
+
+PHI3 = Architecture(
+    name="Phi3ForCausalLM",
+    gguf=gguf.MODEL_ARCH.PHI3,
+    traits=Traits(),
+    weights=weights,
+    header=sliding_window,
+    keys={
+        **DECODER_KEYS,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "original_max_position_embeddings": None,
+    },
+    only={"attention_bias": (False,), "mlp_bias": (False,)},
+    rope_types=frozenset({"default", "longrope"}),
+)
