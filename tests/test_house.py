@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "formats": CORE,
     "models": CORE,
     "io": CORE,
+    "calibrate": CORE,
     "transcode": CORE,
     "weights": CORE | {"formats", "transcode"},
     "plan": CORE | {"formats"},
