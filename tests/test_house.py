@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "quality": CORE | {"plan"},
     "report": CORE | {"formats", "plan", "text"},
     "pipeline": CORE | {"formats", "plan", "transcode"},
+    "analyze": CORE | {"calibrate", "convert", "io", "models", "text", "weights"},
     "convert": CORE | {"formats", "io", "models", "pipeline", "plan"},
 }
 SOURCES = sorted((ROOT / "jquant").rglob("*.py"))

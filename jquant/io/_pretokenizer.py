@@ -8,6 +8,7 @@ matter of looking them up; a wrong name gives a model that reads other tokens th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from jquant.core import UserError
 
@@ -54,6 +55,12 @@ _NAMES: Mapping[tuple[tuple[str, ...], bool | None], str] = {
     ): "deepseek-coder",
 }
 
+# Other names of the same rules.
+_SAME = {"deepseek-r1-qwen": "qwen2"} | dict.fromkeys(
+    ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"), "llama-bpe"
+)
+_ADD_BOS = ("llama-bpe", "tekken")  # where the header does not say
+
 # What llama.cpp accepts as tokenizer.ggml.pre (llama-vocab.cpp, llama_vocab::impl::load).
 # fmt: off
 KNOWN = frozenset({
@@ -88,6 +95,26 @@ def recognise(tokenizer: Json) -> str:
                 return _NAMES[key]
     found = f"splits {list(splits)}, ignore_merges {whole}, normalizer {normalizer.get('type')}"
     raise UserError(f"tokenizer.json: unknown pre-tokenizer ({found}). {_remedy()}")
+
+
+class Rules(NamedTuple):
+    """How text is split before merging, and whether a word that is a token is taken whole."""
+
+    splits: tuple[str, ...]
+    whole_words: bool
+    adds_bos: bool  # where the header does not say
+
+
+def rules(name: str) -> Rules:
+    """What a name stands for; raises UserError where that is not known here."""
+    name = _SAME.get(name, name)
+    for (splits, whole), known in _NAMES.items():
+        if known == name:
+            return Rules(splits, whole is not False, known in _ADD_BOS)
+    raise UserError(
+        f"tokenizer.ggml.pre is {name!r}, whose way of splitting text is not known; known: "
+        f"{', '.join(sorted({*_NAMES.values(), *_SAME}))}. Use llama-imatrix for this model."
+    )
 
 
 def check_name(name: str) -> str:

@@ -181,3 +181,15 @@ def _status(error: Exception) -> int | None:
 def _literal(name: str) -> str:
     """A file name as a pattern that matches only itself."""
     return re.sub(r"([\[?*])", r"[\1]", name)
+
+
+def dataset_file(repo: str, name: str) -> Path:
+    """A file of a data set on the hub, downloaded or from the cache.
+
+    Raises UserError where the hub cannot be reached and the cache has no copy.
+    """
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", etag_timeout=_TIMEOUT))
+    except (*_NETWORK_ERRORS, LocalEntryNotFoundError, HfHubHTTPError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{repo}/{name} cannot be had from the hub ({reason[:120]}).") from None

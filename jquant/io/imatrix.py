@@ -15,7 +15,7 @@ Source: tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp and tools/quantize/
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -174,6 +174,36 @@ def _check(path: Path, name: str, values: np.ndarray, good: np.ndarray) -> None:
         raise UserError(
             f"{path}: {name} has {values[where]} at {list(where)}, no mean of squares; make it again."
         )
+
+
+def merge(matrices: Sequence[Imatrix]) -> Imatrix:
+    """One imatrix of everything that several were made of: means weighted by their counts.
+
+    A .dat file counts in chunks and knows no stacks: it takes the chunk size and the stacks of the others, as
+    llama-imatrix reads such files. Raises UserError where they are of different models.
+    """
+    size = max((m.chunk_size for m in matrices), default=0)
+    entries: dict[str, np.ndarray] = {}
+    counts: dict[str, np.ndarray] = {}
+    for name in dict.fromkeys(name for m in matrices for name in m.entries):
+        parts = [m for m in matrices if name in m.entries]
+        shape = max((m.entries[name].shape for m in parts), key=lambda shape: shape[0])
+        total, sums = np.zeros(shape[0]), np.zeros(shape)
+        for m in parts:
+            if m.entries[name].size != sums.size:
+                raise UserError(
+                    f"{name}: has {sums.size} values in one imatrix and {m.entries[name].size} in another; "
+                    "they are of different models."
+                )
+            scale = 1 if m.chunk_size or not size else size
+            count = np.broadcast_to(m.counts[name].astype(np.float64) * scale, shape[0])
+            sums += m.entries[name].reshape(shape).astype(np.float64) * count[:, None]
+            total += count
+        seen = total[:, None] > 0
+        mean = np.where(seen, sums / np.where(seen, total[:, None], 1), 1)
+        entries[name], counts[name] = mean.astype(np.float32), total.astype(np.float32)
+    datasets = list(dict.fromkeys(name for m in matrices for name in m.datasets))
+    return Imatrix(entries, counts, datasets, sum(m.chunk_count for m in matrices), size)
 
 
 def write_gguf(path: Path, imatrix: Imatrix, *, force: bool = False) -> None:

