@@ -65,12 +65,20 @@ def analyze(
     batch: Annotated[
         int, typer.Option("--batch", min=1, help="Samples on the device at a time.", rich_help_panel=_DATA)
     ] = 4,
-    scratch: Annotated[
+    checkpoint_dir: Annotated[
         Path | None,
         typer.Option(
-            "--scratch", help="Folder for activations that do not fit the memory.", rich_help_panel=_DATA
+            "--checkpoint-dir",
+            help="Folder to keep activations and results in after each block; of no use to later runs.",
+            rich_help_panel=_OUTPUT,
         ),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Continue the run that --checkpoint-dir holds.", rich_help_panel=_OUTPUT
+        ),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Replace the output if it exists.", rich_help_panel=_OUTPUT)
     ] = False,
@@ -85,10 +93,12 @@ def analyze(
 
     jquant analyze SmolLM2-135M/ -o importance.gguf --calibration train.txt
     """
+    if resume and checkpoint_dir is None:
+        raise typer.BadParameter("needs --checkpoint-dir", param_hint="--resume")
     start = time.monotonic()
     _runtime.start_jax()
 
-    from jquant.analyze import as_json, importance, load_samples, rows, table, unreached
+    from jquant.analyze import as_json, importance, load_samples, open_checkpoint, rows, table, unreached
     from jquant.convert import open_model
     from jquant.io import check_target, hub
     from jquant.io import imatrix as imatrix_file
@@ -110,9 +120,9 @@ def analyze(
     if not quiet:
         for remark in data.remarks:
             _show.remark(f"note: {remark}")
-    found = importance(
-        opened, data, batch=batch, folder=scratch, progress=_progress(quiet, int(data.lengths.sum()))
-    )
+    store = checkpoint_dir and open_checkpoint(checkpoint_dir, opened, data, batch=batch, resume=resume)
+    progress = _progress(quiet, int(data.lengths.sum()))
+    found = importance(opened, data, batch=batch, store=store, progress=progress)
     guessed = unreached(found)
     if not quiet:
         for tensor, experts in guessed.items():
@@ -149,14 +159,16 @@ def analyze(
 
 def _progress(quiet: bool, tokens: int):
     """A line for each block, over the last one on a terminal."""
-    start = time.monotonic()
+    start, here = time.monotonic(), 0  # blocks done by this run
 
     def show(done: int, count: int) -> None:
+        nonlocal here
+        here += 1
         if quiet:
             return
         elapsed = time.monotonic() - start
-        left = elapsed / done * (count - done)
-        text = f"block {done} of {count}, {tokens * done / count / elapsed:.0f} tokens/s, {left:.0f} s left"
+        left = elapsed / here * (count - done)
+        text = f"block {done} of {count}, {tokens * here / count / elapsed:.0f} tokens/s, {left:.0f} s left"
         if sys.stderr.isatty():
             print(f"\r\x1b[K{text}", end="\n" if done == count else "", file=sys.stderr, flush=True)
         elif done == count or done % max(count // 8, 1) == 0:

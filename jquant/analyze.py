@@ -7,16 +7,20 @@ imatrix = importance(model, samples)
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jquant import models
-from jquant.calibrate import SECOND_MOMENTS, Progress, Stats, collect
+from jquant.calibrate import SECOND_MOMENTS, Progress, Stats, Store, collect
 from jquant.convert import Model
+from jquant.io.checkpoint import Checkpoint
 from jquant.io.imatrix import Imatrix
 from jquant.io.samples import Samples, read_text, sample
 from jquant.io.token_ids import from_metadata
@@ -54,12 +58,13 @@ def importance(
     samples: Samples,
     *,
     batch: int = 4,
-    folder: Path | None = None,
+    store: Store | None = None,
     progress: Progress = lambda done, count: None,
 ) -> Imatrix:
     """The mean square of every input column of every matrix in the model's blocks.
 
-    batch: samples on the device at a time. folder: for activations that do not fit the memory.
+    batch: samples on the device at a time. store: where activations lie between blocks; `open_checkpoint`
+    makes one that continues an interrupted run.
     Raises UserError for a model whose forward pass is not known, and for inputs that are not finite.
     """
     decoder = models.decoder(Weights(model.source), model.metadata)
@@ -69,10 +74,31 @@ def importance(
         SECOND_MOMENTS,
         lengths=samples.lengths,
         batch=batch,
-        folder=folder,
+        store=store,
         progress=progress,
     )
     return imatrix_of(stats, samples)
+
+
+def open_checkpoint(folder: Path, model: Model, samples: Samples, *, batch: int, resume: bool) -> Checkpoint:
+    """A store in `folder` for `importance` of the same arguments.
+
+    Raises UserError where a checkpoint is there and `resume` is false, or it is of another run.
+    """
+    files = [file.stat() for file in model.files]
+    run = {
+        "model": model.path.resolve().name,
+        "model files": [[stat.st_size, stat.st_mtime_ns] for stat in files],
+        "data": samples.dataset,
+        "tokens": hashlib.sha256(samples.tokens.tobytes() + samples.lengths.tobytes()).hexdigest(),
+        "samples": len(samples.tokens),
+        "sequence length": samples.tokens.shape[1],
+        "batch": batch,
+        "method": "second moments",
+        "versions": {name: version(name) for name in ("jquant", "jax", "jaxlib")},
+        "device": jax.devices()[0].device_kind,
+    }
+    return Checkpoint(folder, run, resume=resume)
 
 
 def imatrix_of(stats: Mapping[str, Stats], samples: Samples) -> Imatrix:

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,47 @@ class Model(Protocol):
     def angles(self, i: int, tokens: int) -> np.ndarray: ...
 
 
+@runtime_checkable
+class Store(Protocol):
+    """Where activations lie between blocks, and what an interrupted run left there."""
+
+    def restore(self) -> list[dict[str, Stats]]:
+        """The statistics of the blocks that are done, in order; the activations behind them are there too."""
+        ...
+
+    def activations(self, block: int, shape: tuple[int, ...]) -> np.ndarray:
+        """float32: what goes into this block. May be the array of the block before, to be overwritten."""
+        ...
+
+    def finish(self, block: int, stats: dict[str, Stats]) -> None:
+        """This block is done, and the activations behind it are complete."""
+        ...
+
+
+class Scratch:
+    """A Store that remembers nothing: one array, in memory, or in a file of `folder` where it is larger than
+    `in_memory` bytes. The file is gone when the array is."""
+
+    def __init__(self, folder: Path | None = None, in_memory: int = IN_MEMORY):
+        self._folder, self._in_memory = folder, in_memory
+        self._array: np.ndarray | None = None
+
+    def restore(self) -> list[dict[str, Stats]]:
+        return []
+
+    def activations(self, block: int, shape: tuple[int, ...]) -> np.ndarray:
+        if self._array is None and np.prod(shape, dtype=np.int64) * 4 <= self._in_memory:
+            self._array = np.empty(shape, np.float32)
+        elif self._array is None:
+            with tempfile.TemporaryFile(dir=self._folder, prefix="jquant-") as file:
+                mapped = np.memmap(file, np.float32, "w+", shape=shape)
+            self._array = cast(np.ndarray, mapped)
+        return self._array
+
+    def finish(self, block: int, stats: dict[str, Stats]) -> None:
+        pass
+
+
 def collect(
     model: Model,
     tokens: Int[np.ndarray, "s t"],
@@ -120,8 +161,7 @@ def collect(
     *,
     lengths: Int[np.ndarray, " s"] | None = None,
     batch: int = 4,
-    folder: Path | None = None,
-    in_memory: int = IN_MEMORY,
+    store: Store | None = None,
     progress: Progress = lambda done, count: None,
 ) -> dict[str, Stats]:
     """The statistics of every matrix of every block, by GGUF tensor name; those of stacks [experts, …].
@@ -129,33 +169,51 @@ def collect(
     They lie in the host's memory, whatever device they were made on.
 
     lengths: real tokens of each sample, the rest being padding at its end; default: all. batch: samples on
-    the device at a time. folder: where activations of more than `in_memory` bytes go while this runs.
+    the device at a time. store: default, memory or a temporary file; one that remembers continues a run.
 
     Raises UserError, with tensor and sample, where an input is no finite number.
     """
     samples, length = tokens.shape
-    real_tokens = np.asarray(np.full(samples, length) if lengths is None else lengths, np.int32)
+    real = np.asarray(np.full(samples, length) if lengths is None else lengths, np.int32)
     shape = (samples, length, model.embed(tokens[:0]).shape[-1])
-    found: dict[str, Stats] = {}
-    host = jax.devices("cpu")[0]
-    batch = min(batch, samples)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="jquant-") as temporary:
-        x = _buffer(shape, in_memory, Path(temporary, "activations"))
-        for start in range(0, samples, _EMBEDDED):
-            x[start : start + _EMBEDDED] = model.embed(tokens[start : start + _EMBEDDED])
-        for i, block in enumerate(model.blocks):
-            params, angles = model.load_block(i), jnp.asarray(model.angles(i, length))
-            stats = _init(block, calibrator)
-            for start in range(0, samples, batch):
-                part = slice(start, min(start + batch, samples))
-                given, real = _padded(x[part], batch), _padded(real_tokens[part], batch)
-                y, stats = _step(block, calibrator, params, stats, given, angles, real)
-                _check_finite(stats, partial(_step, block, calibrator, params), given, angles, real, i, start)
-                x[part] = y[: part.stop - start]
-            found |= {f"blk.{i}.{name}.weight": jax.device_put(s, host) for name, s in stats.items()}
-            progress(i + 1, len(model.blocks))
-        del x  # before the file is removed
-    return found
+    store = Scratch() if store is None else store
+    found = store.restore()
+    count, done = len(model.blocks), len(found)
+    if done < count:
+        x = store.activations(done, shape)
+        if done == 0:
+            for start in range(0, samples, _EMBEDDED):
+                x[start : start + _EMBEDDED] = model.embed(tokens[start : start + _EMBEDDED])
+        for i in range(done, count):
+            y = None if i == count - 1 else store.activations(i + 1, shape)
+            found.append(_through_block(model, i, calibrator, x, y, real, min(batch, samples)))
+            store.finish(i, found[-1])
+            x = x if y is None else y
+            progress(i + 1, count)
+    return {name: stats for block in found for name, stats in block.items()}
+
+
+def _through_block(
+    model: Model,
+    i: int,
+    calibrator: Calibrator,
+    x: np.ndarray,
+    y: np.ndarray | None,
+    lengths: np.ndarray,
+    batch: int,
+) -> dict[str, Stats]:
+    """All samples x [s, t, width] through block i, into y where wanted; its statistics, on the host."""
+    block, host = model.blocks[i], jax.devices("cpu")[0]
+    params, angles = model.load_block(i), jnp.asarray(model.angles(i, x.shape[1]))
+    stats = _init(block, calibrator)
+    for start in range(0, len(x), batch):
+        part = slice(start, min(start + batch, len(x)))
+        given, real = _padded(x[part], batch), _padded(lengths[part], batch)
+        out, stats = _step(block, calibrator, params, stats, given, angles, real)
+        _check_finite(stats, partial(_step, block, calibrator, params), given, angles, real, i, start)
+        if y is not None:
+            y[part] = out[: part.stop - start]
+    return {f"blk.{i}.{name}.weight": jax.device_put(s, host) for name, s in stats.items()}
 
 
 def _padded(part: np.ndarray, batch: int) -> Array:
@@ -164,13 +222,6 @@ def _padded(part: np.ndarray, batch: int) -> Array:
 
 
 _EMBEDDED = 256  # samples whose embedding is read at a time: one pass over the matrix for each
-
-
-def _buffer(shape: tuple[int, ...], in_memory: int, path: Path) -> np.ndarray:
-    """float32: in memory, or in a file where that is more than `in_memory` bytes."""
-    if np.prod(shape, dtype=np.int64) * 4 <= in_memory:
-        return np.empty(shape, np.float32)
-    return np.memmap(path, np.float32, "w+", shape=shape)  # pyright: ignore[reportReturnType]
 
 
 def _init(block: Block, calibrator: Calibrator) -> dict[str, Stats]:

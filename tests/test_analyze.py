@@ -95,12 +95,8 @@ def test_the_table_and_the_json_describe_each_input(model, text):
 
 
 def test_a_row_says_what_its_numbers_mean():
-    entry = np.array([[4, 2, 1, 1, 0, 0, 0, 0]], np.float32)
-    (row,) = rows(
-        Imatrix(
-            {"blk.3.ffn_down.weight": entry}, {"blk.3.ffn_down.weight": np.array([9], np.float32)}, [], 1, 9
-        )
-    )
+    name, entry = "blk.3.ffn_down.weight", np.array([[4, 2, 1, 1, 0, 0, 0, 0]], np.float32)
+    (row,) = rows(Imatrix({name: entry}, {name: np.array([9], np.float32)}, [], 1, 9))
     assert (row.block, row.tensors, row.sum, row.active, row.channels) == (3, ("ffn_down",), 8, 0.5, 8)
     assert row.entropy == 1.75  # of 1/2, 1/4, 1/8, 1/8
     assert row.top == ((0, 0.5), (1, 0.25), (2, 0.125))
@@ -149,9 +145,8 @@ def test_merging_two_files_is_one_run_over_both(model, tmp_path):
 
 
 def test_matrices_of_different_models_do_not_merge():
-    a, b = (
-        Imatrix({"m": np.ones((1, n), np.float32)}, {"m": np.ones(1, np.float32)}, [], 1, 4) for n in (3, 4)
-    )
+    ones = np.ones(1, np.float32)
+    a, b = (Imatrix({"m": np.ones((1, n), np.float32)}, {"m": ones}, [], 1, 4) for n in (3, 4))
     with pytest.raises(UserError, match="m: has 3 values in one imatrix and 4 in another"):
         imatrix.merge([a, b])
 

@@ -15,7 +15,7 @@ import pytest
 from test_decoder import opened
 from tiny_models import open_tiny, write_tiny
 
-from jquant.calibrate import ABSOLUTE_MAXIMA, HESSIAN, MEANS, SECOND_MOMENTS, collect, merge
+from jquant.calibrate import ABSOLUTE_MAXIMA, HESSIAN, MEANS, SECOND_MOMENTS, Scratch, collect, merge
 from jquant.core import UserError
 from jquant.models import ARCHITECTURES
 
@@ -134,7 +134,7 @@ def test_padding_counts_for_nothing(architecture, tmp_path):
 def test_activations_in_a_file_give_the_same(tmp_path):
     decoder = opened(write_tiny(tmp_path / "model", "LlamaForCausalLM"))
     (tmp_path / "scratch").mkdir()
-    in_file = collect(decoder, TOKENS, MEANS, folder=tmp_path / "scratch", in_memory=0)
+    in_file = collect(decoder, TOKENS, MEANS, store=Scratch(tmp_path / "scratch", in_memory=0))
     in_memory = collect(decoder, TOKENS, MEANS)
     jax.tree.map(np.testing.assert_array_equal, in_file, in_memory)
     assert not list((tmp_path / "scratch").iterdir())

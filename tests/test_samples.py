@@ -91,7 +91,7 @@ BAD = {
     "a list": (jsonl([1]), "line 1: expected"),
     "a number": (jsonl({"text": 3}), "line 1: 'text' is int"),
     "messages of strings": (jsonl({"messages": ["hi"]}), "line 1: 'messages' must be a list"),
-    "refused": (jsonl({"messages": [{"role": "tool", "content": 1}]}), "line 1: .* refuses it: no"),
+    "refused": (jsonl({"messages": [{"role": "tool", "content": 1}]}), "refuses it: no"),
 }  # fmt: skip
 
 

@@ -1,0 +1,125 @@
+"""What a calibration has done so far: after each block, its statistics and the activations behind it.
+
+    run.json            what is being computed; another run is refused with what differs
+    block-00003.npz     statistics of block 3: "TENSOR|KEY" → array
+    activations-00004   float32 [samples, tokens, width]: what goes into block 4
+
+A block's file appears, complete, after the activations behind it are on the disk; those before it are deleted
+then. A run that was killed at any moment therefore continues at the first block without a file, and computes
+the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jquant.core import OutputError, UserError
+
+_RUN = "run.json"
+
+
+class Checkpoint:
+    """A folder that remembers how far a run has come."""
+
+    def __init__(self, folder: Path, run: Mapping[str, object], *, resume: bool) -> None:
+        """run: everything that the result depends on, as JSON values.
+
+        Raises UserError where the folder holds a checkpoint and `resume` is false, or one of another run;
+        OutputError where the folder cannot be used.
+        """
+        self.folder = folder
+        path = folder / _RUN
+        wanted = json.loads(json.dumps(run))
+        with _reporting(folder):
+            if path.exists():
+                if not resume:
+                    raise UserError(f"{folder}: holds a checkpoint; add --resume, or delete the folder.")
+                _check_same(path, wanted)
+                return
+            if folder.exists() and any(entry.name != f"{_RUN}.partial" for entry in folder.iterdir()):
+                raise UserError(f"{folder}: is not empty and holds no checkpoint; name another folder.")
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(path, json.dumps(wanted, indent=2).encode())
+
+    def restore(self) -> list[dict[str, dict[str, Array]]]:
+        """The statistics of the blocks that are done, in order."""
+        found = []
+        while (path := self._block(len(found))).exists():
+            stats: dict[str, dict[str, Array]] = {}
+            try:
+                with np.load(path) as stored:
+                    for key in stored.files:
+                        tensor, _, name = key.rpartition("|")
+                        stats.setdefault(tensor, {})[name] = jnp.asarray(stored[key])
+            except (OSError, ValueError, zipfile.BadZipFile):
+                raise UserError(f"{path}: is damaged; delete the folder and start anew.") from None
+            found.append(stats)
+        return found
+
+    def activations(self, block: int, shape: tuple[int, ...]) -> np.ndarray:
+        """float32, a file: as an earlier run left it, or new where no block before this one is done."""
+        path = self.folder / f"activations-{block:05}"
+        size = 4 * int(np.prod(shape, dtype=np.int64))
+        done = block > 0 and self._block(block - 1).exists()
+        with _reporting(path):
+            if done and (not path.exists() or path.stat().st_size != size):
+                raise UserError(f"{path}: is missing or cut short; delete the folder and start anew.")
+            mapped = np.memmap(path, np.float32, "r+" if done else "w+", shape=shape)
+        return cast(np.ndarray, mapped)
+
+    def finish(self, block: int, stats: dict[str, dict[str, Array]]) -> None:
+        """The activations behind this block go to the disk before its file appears."""
+        behind = self.folder / f"activations-{block + 1:05}"
+        arrays = {f"{t}|{name}": np.asarray(a) for t, s in stats.items() for name, a in s.items()}
+        with _reporting(behind):
+            if behind.exists():
+                with behind.open("rb+") as file:
+                    os.fsync(file.fileno())  # pages written through the memory map too
+            partial = self._block(block).with_suffix(".partial")
+            with partial.open("wb") as file:
+                np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self._block(block))
+            (self.folder / f"activations-{block:05}").unlink(missing_ok=True)
+
+    def _block(self, block: int) -> Path:
+        return self.folder / f"block-{block:05}.npz"
+
+
+def _check_same(path: Path, wanted: Mapping[str, object]) -> None:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path}: is damaged; delete the folder and start anew.") from None
+    differing = [key for key in wanted if found.get(key) != wanted[key]]
+    if differing:
+        listed = "; ".join(f"{key}: {found.get(key)} there, {wanted[key]} here" for key in differing)
+        raise UserError(f"{path.parent}: is the checkpoint of another run ({listed}).")
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space and continue with --resume" if full else "choose another folder"
+        raise OutputError(f"{path}: cannot be written: {error.strerror}; {remedy}.") from error

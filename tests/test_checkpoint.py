@@ -1,0 +1,146 @@
+"""A calibration that is killed and resumed: the same bytes as one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_analyze import run
+from test_models import SHARED
+from tiny_models import LINES, write_tiny
+
+from jquant import calibrate
+from jquant.core import UserError
+from jquant.io.checkpoint import Checkpoint
+
+JQUANT = str(Path(sys.executable).with_name("jquant"))
+SMALL = ("--samples", 5, "--sequence-length", 20, "--batch", 2, "-q")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("model") / "llama", "LlamaForCausalLM", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("\n".join(LINES * 4))
+    return path
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 6, 7, 8])
+def test_a_run_that_stops_anywhere_continues_to_the_same_bytes(steps, model, text, tmp_path, monkeypatch):
+    run("analyze", model, "-c", text, "-o", tmp_path / "whole.gguf", *SMALL)
+    left, step = steps, calibrate._step
+
+    def stopping(*arguments):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KilledError
+        return step(*arguments)
+
+    arguments = ("analyze", model, "-c", text, "-o", tmp_path / "out.gguf", *SMALL)
+    arguments += ("--checkpoint-dir", tmp_path / "checkpoint")
+    monkeypatch.setattr(calibrate, "_step", stopping)
+    with pytest.raises(AssertionError):
+        run(*arguments)
+    assert not (tmp_path / "out.gguf").exists()
+    left = 9 - steps + steps % 3  # three batches a block: those of finished blocks are not computed again
+    run(*arguments, "--resume")
+    assert left == 0
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_a_finished_checkpoint_is_used_as_it_is(model, text, tmp_path, monkeypatch):
+    arguments = ("analyze", model, "-c", text, *SMALL, "--checkpoint-dir", tmp_path / "checkpoint")
+    run(*arguments, "-o", tmp_path / "a.gguf")
+    monkeypatch.setattr(calibrate, "_step", None)
+    run(*arguments, "-o", tmp_path / "b.gguf", "--resume")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert not list((tmp_path / "checkpoint").glob("activations*"))
+
+
+def test_the_checkpoint_of_another_run_is_refused_with_what_differs(model, text, tmp_path):
+    folder = tmp_path / "checkpoint"
+    arguments = ("analyze", model, "-c", text, "--checkpoint-dir", folder, *SMALL)
+    run(*arguments)
+    assert "holds a checkpoint; add --resume" in run(*arguments, code=3).stderr
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(LINES[::-1] * 4))
+    refused = run("analyze", model, "-c", other, "--checkpoint-dir", folder, "--resume", *SMALL, code=3)
+    assert "another run (data: calibration.txt there, other.txt here; tokens: " in refused.stderr
+    refused = run(*arguments, "--resume", "--batch", 3, code=3)
+    assert "(batch: 2 there, 3 here)" in refused.stderr
+    assert "needs --checkpoint-dir" in run("analyze", model, "--resume", code=2).stderr
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("…")
+    with pytest.raises(UserError, match="is not empty and holds no checkpoint"):
+        Checkpoint(tmp_path, {"data": "x"}, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    folder = tmp_path / "checkpoint"
+    Checkpoint(folder, {"data": "x"}, resume=False)
+    (folder / "block-00000.npz").write_bytes(b"PK not a zip")
+    again = Checkpoint(folder, {"data": "x"}, resume=True)
+    with pytest.raises(UserError, match=r"block-00000\.npz: is damaged"):
+        again.restore()
+    with pytest.raises(UserError, match="activations-00001: is missing or cut short"):
+        again.activations(1, (2, 3, 4))
+    (folder / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json: is damaged"):
+        Checkpoint(folder, {"data": "x"}, resume=True)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_no_byte(tmp_path):
+    folder, text = SHARED / "data/models/stories15M", SHARED / "data/text/tinystories-130kB.txt"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared/data/models/stories15M")
+    base = [
+        JQUANT,
+        "analyze",
+        str(folder),
+        "-c",
+        str(text),
+        "--samples",
+        "64",
+        "--sequence-length",
+        "256",
+        "-q",
+    ]
+    subprocess.run([*base, "-o", str(tmp_path / "whole.gguf")], check=True, stdout=subprocess.DEVNULL)
+    out, checkpoint = tmp_path / "out.gguf", tmp_path / "checkpoint"
+    command = [*base, "-o", str(out), "--checkpoint-dir", str(checkpoint)]
+    chance, kills = random.Random(0), 0
+    while not out.exists():
+        resume = ["--resume"] if (checkpoint / "run.json").exists() else []
+        process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL)
+        if kills < 10:
+            done = len(list(checkpoint.glob("block-*")))
+            time.sleep(chance.uniform(2, 5))
+            while kills < 9 and process.poll() is None and len(list(checkpoint.glob("block-*"))) == done:
+                if chance.random() < 0.02:
+                    break
+                time.sleep(0.05)
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert json.loads((checkpoint / "run.json").read_text())["samples"] == 64
