@@ -65,6 +65,14 @@ def analyze(
     batch: Annotated[
         int, typer.Option("--batch", min=1, help="Samples on the device at a time.", rich_help_panel=_DATA)
     ] = 4,
+    super_weights: Annotated[
+        bool,
+        typer.Option(
+            "--super-weights",
+            help="Search single weights without which the model is lost, and measure the loss without each.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
     checkpoint_dir: Annotated[
         Path | None,
         typer.Option(
@@ -98,6 +106,7 @@ def analyze(
     start = time.monotonic()
     _runtime.start_jax()
 
+    from jquant import analyze as analysis
     from jquant.analyze import as_json, importance, load_samples, open_checkpoint, rows, table, unreached
     from jquant.convert import open_model
     from jquant.io import check_target, hub
@@ -134,6 +143,7 @@ def analyze(
         imatrix_file.write_dat(output, found)
     elif output is not None:
         imatrix_file.write_gguf(output, found, force=force)
+    spikes = analysis.super_weights(opened, data) if super_weights else []
     about = {
         "model": model,
         "output": None if output is None else str(output),
@@ -143,6 +153,7 @@ def analyze(
         "sequence_length": sequence_length,
         "tokens": int(data.lengths.sum()),
         "experts_without_data": guessed,
+        **({"super_weights": as_json(spikes)} if super_weights else {}),
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory_bytes": _runtime.peak_memory(),
     }
@@ -150,6 +161,8 @@ def analyze(
         _show.result_json({**about, "rows": as_json(rows(found))})
         return
     _show.result(table(rows(found)))
+    if super_weights:
+        _show.result(f"\n{analysis.super_weight_table(spikes)}")
     where = f"; written to {output}" if output is not None else ""
     _show.result(
         f"\n{about['tokens']} tokens of {data.dataset} in {about['samples']} samples, "

@@ -25,9 +25,12 @@ from jquant.io.imatrix import Imatrix
 from jquant.io.samples import Samples, read_text, sample
 from jquant.io.token_ids import from_metadata
 from jquant.text import text_table
+from jquant.transforms.super_weights import SuperWeight, find, with_loss_changes
 from jquant.weights import Weights
 
 ACTIVE = 1e-5  # mean square above which a channel counts as active, as in llama-imatrix --show-statistics
+PROMPT = "Apple Inc. is a worldwide tech company."  # what Yu et al. 2024 search super weights on
+LOSS_TOKENS = 512
 TOP = 3  # channels named in the table
 
 
@@ -99,6 +102,32 @@ def open_checkpoint(folder: Path, model: Model, samples: Samples, *, batch: int,
         "device": jax.devices()[0].device_kind,
     }
     return Checkpoint(folder, run, resume=resume)
+
+
+def super_weights(model: Model, samples: Samples) -> list[SuperWeight]:
+    """Those that spike on a short prompt, and what the removal of each does to the loss on some text."""
+    decoder = models.decoder(Weights(model.source), model.metadata)
+    prompt = np.array([from_metadata(model.metadata).encode(PROMPT)])
+    return with_loss_changes(decoder, find(decoder, prompt), samples.tokens[:1, :LOSS_TOKENS])
+
+
+def super_weight_table(found: list[SuperWeight]) -> str:
+    if not found:
+        return "No super weights: no down projection has a spike that one weight makes."
+    cells = [
+        (
+            str(w.block),
+            f"{w.row}, {w.column}",
+            f"{w.value:.4g}",
+            f"{w.input:.4g}",
+            f"{w.output:.4g}",
+            f"{w.spike:.0f} ×",
+            f"{w.loss_change:+.4f}",
+        )
+        for w in found
+    ]
+    header = ("block", "ffn_down[row, column]", "value", "input", "output", "spike", "loss without it")
+    return text_table(header, cells, (0, 1, 2, 3, 4, 5, 6))
 
 
 def imatrix_of(stats: Mapping[str, Stats], samples: Samples) -> Imatrix:
@@ -195,5 +224,5 @@ def table(found: list[Row]) -> str:
     return text_table(header, cells, (0, 2, 3, 4))
 
 
-def as_json(found: list[Row]) -> list[dict[str, object]]:
+def as_json(found: list[Row] | list[SuperWeight]) -> list[dict[str, object]]:
     return [asdict(row) for row in found]

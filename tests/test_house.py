@@ -21,13 +21,14 @@ MAY_IMPORT = {
     "models": CORE,
     "io": CORE,
     "calibrate": CORE,
+    "transforms": CORE,
     "transcode": CORE,
     "weights": CORE | {"formats", "transcode"},
     "plan": CORE | {"formats"},
     "quality": CORE | {"plan"},
     "report": CORE | {"formats", "plan", "text"},
     "pipeline": CORE | {"formats", "plan", "transcode"},
-    "analyze": CORE | {"calibrate", "convert", "io", "models", "text", "weights"},
+    "analyze": CORE | {"calibrate", "convert", "io", "models", "text", "transforms", "weights"},
     "convert": CORE | {"formats", "io", "models", "pipeline", "plan"},
 }
 SOURCES = sorted((ROOT / "jquant").rglob("*.py"))
