@@ -36,7 +36,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             _fail(f"{error.filename}: {error.strerror}.", INPUT)
         except KeyboardInterrupt:
-            _fail("interrupted; `jquant quantize … --resume` continues.", INTERRUPTED)
+            _fail("interrupted; --resume continues (of analyze: with --checkpoint-dir).", INTERRUPTED)
 
     return wrapped
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def load_samples(
 ) -> Samples:
     """Samples of a text, tokenized as the model's own tokenizer does it. Raises UserError for bad data."""
     template = model.metadata.get("tokenizer.chat_template")
-    return sample(
+    found = sample(
         read_text(calibration),
         from_metadata(model.metadata),
         samples=samples,
@@ -54,6 +54,11 @@ def load_samples(
         parse_special=parse_special,
         chat_template=template if isinstance(template, str) else None,
     )
+    context = model.metadata.get(f"{model.metadata.get('general.architecture')}.context_length")
+    if isinstance(context, np.integer) and sequence_length > context:
+        remark = f"the model was made for texts of {context} tokens; samples have {sequence_length}."
+        return replace(found, remarks=(*found.remarks, remark))
+    return found
 
 
 def importance(

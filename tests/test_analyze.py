@@ -94,6 +94,11 @@ def test_the_table_and_the_json_describe_each_input(model, text):
     assert all(0 < row["entropy"] <= np.log2(row["channels"]) for row in report["rows"])
 
 
+def test_samples_longer_than_the_models_context_are_remarked_on(model, text):
+    shown = run("analyze", model, "-c", text, "--samples", 1, "--sequence-length", 130)
+    assert "note: the model was made for texts of 128 tokens; samples have 130." in shown.stderr
+
+
 def test_a_row_says_what_its_numbers_mean():
     name, entry = "blk.3.ffn_down.weight", np.array([[4, 2, 1, 1, 0, 0, 0, 0]], np.float32)
     (row,) = rows(Imatrix({name: entry}, {name: np.array([9], np.float32)}, [], 1, 9))
