@@ -230,6 +230,8 @@ def quantize(
         )
     quality = assess(planned, written.errors, has_imatrix=importance is not None)
     if not quiet:
+        for note in quality.notes:
+            _show.remark(f"note: {note}")
         for warning in quality.warnings:
             _show.remark(f"warning: {warning}")
     report = plan_report(planned) | {

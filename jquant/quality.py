@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from jquant.plan import Entry, Plan
 
-# Mean relative error of the low-bit tensors from which the damage is called severe. On a model of 135 M
-# parameters mean KL divergence to the original is … at IQ3_XXS (0.02), … at IQ2_XXS (0.08), … at IQ1_M.
+# Mean relative error of the low-bit tensors from which the damage is called severe. SmolLM2-135M, quantized
+# with an imatrix, has at 0.023 (IQ3_XXS) a mean KL divergence of 0.6 from the original, at 0.038 (IQ2_M) of
+# @@, at 0.076 (IQ2_XXS) of 2.1 and at 0.113 (IQ1_M) of 3.5, where its sentences fall apart.
 SEVERE = 0.06
 EXCEPTIONAL = 2.0  # times the median of the tensors of its type
 LOSSLESS = 1e-6  # only the rounding of scales to float16 is left
@@ -35,6 +36,7 @@ class Quality:
     mean: float  # over the weights of these tensors
     exceptional: tuple[str, ...]  # far above the other tensors of their type, worst first
     lossless: tuple[str, ...]
+    notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
     def report(self) -> dict[str, object]:
@@ -44,6 +46,7 @@ class Quality:
             "relative_errors": dict(self.errors),
             "exceptional": list(self.exceptional),
             "lossless": list(self.lossless),
+            "notes": list(self.notes),
             "warnings": list(self.warnings),
         }
 
@@ -55,12 +58,10 @@ def assess(plan: Plan, errors: Mapping[str, float], *, has_imatrix: bool) -> Qua
     lossless = tuple(name for name in entries if errors[name] < LOSSLESS)
     size = sum(entry.size for entry in entries.values())
     mean = sum(errors[name] * entry.size for name, entry in entries.items()) / max(size, 1)
-    warnings = []
+    notes, warnings = [], []
     ternary = [name for name in lossless if entries[name].type in _TERNARY]
     if ternary:
-        warnings.append(
-            f"{len(ternary)} tensors, such as {ternary[0]}, are ternary already: stored without loss."
-        )
+        notes.append(f"ternary already, stored without loss: {len(ternary)} tensors, such as {ternary[0]}.")
     if exceptional:
         shown = ", ".join(f"{name} ({errors[name]:.3f})" for name in exceptional[:_NAMED])
         worst = entries[exceptional[0]]
@@ -71,7 +72,7 @@ def assess(plan: Plan, errors: Mapping[str, float], *, has_imatrix: bool) -> Qua
         )
     if mean > SEVERE:
         warnings.append(_severe(entries, mean, has_imatrix))
-    return Quality(dict(errors), mean, exceptional, lossless, tuple(warnings))
+    return Quality(dict(errors), mean, exceptional, lossless, tuple(notes), tuple(warnings))
 
 
 def _exceptional(entries: Mapping[str, Entry], errors: Mapping[str, float]) -> tuple[str, ...]:

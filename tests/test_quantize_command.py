@@ -302,7 +302,7 @@ def test_a_tensor_that_is_ternary_already_is_stored_without_loss_and_named(tmp_p
     writer.close()
     for kind in ("TQ1_0", "TQ2_0"):
         result = CliRunner().invoke(app, ["quantize", str(source), str(out), "--type", kind, "--json", "-f"])
-        assert "1 tensors, such as blk.0.ffn_up.weight, are ternary already" in result.stderr
+        assert "stored without loss: 1 tensors, such as blk.0.ffn_up.weight" in result.stderr
         assert json.loads(result.stdout)["quality"]["lossless"] == ["blk.0.ffn_up.weight"]
         tensor = tensors(out)["blk.0.ffn_up.weight"]
         np.testing.assert_array_equal(gguf.quants.dequantize(tensor.data, tensor.tensor_type), ternary)

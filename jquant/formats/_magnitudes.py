@@ -63,9 +63,7 @@ def _lanes(g: Weights, book: Codebook, even_signs: bool) -> _Lanes:
 
 
 def _gains(book: Codebook, lanes: _Lanes, t: Array) -> list[Table]:
-    """What each weight saves at each level: v (2 t w |x| − t² w v)."""
-    pairs = zip(lanes.wx, lanes.w, strict=True)
-    return [[v * (2 * t * wx - v * (t * t * w)) for v in book.levels] for wx, w in pairs]
+    return _codebook.gains(lanes.wx, lanes.w, t, book.levels)
 
 
 def _losses(book: Codebook, lanes: _Lanes, t: Array) -> list[Table]:

@@ -68,8 +68,7 @@ def _nearest(lanes: _Lanes, t: Array, negative: Array) -> Array:
 
     def nearest(t: Array) -> Array:
         levels = [level + _shift(negative) for level in book.levels]
-        pairs = zip(lanes.wx, lanes.w, strict=True)
-        gains = [[v * (2 * t * wx - v * (t * t * w)) for v in levels] for wx, w in pairs]
+        gains = _codebook.gains(lanes.wx, lanes.w, t, levels)
         return _codebook.nearest(book, gains) | negative << NEGATIVE
 
     return looked_up(nearest, t)

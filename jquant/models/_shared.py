@@ -165,7 +165,7 @@ class Architecture:
     only: Mapping[str, tuple[object, ...]] = field(repr=False, default_factory=dict)
     rope_types: frozenset[str] = frozenset({"default", "linear", "yarn"})
     header: Callable[[Config], Mapping[str, MetadataValue]] = field(repr=False, default=lambda config: {})
-    traits: Traits = field(repr=False, default=Traits())  # noqa: RUF009: frozen; one for a GGUF name
+    traits: Traits = field(repr=False, default=Traits())
 
     def read_config(self, config: Mapping[str, object]) -> Config:
         """Raises UserError for a key that is unknown, or whose value llama.cpp cannot honour."""
