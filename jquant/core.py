@@ -126,6 +126,8 @@ def _best_of_starts(
     assert fit is not None
     assert assign is not None
     w = jnp.ones_like(blocks) if importance is None else importance
+    heaviest = jnp.max(w, axis=0)
+    w = w / jnp.where(heaviest > 0, heaviest, 1)[None]  # so that no sum leaves float32's range
     largest = jnp.max(jnp.abs(blocks), axis=0)
     x = blocks / jnp.where(largest > 0, largest, 1)[None]
     steep = jnp.sqrt(jnp.mean(x * x, axis=0)[None] + x * x) + 1e-6

@@ -21,7 +21,7 @@ import numpy as np
 from jquant.core import Effort, QuantizedTensor, Sink, Source, UserError, at_effort, dequantize
 from jquant.formats import FORMATS
 from jquant.plan import Entry, Plan
-from jquant.transcode import FLOAT_DTYPES, slab_rows, transcode
+from jquant.transcode import FLOAT_DTYPES, LOW_BPW, slab_rows, transcode
 
 F16_MAX = float(np.finfo(np.float16).max)
 
@@ -76,7 +76,8 @@ def run(
             data, loss, total = _encode(source, job, importance.get(name), effort)
             sink.write(name, job.start, data)
             with lock:
-                sums.setdefault(name, []).append((loss, total))
+                if job.entry.type != job.entry.source_type and FORMATS[job.entry.type].bpw <= LOW_BPW:
+                    sums.setdefault(name, []).append((loss, total))
                 open_jobs[name] -= 1
                 is_last = open_jobs[name] == 0
             if is_last:
@@ -103,8 +104,9 @@ def run(
     relative = {}
     for name, parts in sums.items():
         loss, total = map(math.fsum, zip(*parts, strict=True))
-        if total > 0 and math.isfinite(loss / total):
-            relative[name] = loss / total
+        share = loss / total if total > 0 else 0.0
+        if math.isfinite(share):
+            relative[name] = share
     return relative
 
 

@@ -16,24 +16,26 @@ from jquant.plan import Entry, Plan
 
 # Mean relative error of the low-bit tensors from which the damage is called severe. SmolLM2-135M, quantized
 # with an imatrix, has at 0.023 (IQ3_XXS) a mean KL divergence of 0.6 from the original, at 0.038 (IQ2_M) of
-# @@, at 0.076 (IQ2_XXS) of 2.1 and at 0.113 (IQ1_M) of 3.5, where its sentences fall apart.
+# 1.0, at 0.076 (IQ2_XXS) of 2.1 and at 0.113 (IQ1_M) of 3.5, where its sentences fall apart.
 SEVERE = 0.06
 EXCEPTIONAL = 2.0  # times the median of the tensors of its type
 LOSSLESS = 1e-6  # only the rounding of scales to float16 is left
 _NAMED = 5
-# A type of some more bits for each that can fail.
-_NEXT = {
+# A larger type for each that is measured; without an imatrix only types that can do without.
+_LARGER = {
     **dict.fromkeys(("Q1_0", "TQ1_0", "TQ2_0", "IQ1_S", "IQ1_M"), "IQ2_XS"),
     **dict.fromkeys(("Q2_0", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K"), "IQ3_XXS"),
     **dict.fromkeys(("IQ3_XXS", "IQ3_S", "Q3_K"), "Q4_K"),
 }
+_LARGER_WITHOUT_IMATRIX = {"IQ2_XS": "Q2_K", "IQ3_XXS": "Q3_K"}
 _TERNARY = ("TQ1_0", "TQ2_0")
 
 
 @dataclass(frozen=True)
 class Quality:
     errors: Mapping[str, float]  # relative error by tensor
-    mean: float  # over the weights of these tensors
+    mean: float | None  # over the weights of these tensors; None where there are none
+    unmeasured: int  # tensors of few bits that an interrupted run had written
     exceptional: tuple[str, ...]  # far above the other tensors of their type, worst first
     lossless: tuple[str, ...]
     notes: tuple[str, ...]
@@ -43,6 +45,7 @@ class Quality:
         """As JSON values."""
         return {
             "mean_relative_error": self.mean,
+            "unmeasured": self.unmeasured,
             "relative_errors": dict(self.errors),
             "exceptional": list(self.exceptional),
             "lossless": list(self.lossless),
@@ -57,8 +60,11 @@ def assess(plan: Plan, errors: Mapping[str, float], *, has_imatrix: bool) -> Qua
     exceptional = _exceptional(entries, errors)
     lossless = tuple(name for name in entries if errors[name] < LOSSLESS)
     size = sum(entry.size for entry in entries.values())
-    mean = sum(errors[name] * entry.size for name, entry in entries.items()) / max(size, 1)
+    mean = sum(errors[name] * entry.size for name, entry in entries.items()) / size if size else None
+    unmeasured = sum(_is_measured(entry) and entry.name not in errors for entry in plan.entries)
     notes, warnings = [], []
+    if unmeasured:
+        notes.append(f"errors were measured of {len(entries)} tensors; {unmeasured} were written before.")
     ternary = [name for name in lossless if entries[name].type in _TERNARY]
     if ternary:
         notes.append(f"ternary already, stored without loss: {len(ternary)} tensors, such as {ternary[0]}.")
@@ -68,11 +74,11 @@ def assess(plan: Plan, errors: Mapping[str, float], *, has_imatrix: bool) -> Qua
         more = f" and {len(exceptional) - _NAMED} more" if len(exceptional) > _NAMED else ""
         warnings.append(
             f"relative error far above the other tensors of their type: {shown}{more}; "
-            f"give them more bits, e.g. {_rule(worst)}."
+            f"give them more bits, e.g. {_rule(worst, has_imatrix)}."
         )
-    if mean > SEVERE:
+    if mean is not None and mean > SEVERE:
         warnings.append(_severe(entries, mean, has_imatrix))
-    return Quality(dict(errors), mean, exceptional, lossless, tuple(notes), tuple(warnings))
+    return Quality(dict(errors), mean, unmeasured, exceptional, lossless, tuple(notes), tuple(warnings))
 
 
 def _exceptional(entries: Mapping[str, Entry], errors: Mapping[str, float]) -> tuple[str, ...]:
@@ -84,9 +90,18 @@ def _exceptional(entries: Mapping[str, Entry], errors: Mapping[str, float]) -> t
     return tuple(sorted(found, key=lambda name: -errors[name]))
 
 
-def _rule(entry: Entry) -> str:
+def _is_measured(entry: Entry) -> bool:
+    return entry.type in _LARGER and entry.type != entry.source_type and entry.size > 0
+
+
+def _larger(type: str, has_imatrix: bool) -> str:
+    larger = _LARGER[type]
+    return larger if has_imatrix else _LARGER_WITHOUT_IMATRIX.get(larger, larger)
+
+
+def _rule(entry: Entry, has_imatrix: bool) -> str:
     name = entry.name.replace(".", r"\.")
-    return f"--rule '^{name}$={_NEXT[entry.type]}'"
+    return f"--rule '^{name}$={_larger(entry.type, has_imatrix)}'"
 
 
 def _severe(entries: Mapping[str, Entry], mean: float, has_imatrix: bool) -> str:
@@ -94,7 +109,7 @@ def _severe(entries: Mapping[str, Entry], mean: float, has_imatrix: bool) -> str
     for entry in entries.values():
         size[entry.type] += entry.size
         nbytes += entry.nbytes
-    larger = _NEXT[size.most_common(1)[0][0]]
+    larger = _larger(size.most_common(1)[0][0], has_imatrix)
     step = f"choose a larger type, such as {larger}, or more bits for some: --rule 'ffn_down={larger}'"
     if not has_imatrix:
         step = f"pass --imatrix FILE, or {step}"

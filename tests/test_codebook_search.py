@@ -143,6 +143,17 @@ def test_the_error_is_at_least_five_percent_below_ggmls(format, equal):
 
 
 @every_format
+def test_the_error_is_below_ggmls_where_one_column_has_nearly_all_importance(format):
+    """As super weights make it: the column's own weights are small, and the others still count."""
+    x, w = specs.student_t(16, 1536), specs.importance(1536)
+    w[7::256] = 3e4
+    x[:, 7::256] *= np.float32(0.3)
+    ours = error(format, encode(format, x, w), x, w)
+    theirs = error(format, ggml.encode(format.ggml_type, x, w), x, w)
+    assert ours < 0.95 * theirs
+
+
+@every_format
 def test_edge_blocks_decode_to_finite_weights_near_them(format):
     for name, x in specs.edge_blocks().items():
         # Weights beyond the types' reach are another test's: the file types refuse them.
@@ -196,3 +207,13 @@ def test_the_best_effort_searches_where_fast_keeps_ggmls_bytes():
         for effort in ("fast", "best")
     )
     assert best < 0.95 * fast
+
+
+def test_the_best_effort_bears_the_largest_importance():
+    x, w = specs.student_t(4, 256), specs.importance(256)
+    w[7] = 3e38
+    fast, best = (
+        np.asarray(dequantize(quantize(jnp.asarray(x), FORMATS["Q4_K"], jnp.asarray(w), effort=effort)))
+        for effort in ("fast", "best")
+    )
+    assert ((x - best) ** 2).mean() < 2 * ((x - fast) ** 2).mean()

@@ -123,7 +123,7 @@ def grid_index(name: str, code: Array, count: int) -> Array:
     return jnp.asarray(_index_of_code(name)).at[codes].get(mode="promise_in_bounds")
 
 
-def gains(wx: Array, w: Array, t: Array, levels: Sequence[float | Array]) -> list[Table]:
+def gains(wx: Array, w: Array, t: Array, levels: Sequence[int | float | Array]) -> list[Table]:
     """What each weight saves at each level v: v (2 t w x − t² w v). w x and w are [weights, lanes]."""
     pairs = zip(wx, w, strict=True)
     return [[v * (2 * t * wx - v * (t * t * w)) for v in levels] for wx, w in pairs]

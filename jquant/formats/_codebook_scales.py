@@ -31,7 +31,8 @@ class Layout(NamedTuple):
     unit: float
     k_max: int
     tops: tuple[float, ...]  # d tried: the largest t divided by these
-    ladder: tuple[float, ...] = ()  # t tried first, relative to the run's root mean square
+    rms: tuple[float, ...] = ()  # codeword magnitudes on which a run's root mean square is tried to lie
+    peak: tuple[float, ...] = ()  # the same for its largest weight
 
 
 class Weights(NamedTuple):
@@ -95,6 +96,17 @@ def looked_up(nearest: Callable[[Array], Array], t: Array) -> Array:
 def real_scales(d: Array, s: Array, g: Weights, layout: Layout) -> Array:
     """t [runs, n] as the file gives it, in the unit of x."""
     return (d * inverse(g.unit) * layout.unit)[None] * (2 * s + 1).astype(jnp.float32)
+
+
+def ladder(g: Weights, layout: Layout) -> Array:
+    """The t to try first: [steps, runs, n].
+
+    The root mean square is weighted by importance. Where that is nearly all in one column, it says nothing of
+    the scale that suits the other weights; the largest weight does.
+    """
+    peak = jnp.max(jnp.abs(g.x).reshape(layout.runs, -1, g.x.shape[1]), axis=1)
+    tried = [root_mean_square(g, layout.runs) / v for v in layout.rms] + [peak / v for v in layout.peak]
+    return jnp.stack(tried)
 
 
 def root_mean_square(g: Weights, runs: int) -> Array:

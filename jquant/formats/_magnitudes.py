@@ -22,12 +22,12 @@ from jquant.formats._codebook_scales import (
     Sums,
     Weights,
     climb,
+    ladder,
     looked_up,
     normalised,
     on_lanes,
     over_runs,
     real_scales,
-    root_mean_square,
     settle,
     to_lanes,
 )
@@ -38,13 +38,15 @@ Codes = tuple[Int[Array, "codewords n"], UInt8[Array, "lanes n"]]  # grid indice
 
 SIGNED = 8  # weights whose signs have a parity
 
+PEAK = (0.8, 0.95, 1.1, 1.3)
 TOPS = tuple(float(k) for k in range(33, 14, -2))
 
 
 def layout(grid: str, *, runs: int, unit: float, rms: tuple[float, float]) -> Layout:
     """rms: between which codeword magnitudes the root mean square of a run is tried to lie."""
-    ladder = tuple((1 / np.geomspace(*rms, 8)).tolist())
-    return Layout(grid, runs, unit, k_max=31, tops=TOPS, ladder=ladder)
+    top = max(codebook(grid).levels)
+    peak = tuple(top * f for f in PEAK)
+    return Layout(grid, runs, unit, k_max=31, tops=TOPS, rms=tuple(np.geomspace(*rms, 4).tolist()), peak=peak)
 
 
 class _Lanes(NamedTuple):
@@ -128,11 +130,9 @@ def fit(blocks: Blocks, importance: Blocks | None, layout: Layout, even_signs: b
         runs, n = t.shape
         return Sums(over_runs(s1, runs, n), over_runs(s2, runs, n))
 
-    rms = root_mean_square(g, layout.runs)
-    ladder = jnp.asarray(layout.ladder, jnp.float32)[:, None, None] * rms[None]
     # Parity makes every scale worse by much the same, so the ladder need not know of it.
     free = _lanes(g, book, even_signs=False)
-    found = climb(partial(look, free), ladder)
+    found = climb(partial(look, free), ladder(g, layout))
     return settle(partial(look, lanes), found, g.unit, layout)
 
 

@@ -327,7 +327,7 @@ def _check_importance(kind: FileType, entries: Iterable[Entry]) -> None:
         in_q2_k_s = " in a Q2_K_S file" if types == "Q2_K" else ""
         raise UserError(
             f"{types}{in_q2_k_s} needs an importance matrix ({_some(entry.name for entry in needing)}): pass "
-            "--imatrix FILE, which llama-imatrix makes from the model and a text, or choose a larger type."
+            "--imatrix FILE, which `jquant analyze MODEL -o FILE` or llama-imatrix makes, or a larger type."
         )
 
 
