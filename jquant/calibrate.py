@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from typing import BinaryIO, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,9 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from jquant.core import UserError
+from jquant.core import OutputError, UserError
+from jquant.io._space import reserve
+from jquant.text import human_size
 
 Stats = dict[str, Array]
 IN_MEMORY = 8 << 30  # bytes of activations; more of them go to a file
@@ -142,11 +144,20 @@ class Scratch:
         return []
 
     def activations(self, block: int, shape: tuple[int, ...]) -> np.ndarray:
-        if self._array is None and np.prod(shape, dtype=np.int64) * 4 <= self._in_memory:
+        size = 4 * int(np.prod(shape, dtype=np.int64))
+        if self._array is None and size <= self._in_memory:
             self._array = np.empty(shape, np.float32)
         elif self._array is None:
-            with tempfile.TemporaryFile(dir=self._folder, prefix="jquant-") as file:
-                mapped = np.memmap(file, np.float32, "w+", shape=shape)
+            folder = self._folder or Path(tempfile.gettempdir())
+            try:
+                with tempfile.TemporaryFile(dir=folder, prefix="jquant-") as file:
+                    reserve(cast(BinaryIO, file), size)
+                    mapped = np.memmap(file, np.float32, "r+", shape=shape)
+            except OSError as error:
+                raise OutputError(
+                    f"{folder}: cannot take {human_size(size)} of activations: {error.strerror}; free some "
+                    "space, set TMPDIR to a folder of another disk, or use fewer samples."
+                ) from error
             self._array = cast(np.ndarray, mapped)
         return self._array
 

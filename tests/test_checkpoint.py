@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from test_models import SHARED
 from tiny_models import LINES, write_tiny
 
 from jquant import calibrate
-from jquant.core import UserError
+from jquant.core import OutputError, UserError
 from jquant.io.checkpoint import Checkpoint
 
 JQUANT = str(Path(sys.executable).with_name("jquant"))
@@ -106,6 +107,36 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     (folder / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run\.json: is damaged"):
         Checkpoint(folder, {"data": "x"}, resume=True)
+
+
+def test_activations_that_a_kill_left_behind_are_deleted(tmp_path):
+    made = Checkpoint(tmp_path / "run", {"data": "x"}, resume=False)
+    made.activations(0, (2, 3))
+    left = (tmp_path / "run/activations-00000").read_bytes()
+    made.activations(1, (2, 3))
+    made.finish(0, {})
+    (tmp_path / "run/activations-00000").write_bytes(left)
+    again = Checkpoint(tmp_path / "run", {"data": "x"}, resume=True)
+    assert again.restore() == [{}]
+    assert [path.name for path in (tmp_path / "run").glob("activations*")] == ["activations-00001"]
+
+
+def test_a_full_disk_is_told_before_anything_is_mapped(tmp_path, monkeypatch):
+    def full(fd: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    made = Checkpoint(tmp_path / "run", {"data": "x"}, resume=False)
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OutputError, match=r"activations-00000: cannot be written: No space left.*--resume"):
+        made.activations(0, (2, 3))
+    with pytest.raises(OutputError, match="cannot take 24 B of activations: No space left"):
+        calibrate.Scratch(tmp_path, in_memory=0).activations(0, (2, 3))
+
+
+def test_activations_occupy_the_disk_from_the_start(tmp_path):
+    made = Checkpoint(tmp_path / "run", {"data": "x"}, resume=False)
+    assert made.activations(0, (1 << 18,)).shape == (1 << 18,)
+    assert (tmp_path / "run/activations-00000").stat().st_blocks * 512 >= 1 << 20
 
 
 @pytest.mark.slow

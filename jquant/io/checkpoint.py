@@ -26,6 +26,8 @@ from jax import Array
 
 from jquant.core import OutputError, UserError
 
+from ._space import reserve
+
 _RUN = "run.json"
 
 
@@ -65,22 +67,28 @@ class Checkpoint:
             except (OSError, ValueError, zipfile.BadZipFile):
                 raise UserError(f"{path}: is damaged; delete the folder and start anew.") from None
             found.append(stats)
+        with _reporting(self.folder):
+            for block in range(len(found)):  # a run may have been killed before it deleted them
+                self._activations(block).unlink(missing_ok=True)
         return found
 
     def activations(self, block: int, shape: tuple[int, ...]) -> np.ndarray:
         """float32, a file: as an earlier run left it, or new where no block before this one is done."""
-        path = self.folder / f"activations-{block:05}"
+        path = self._activations(block)
         size = 4 * int(np.prod(shape, dtype=np.int64))
         done = block > 0 and self._block(block - 1).exists()
         with _reporting(path):
             if done and (not path.exists() or path.stat().st_size != size):
                 raise UserError(f"{path}: is missing or cut short; delete the folder and start anew.")
-            mapped = np.memmap(path, np.float32, "r+" if done else "w+", shape=shape)
+            if not done:
+                with path.open("wb") as file:
+                    reserve(file, size)
+            mapped = np.memmap(path, np.float32, "r+", shape=shape)
         return cast(np.ndarray, mapped)
 
     def finish(self, block: int, stats: dict[str, dict[str, Array]]) -> None:
         """The activations behind this block go to the disk before its file appears."""
-        behind = self.folder / f"activations-{block + 1:05}"
+        behind = self._activations(block + 1)
         arrays = {f"{t}|{name}": np.asarray(a) for t, s in stats.items() for name, a in s.items()}
         with _reporting(behind):
             if behind.exists():
@@ -92,7 +100,10 @@ class Checkpoint:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(self._block(block))
-            (self.folder / f"activations-{block:05}").unlink(missing_ok=True)
+            self._activations(block).unlink(missing_ok=True)
+
+    def _activations(self, block: int) -> Path:
+        return self.folder / f"activations-{block:05}"
 
     def _block(self, block: int) -> Path:
         return self.folder / f"block-{block:05}.npz"
