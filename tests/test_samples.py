@@ -91,6 +91,8 @@ BAD = {
     "a list": (jsonl([1]), "line 1: expected"),
     "a number": (jsonl({"text": 3}), "line 1: 'text' is int"),
     "messages of strings": (jsonl({"messages": ["hi"]}), "line 1: 'messages' must be a list"),
+    "half a pair": (jsonl({"text": "a"}, {"text": "b\ud83d"}), r"line 2: has \\ud83d at character 1"),
+    "no text at all": (jsonl({"text": ""}, {"text": " "}), "data.jsonl: no line of it has text"),
     "refused": (jsonl({"messages": [{"role": "tool", "content": 1}]}), "refuses it: no"),
 }  # fmt: skip
 
@@ -100,6 +102,25 @@ def test_bad_data_is_refused_with_its_place(text, message, tokenizer):
     template = "{{ raise_exception('no') }}"
     with pytest.raises(UserError, match=message):
         sample(text, tokenizer, samples=4, sequence_length=50, chat_template=template)
+
+
+def test_lines_without_text_are_no_samples(tokenizer):
+    text = jsonl({"text": ""}, {"text": "Hello"}, {"text": " \n"}, {"text": "world"})
+    found = sample(text, tokenizer, samples=2, sequence_length=9)
+    assert (
+        found.tokens.tolist()
+        == sample(
+            jsonl({"text": "Hello"}, {"text": "world"}), tokenizer, samples=2, sequence_length=9
+        ).tokens.tolist()
+    )
+
+
+def test_a_message_that_the_template_cannot_take_is_named_by_its_line(tokenizer):
+    good = {"role": "user", "content": "Hi"}
+    text = jsonl({"messages": [good]}, {"messages": [good, {"role": "assistant", "content": None}]})
+    template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+    with pytest.raises(UserError, match=r"line 2: .* template fails on it \(TypeError"):
+        sample(text, tokenizer, samples=2, sequence_length=9, chat_template=template)
 
 
 def test_messages_need_a_chat_template(tokenizer):

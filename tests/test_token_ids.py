@@ -75,6 +75,19 @@ def test_the_vocabulary_of_smollm2_reads_as_in_llama_cpp():
     assert_same_ids(path, [*TEXTS, *([text.read_text()] if text.is_file() else [])])
 
 
+def test_without_byte_tokens_a_foreign_character_is_the_unknown_token():
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "▁", "a"],
+        "tokenizer.ggml.token_type": np.array([2, 1, 1], np.int32),
+        "tokenizer.ggml.scores": np.zeros(3, np.float32),
+    }
+    known = from_metadata({**metadata, "tokenizer.ggml.unknown_token_id": np.uint32(0)})
+    assert known.encode("aü", add_bos=False) == [1, 2, 0]
+    with pytest.raises(UserError, match=r"no token for 'ü'.*unknown_token_id is missing"):
+        from_metadata(metadata).encode("aü", add_bos=False)
+
+
 def test_what_is_no_known_tokenizer_is_refused():
     with pytest.raises(UserError, match="no tokenizer"):
         from_metadata({})

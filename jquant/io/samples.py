@@ -113,6 +113,8 @@ def sample(
                 f"{text.name}: has {len(ids)} tokens, fewer than one sample of {sequence_length}; "
                 "give more text, or a smaller --sequence-length."
             )
+    if not rows:
+        raise UserError(f"{text.name}: no line of it has text; give lines with some.")
     remarks = list(text.remarks)
     if seed is not None:
         order = np.random.default_rng(seed).permutation(len(rows))[:samples]
@@ -155,18 +157,33 @@ def _lines(
             raise UserError(f"{where}: is not JSON ({error}).") from None
         if not isinstance(entry, Mapping) or not ({"text", "messages"} & entry.keys()):
             raise UserError(f'{where}: expected {{"text": …}} or {{"messages": […]}}.')
-        if "messages" in entry:
-            rendered = _render(entry["messages"], tokenizer, chat_template, where)
+        chat = "messages" in entry
+        content = _render(entry["messages"], tokenizer, chat_template, where) if chat else entry["text"]
+        if not isinstance(content, str):
+            raise UserError(f"{where}: 'text' is {type(content).__name__}, not text.")
+        _check_unicode(content, where)
+        if not content.strip():
+            continue
+        if chat:
             bos = "" if tokenizer.bos is None else tokenizer.text_of[tokenizer.bos]
-            add_bos = not bos or not rendered.startswith(bos)
-            ids = tokenizer.encode(rendered, parse_special=True, add_bos=add_bos)
-        elif isinstance(entry["text"], str):
-            ids = tokenizer.encode(entry["text"], parse_special=parse_special)
+            add_bos = not bos or not content.startswith(bos)
+            ids = tokenizer.encode(content, parse_special=True, add_bos=add_bos)
         else:
-            raise UserError(f"{where}: 'text' is {type(entry['text']).__name__}, not text.")
-        if not ids:
-            raise UserError(f"{where}: has no tokens; delete the line.")
-        yield ids[:length]
+            ids = tokenizer.encode(content, parse_special=parse_special)
+        if ids:
+            yield ids[:length]
+
+
+def _check_unicode(content: str, where: str) -> None:
+    """JSON can escape one half of a surrogate pair, which no tokenizer can take."""
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(content[error.start]):04x}"
+        raise UserError(
+            f"{where}: has {half} at character {error.start} without its other half, which is no text; mend "
+            "or delete the line."
+        ) from None
 
 
 def _render(messages: object, tokenizer: TokenIds, template: str | None, where: str) -> str:
@@ -194,3 +211,8 @@ def _render(messages: object, tokenizer: TokenIds, template: str | None, where: 
         return compiled.render(messages=messages, add_generation_prompt=False, **special)
     except jinja2.TemplateError as error:
         raise UserError(f"{where}: the model's chat template refuses it: {error}.") from None
+    except Exception as error:  # a template is a program, made for messages of another form
+        raise UserError(
+            f"{where}: the model's chat template fails on it ({type(error).__name__}: {error}); give every "
+            "message a text as its content, or delete the line."
+        ) from None

@@ -77,7 +77,7 @@ def from_metadata(metadata: Metadata) -> TokenIds:
     elif kind == "llama":
         scores = _array(metadata, "tokenizer.ggml.scores", len(tokens), 0)
         prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-        encode = _sentencepiece(tokens, scores, types, prefix)
+        encode = _sentencepiece(tokens, scores, types, prefix, _id(metadata, "unknown"))
     else:
         raise UserError(
             f"tokenizer.ggml.model is {kind!r}; only 'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE) "
@@ -126,7 +126,7 @@ def _byte_level(metadata: Metadata, tokens: list[str], pre: str) -> Callable[[st
 
 
 def _sentencepiece(
-    tokens: list[str], scores: list[float], types: list[int], prefix: bool
+    tokens: list[str], scores: list[float], types: list[int], prefix: bool, unknown: int | None
 ) -> Callable[[str, bool], list[int]]:
     ids = {text: i for i, text in reversed(list(enumerate(tokens)))}
     bytes_ = {int(text[1:-1], 16): i for i, text in enumerate(tokens) if types[i] == BYTE}
@@ -136,7 +136,7 @@ def _sentencepiece(
 
     @lru_cache(maxsize=1 << 16)
     def word(text: str) -> tuple[int, ...]:
-        return tuple(_merge(text, ids, scores, bytes_))
+        return tuple(_merge(text, ids, scores, bytes_, unknown))
 
     def encode(text: str, begins: bool) -> list[int]:
         text = (" " if prefix and begins else "") + text
@@ -145,8 +145,13 @@ def _sentencepiece(
     return encode
 
 
-def _merge(text: str, ids: dict[str, int], scores: list[float], bytes_: dict[int, int]) -> list[int]:
-    """Merge neighbours, best score first, until no pair makes a token."""
+def _merge(
+    text: str, ids: dict[str, int], scores: list[float], bytes_: dict[int, int], unknown: int | None
+) -> list[int]:
+    """Merge neighbours, best score first, until no pair makes a token.
+
+    What is no token then is written in bytes, or where these are no tokens either, as the unknown one.
+    """
     symbols = list(text)
     before, after = list(range(-1, len(text) - 1)), [*range(1, len(text)), -1]
     queue: list[tuple[float, int, int, str]] = []
@@ -175,5 +180,14 @@ def _merge(text: str, ids: dict[str, int], scores: list[float], bytes_: dict[int
         if symbol in ids:
             out.append(ids[symbol])
         else:
-            out += [bytes_[byte] for byte in symbol.encode("utf-8", "surrogateescape")]
+            spelled = symbol.encode("utf-8", "surrogateescape")
+            if bytes_.keys() >= set(spelled):
+                out += [bytes_[byte] for byte in spelled]
+            elif unknown is not None:
+                out.append(unknown)
+            else:
+                raise UserError(
+                    f"the model's tokenizer has no token for {symbol!r}: none of its bytes, and "
+                    "tokenizer.ggml.unknown_token_id is missing; leave such characters out of the text."
+                )
     return out
