@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from . import _errors, _runtime, _show
 
-_DATA, _OUTPUT = "Calibration", "Output"
+_INPUT, _DATA, _OUTPUT = "Input", "Calibration", "Output"
 
 
 @_errors.one_line_errors
@@ -65,6 +64,18 @@ def analyze(
     batch: Annotated[
         int, typer.Option("--batch", min=1, help="Samples on the device at a time.", rich_help_panel=_DATA)
     ] = 4,
+    revision: Annotated[
+        str | None,
+        typer.Option("--revision", help="Branch, tag or commit on the hub.", rich_help_panel=_INPUT),
+    ] = None,
+    pre_tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--pre-tokenizer",
+            help="GGUF's name of the tokenizer's splitting rule, where it is not recognised.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
     super_weights: Annotated[
         bool,
         typer.Option(
@@ -111,21 +122,27 @@ def analyze(
     from jquant.convert import open_model
     from jquant.io import check_target, hub
     from jquant.io import imatrix as imatrix_file
+    from jquant.io.samples import read_text
 
+    # Slips of the command line show before a download, and those that need the model before the calibration.
     if output is not None:
         check_target(output, force=force)
     earlier = [imatrix_file.read(file) for file in merge or []]
-    path = hub.resolve(model)
-    name = None if Path(model).exists() else re.split(r"[/:]", model.removeprefix("hf:"))[1]
-    opened = open_model(path, name=name)
+    text = read_text(calibration)
+    path = hub.resolve(model, revision=revision)
+    opened = open_model(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
+    for file, matrix in zip(merge or [], earlier, strict=True):
+        imatrix_file.check_model(file, matrix, opened.source.specs)
     data = load_samples(
         opened,
-        calibration,
+        text,
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,
         parse_special=parse_special,
     )
+    if super_weights:
+        analysis.loss_tokens(data)
     if not quiet:
         for remark in data.remarks:
             _show.remark(f"note: {remark}")
@@ -162,7 +179,8 @@ def analyze(
         return
     _show.result(table(rows(found)))
     if super_weights:
-        _show.result(f"\n{analysis.super_weight_table(spikes)}")
+        stacks = any(".ffn_down_exps." in name for name in opened.source.specs)
+        _show.result(f"\n{analysis.super_weight_table(spikes, has_stacks=stacks)}")
     where = f"; written to {output}" if output is not None else ""
     _show.result(
         f"\n{about['tokens']} tokens of {data.dataset} in {about['samples']} samples, "

@@ -188,9 +188,7 @@ def quantize(
     given_rules = _rules(rule, rules)
     importance = imatrix_file.read(imatrix) if imatrix else None
     path = hub.resolve(model, revision=revision)
-    # A download lies in a folder that is named after its commit.
-    name = None if Path(model).exists() else re.split(r"[/:]", model.removeprefix("hf:"))[1]
-    opened = open_model(path, name=name, pre_tokenizer=pre_tokenizer)
+    opened = open_model(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
     planned = plan(
         opened.source.specs,
         opened.metadata,

@@ -20,9 +20,10 @@ import numpy as np
 from jquant import models
 from jquant.calibrate import SECOND_MOMENTS, Progress, Stats, Store, collect
 from jquant.convert import Model
+from jquant.core import UserError
 from jquant.io.checkpoint import Checkpoint
 from jquant.io.imatrix import Imatrix
-from jquant.io.samples import Samples, read_text, sample
+from jquant.io.samples import Samples, Text, read_text, sample
 from jquant.io.token_ids import from_metadata
 from jquant.text import text_table
 from jquant.transforms.super_weights import SuperWeight, find, with_loss_changes
@@ -36,17 +37,20 @@ TOP = 3  # channels named in the table
 
 def load_samples(
     model: Model,
-    calibration: str | None,
+    calibration: str | Text | None,
     *,
     samples: int,
     sequence_length: int,
     seed: int | None = None,
     parse_special: bool = False,
 ) -> Samples:
-    """Samples of a text, tokenized as the model's own tokenizer does it. Raises UserError for bad data."""
+    """Samples of a text, tokenized as the model's own tokenizer does it.
+
+    calibration: a text, or what `read_text` takes. Raises UserError for bad data.
+    """
     template = model.metadata.get("tokenizer.chat_template")
     found = sample(
-        read_text(calibration),
+        calibration if isinstance(calibration, Text) else read_text(calibration),
         from_metadata(model.metadata),
         samples=samples,
         sequence_length=sequence_length,
@@ -111,14 +115,31 @@ def open_checkpoint(folder: Path, model: Model, samples: Samples, *, batch: int,
 
 def super_weights(model: Model, samples: Samples) -> list[SuperWeight]:
     """Those that spike on a short prompt, and what the removal of each does to the loss on some text."""
+    tokens = loss_tokens(samples)
     decoder = models.decoder(Weights(model.source), model.metadata)
     prompt = np.array([from_metadata(model.metadata).encode(PROMPT)])
-    return with_loss_changes(decoder, find(decoder, prompt), samples.tokens[:1, :LOSS_TOKENS])
+    return with_loss_changes(decoder, find(decoder, prompt), tokens)
 
 
-def super_weight_table(found: list[SuperWeight]) -> str:
+def loss_tokens(samples: Samples) -> np.ndarray:
+    """[1, t]: the longest sample, without its padding, for `super_weights` to measure the loss on.
+
+    Raises UserError where it is too short for a loss.
+    """
+    longest = int(samples.lengths.argmax())
+    length = min(LOSS_TOKENS, int(samples.lengths[longest]))
+    if length < 2:
+        raise UserError(
+            f"{samples.dataset}: its longest sample has {length} tokens, and a loss needs 2; give more text."
+        )
+    return samples.tokens[longest : longest + 1, :length]
+
+
+def super_weight_table(found: list[SuperWeight], *, has_stacks: bool = False) -> str:
+    """has_stacks: the model has stacks of experts, which are not searched."""
     if not found:
-        return "No super weights: no down projection has a spike that one weight makes."
+        none = "No super weights: no down projection has a spike that one weight makes."
+        return f"{none} Stacks of experts are not searched." if has_stacks else none
     cells = [
         (
             str(w.block),
@@ -138,22 +159,22 @@ def super_weight_table(found: list[SuperWeight]) -> str:
 def imatrix_of(stats: Mapping[str, Stats], samples: Samples) -> Imatrix:
     """Second moments as an imatrix.
 
-    An expert that no token reached gets the mean of its stack, with the weight of one token: the same inputs
-    go to all experts, so that is the best guess. `unreached` lists them.
+    An expert that no or one token reached gets the mean of its stack, with the weight of one token: the same
+    inputs go to all experts, so that is the best guess. `unreached` lists them.
     """
     entries, counts = {}, {}
     for name, s in stats.items():
         sums = np.atleast_2d(np.asarray(s["sum2"], np.float32))  # [n_mat, ne0]
         count = np.asarray(s["count"], np.float32).reshape(-1)
         mean = sums.sum(0, dtype=np.float64) / max(count.sum(), 1)
-        seen = count[:, None] > 0
+        seen = count[:, None] > 1
         entries[name] = np.where(seen, sums / np.maximum(count, 1)[:, None], mean).astype(np.float32)
         counts[name] = np.maximum(count, 1)
     return Imatrix(entries, counts, [samples.dataset], len(samples.tokens), samples.tokens.shape[1])
 
 
 def unreached(imatrix: Imatrix) -> dict[str, list[int]]:
-    """Experts whose entry is a guess, or no better than one: those that are counted once."""
+    """Experts whose entry is a guess: those that are counted once."""
     return {
         name: np.flatnonzero(count <= 1).tolist()
         for name, count in imatrix.counts.items()
@@ -209,7 +230,7 @@ def _row(block: int, tensor: str, mean: np.ndarray, tokens: int) -> Row:
 
 
 def _with_tensor(row: Row, tensor: str) -> Row:
-    return Row(**{**row.__dict__, "tensors": tuple(sorted({*row.tensors, tensor}))})
+    return replace(row, tensors=tuple(sorted({*row.tensors, tensor})))
 
 
 def table(found: list[Row]) -> str:

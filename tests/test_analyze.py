@@ -115,6 +115,14 @@ def test_an_expert_without_tokens_gets_the_mean_of_its_stack():
     assert unreached(made) == {"blk.0.ffn_up_exps.weight": [1]}
 
 
+def test_an_expert_with_one_token_gets_the_mean_of_its_stack_too():
+    stats = {"sum2": jnp.array([[8.0, 4.0], [9.0, 0.0], [4.0, 8.0]]), "count": jnp.array([4, 1, 2])}
+    samples = Samples(np.zeros((1, 3), np.int32), np.array([3], np.int32), "x", "")
+    made = imatrix_of({"blk.0.ffn_up_exps.weight": stats}, samples)
+    np.testing.assert_allclose(made.entries["blk.0.ffn_up_exps.weight"], [[2, 1], [3, 12 / 7], [2, 4]])
+    assert unreached(made) == {"blk.0.ffn_up_exps.weight": [1]}
+
+
 def test_experts_without_data_are_listed_and_kept(tmp_path, text):
     model = write_tiny(tmp_path / "moe", "Qwen3MoeForCausalLM", num_experts=64, num_experts_per_tok=1)
     arguments = ("analyze", model, "-c", text, "--samples", 1, "--sequence-length", 20)
@@ -168,6 +176,45 @@ def test_what_a_user_can_mend_is_one_line(model, text, tmp_path):
         result = run("analyze", model, *arguments, code=code)
         assert message in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_mistakes_show_before_the_calibration(model, text, tmp_path, monkeypatch):
+    """Nothing is downloaded and no sample is run."""
+    monkeypatch.setattr("jquant.analyze.importance", None)
+    cases = [
+        ("blk.7.attn_q.weight", 256, "which the model does not have"),
+        ("blk.0.attn_q.weight", 8, "needs"),
+    ]
+    for tensor, width, message in cases:
+        other = Imatrix({tensor: np.ones((1, width), np.float32)}, {tensor: np.ones(1, np.float32)}, [], 1, 4)
+        imatrix.write_gguf(tmp_path / "other.gguf", other, force=True)
+        refused = run("analyze", model, "-c", text, "--merge", tmp_path / "other.gguf", *SMALL, code=3)
+        assert "other.gguf: " in refused.stderr
+        assert tensor in refused.stderr
+        assert message in refused.stderr
+    missing = tmp_path / "no" / "im.gguf"
+    assert "does not exist; create it first" in run("analyze", model, "-o", missing, code=4).stderr
+    monkeypatch.setattr("jquant.io.hub.resolve", None)
+    absent = run("analyze", "org/name", "-c", tmp_path / "absent.txt", code=3)
+    assert "absent.txt: cannot be read" in absent.stderr
+
+
+def test_revision_and_pre_tokenizer_are_passed_on(model, text, monkeypatch):
+    asked = {}
+
+    def resolve(name, *, revision):
+        asked["revision"] = revision
+        return model
+
+    def opened(path, *, name, pre_tokenizer):
+        asked.update(name=name, pre_tokenizer=pre_tokenizer)
+        raise UserError("enough.")
+
+    monkeypatch.setattr("jquant.io.hub.resolve", resolve)
+    monkeypatch.setattr("jquant.convert.open_model", opened)
+    arguments = ("-c", text, "--revision", "v2", "--pre-tokenizer", "qwen2")
+    assert "enough." in run("analyze", "hf:org/tiny:Q8_0", *arguments, code=3).stderr
+    assert asked == {"revision": "v2", "name": "tiny", "pre_tokenizer": "qwen2"}
 
 
 @pytest.mark.slow

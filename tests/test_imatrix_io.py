@@ -165,7 +165,7 @@ def test_a_dat_file_cut_anywhere_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "not an imatrix"),
+        (b"", "not an imatrix.* give what jquant analyze or llama-imatrix wrote"),
         (b"PK\x03\x04 any other file", "not an imatrix"),
         (b"Text, for instance a calibration file.", "not an imatrix"),
         (dat({DENSE: (1, np.array([1.0, np.inf]))}), rf"{DENSE} has inf at \[0, 1\]"),
@@ -178,3 +178,19 @@ def test_what_is_no_imatrix_is_refused(tmp_path, data, message):
         imatrix.read(tmp_path / "im.dat")
     with pytest.raises(UserError, match="cannot be opened: No such file"):
         imatrix.read(tmp_path / "absent.dat")
+
+
+def test_matrices_that_only_one_has_are_merged_as_they_are_and_the_model_judges_them():
+    a, b = (
+        imatrix.Imatrix({name: np.ones((1, 8), np.float32)}, {name: np.ones(1, np.float32)}, [], 1, 4)
+        for name in (DENSE, "blk.9.attn_q.weight")
+    )
+    merged = imatrix.merge([a, b])
+    assert set(merged.entries) == {DENSE, "blk.9.attn_q.weight"}
+    specs = {DENSE: TensorSpec(DENSE, (5, 8), "F16")}
+    imatrix.check_model(Path("a.gguf"), a, specs)
+    with pytest.raises(UserError, match=r"m\.gguf: has an entry for blk\.9\.attn_q\.weight, which the model"):
+        imatrix.check_model(Path("m.gguf"), merged, specs)
+    wide = {DENSE: TensorSpec(DENSE, (5, 16), "F16")}
+    with pytest.raises(UserError, match=rf"a\.gguf: {DENSE}: .* 8 values.* needs 16"):
+        imatrix.check_model(Path("a.gguf"), a, wide)

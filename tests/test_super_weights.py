@@ -15,7 +15,9 @@ from test_decoder import logits, opened
 from test_models import SHARED
 from tiny_models import LINES, write_tiny
 
-from jquant.core import TensorSpec
+from jquant.analyze import loss_tokens, super_weight_table
+from jquant.core import TensorSpec, UserError
+from jquant.io.samples import Samples
 from jquant.models import Decoder
 from jquant.transforms.super_weights import find, loss, with_loss_changes
 
@@ -115,6 +117,19 @@ def test_that_there_are_none_is_said(tmp_path):
     )
     assert "No super weights" in run(*arguments).stdout
     assert json.loads(run(*arguments, "--json").stdout)["super_weights"] == []
+
+
+def test_the_loss_is_measured_on_the_longest_sample_without_its_padding():
+    tokens = np.arange(12, dtype=np.int32).reshape(3, 4)
+    samples = Samples(tokens, np.array([1, 3, 2], np.int32), "a.jsonl", "")
+    assert loss_tokens(samples).tolist() == [[4, 5, 6]]
+    with pytest.raises(UserError, match=r"a\.jsonl: its longest sample has 1 tokens, and a loss needs 2"):
+        loss_tokens(replace(samples, lengths=np.array([1, 1, 1], np.int32)))
+
+
+def test_that_stacks_are_not_searched_is_said():
+    assert "Stacks of experts are not searched." in super_weight_table([], has_stacks=True)
+    assert "experts" not in super_weight_table([])
 
 
 @pytest.mark.slow

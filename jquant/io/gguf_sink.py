@@ -24,11 +24,13 @@ SYNC_BYTES = 256 << 20
 
 
 def check_target(path: Path, *, force: bool) -> None:
-    """OutputError where `path` is a folder, or a file that may not be replaced."""
+    """OutputError where `path` is a folder, a file that may not be replaced, or in a folder that is not there
+    or cannot be written."""
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; give the name of a file.")
     if path.exists() and not force:
         raise OutputError(f"{path}: exists; give another name, or --force to replace it.")
+    _check_folder(path)
 
 
 class GgufSink:

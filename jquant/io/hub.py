@@ -100,6 +100,14 @@ def resolve(
     return Path(folder) / wanted.start
 
 
+def name_of(model: str) -> str | None:
+    """The name in a hub id; None for a path. A download lies in a folder that is named after its commit."""
+    local = os.path.expanduser(model)  # noqa: PTH111  (as in `resolve`)
+    if os.path.exists(local):  # noqa: PTH110
+        return None
+    return re.split(r"[/:]", model.removeprefix("hf:"))[1]
+
+
 def select(names: Sequence[str], tag: str | None, repo: str) -> Wanted:
     """Which of a repository's files to download.
 

@@ -81,7 +81,8 @@ def _read_gguf(path: Path) -> Imatrix:
     if not names:
         kind = source.metadata.get("general.type", source.metadata.get("general.architecture", "unknown"))
         raise UserError(
-            f"{path}: not an imatrix but a GGUF file of type {kind!s}; give what llama-imatrix wrote."
+            f"{path}: not an imatrix but a GGUF file of type {kind!s}; give what jquant analyze or "
+            "llama-imatrix wrote."
         )
     entries, counts = {}, {}
     for name in names:
@@ -141,7 +142,8 @@ def _read_dat(path: Path) -> Imatrix:
     n, first = struct.unpack_from("<ii", data) if len(data) >= 8 else (0, 0)
     if n < 1 or not 0 < first <= _LONGEST_NAME or not data[8 : 8 + first].isascii():
         raise UserError(
-            f"{path}: not an imatrix, neither of GGUF nor of .dat form; give what llama-imatrix wrote."
+            f"{path}: not an imatrix, neither of GGUF nor of .dat form; give what jquant analyze or "
+            "llama-imatrix wrote."
         )
     pos = 4
     entries, counts = {}, {}
@@ -176,11 +178,26 @@ def _check(path: Path, name: str, values: np.ndarray, good: np.ndarray) -> None:
         )
 
 
+def check_model(path: Path, imatrix: Imatrix, specs: Mapping[str, TensorSpec]) -> None:
+    """UserError where an entry of a file's imatrix is no tensor of the model, or has another size."""
+    for name in imatrix.entries:
+        if name not in specs:
+            raise UserError(
+                f"{path}: has an entry for {name}, which the model does not have; it is of another model. "
+                "Leave it out, or make it from this one."
+            )
+        try:
+            imatrix.importance(specs[name])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+
 def merge(matrices: Sequence[Imatrix]) -> Imatrix:
     """One imatrix of everything that several were made of: means weighted by their counts.
 
     A .dat file counts in chunks and knows no stacks: it takes the chunk size and the stacks of the others, as
-    llama-imatrix reads such files. Raises UserError where they are of different models.
+    llama-imatrix reads such files. Matrices that only some of them have are taken from those: whether all are
+    of one model, `check_model` says. Raises UserError where the sizes of an entry differ.
     """
     size = max((m.chunk_size for m in matrices), default=0)
     entries: dict[str, np.ndarray] = {}
