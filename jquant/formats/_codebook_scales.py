@@ -90,7 +90,7 @@ def looked_up(nearest: Callable[[Array], Array], t: Array) -> Array:
     The condition spares tiles of zeros the search. It also keeps it a computation of its own, whose result
     lies in memory: fused with the sums over its codes, the search would be repeated for each term.
     """
-    return lax.cond(jnp.any(t > 0), nearest, lambda t: jnp.zeros(t.shape, jnp.int32), t)
+    return lax.cond(jnp.any(t > 0), nearest, lambda t: zeros_along(t).astype(jnp.int32), t)
 
 
 def real_scales(d: Array, s: Array, g: Weights, layout: Layout) -> Array:
