@@ -42,9 +42,10 @@ def test_q8_0_predicts_as_well_as_f16(original, tmp_path):
 
 
 def test_k_types_stay_closer_to_the_original_than_llama_cpps(original, tmp_path):
-    ours = quantize(original, tmp_path / "ours.gguf", "Q3_K_M")
+    # The model's rows of 576 fall back; ffn_down alone is a K type, so the mixture is one of Q3_K there.
+    ours = quantize(original, tmp_path / "ours.gguf", "Q3_K_S")
     theirs = tmp_path / "theirs.gguf"
-    llama_quantize(original, theirs, "Q3_K_M", threads=2)
+    llama_quantize(original, theirs, "Q3_K_S", threads=2)
     assert ours.stat().st_size == theirs.stat().st_size
     _, (_, mine), (_, peer) = evaluate([original, ours, theirs], held_out_text(), most=3)
     assert mine.mean_kld < peer.mean_kld
