@@ -22,7 +22,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from jquant.core import OutputError, UserError
-from jquant.io._space import reserve
+from jquant.space import reserve
 from jquant.text import human_size
 
 Stats = dict[str, Array]

@@ -17,10 +17,11 @@ CORE = {"core"}
 MAY_IMPORT = {
     "core": set(),
     "text": set(),
+    "space": set(),
     "formats": CORE,
     "models": CORE,
-    "io": CORE,
-    "calibrate": CORE,
+    "io": CORE | {"space"},
+    "calibrate": CORE | {"space", "text"},
     "transforms": CORE,
     "transcode": CORE,
     "weights": CORE | {"formats", "transcode"},

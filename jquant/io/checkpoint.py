@@ -25,8 +25,7 @@ import numpy as np
 from jax import Array
 
 from jquant.core import OutputError, UserError
-
-from ._space import reserve
+from jquant.space import reserve
 
 _RUN = "run.json"
 
