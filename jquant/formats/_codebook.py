@@ -19,8 +19,6 @@ all 2048 codewords of IQ1 cost 661 maxima and 81 sums instead of 2048 sums of 8 
 **Signs of even parity.** Where the signs of x are odd, one sign must be wrong; it costs 4 t w |x| v of the
 weight it is given to. The best pair of codeword and sign is again a maximum over halves: the wrong sign is in
 one of them, so each half needs two tables, without and with its cheapest wrong sign.
-
-Every loop ends with codewords that were looked up for the scales as the file holds them.
 """
 
 from __future__ import annotations

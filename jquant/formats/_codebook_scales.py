@@ -127,7 +127,7 @@ def _nothing(like: Array) -> Found:
 
 
 def climb(look: Look, ladder: Array) -> Found:
-    """The best t of a ladder [steps, runs, n] for each run by itself, refitted to its codewords, twice."""
+    """The best t of a ladder [steps, runs, n] for each run by itself, refitted to its codewords."""
     steps = len(ladder)
 
     def step(i: Array, best: Found) -> Found:
