@@ -47,6 +47,17 @@ def storable(d: Array) -> Array:
     return f16_round(jnp.clip(d, -F16_MAX, F16_MAX))
 
 
+def unit_of(blocks: Array) -> Array:
+    """The power of two at or below the largest weight of each block [B, n]: [n]. It scales without rounding.
+
+    Weights below 2⁻³⁰ do not survive a float16 scale, those above 2¹⁰⁰ saturate, so the unit stays between,
+    where its inverse and its products are normal numbers.
+    """
+    largest = jnp.clip(jnp.max(jnp.abs(blocks), axis=0), 2.0**-30, 2.0**100)
+    exponent = lax.bitcast_convert_type(largest, jnp.uint32) & jnp.uint32(0x7F800000)
+    return lax.bitcast_convert_type(exponent, jnp.float32)
+
+
 def f16_bytes(x: Array) -> Array:
     """[…, n] float32 → uint8 [2, …, n], little endian."""
     bits = lax.bitcast_convert_type(x.astype(jnp.float16), jnp.uint16)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jquant.formats._blocks import inverse, storable, zeros_along
+from jquant.formats._blocks import inverse, storable, unit_of, zeros_along
 from jquant.formats._levels import weights
 
 
@@ -60,10 +60,7 @@ Look = Callable[[Array], Sums]
 
 
 def normalised(blocks: Array, importance: Array | None) -> Weights:
-    # Scales of weights below 2⁻³⁰ do not survive float16, those above 2¹⁰⁰ saturate.
-    largest = jnp.clip(jnp.max(jnp.abs(blocks), axis=0), 2.0**-30, 2.0**100)
-    exponent = lax.bitcast_convert_type(largest, jnp.uint32) & jnp.uint32(0x7F800000)
-    unit = lax.bitcast_convert_type(exponent, jnp.float32)
+    unit = unit_of(blocks)
     return Weights(blocks * (1 / unit)[None], weights(blocks, importance), unit)
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, UInt8
 
-from jquant.formats._blocks import F16_MAX, f16_from_bytes
+from jquant.formats._blocks import F16_MAX, f16_from_bytes, unit_of
 
 Blocks = Float[Array, "256 n"]
 Codes = UInt8[Array, "256 n"]
@@ -99,11 +99,7 @@ def _best(errors: Sequence[Array], *choices: Sequence[Array]) -> tuple[Array, ..
 
 def _grouped(blocks: Blocks, importance: Blocks | None, layout: Layout) -> _Groups:
     shape = (layout.groups, 256 // layout.groups, blocks.shape[-1])
-    # A power of two scales without rounding. Weights below 2⁻³⁰ do not survive float16's d, those above 2¹⁰⁰
-    # saturate, so the unit stays between, where its inverse and its products are normal numbers.
-    largest = jnp.clip(jnp.max(jnp.abs(blocks), axis=0), 2.0**-30, 2.0**100)
-    exponent = lax.bitcast_convert_type(largest, jnp.uint32) & jnp.uint32(0x7F800000)
-    unit = lax.bitcast_convert_type(exponent, jnp.float32)
+    unit = unit_of(blocks)
     x = (blocks * (1 / unit)[None]).reshape(shape)
     if importance is None:
         w, W = None, jnp.full((shape[0], shape[2]), float(shape[1]))
