@@ -9,9 +9,8 @@ from typing import Annotated
 
 import typer
 
-from . import _errors, _runtime, _show
-
-_INPUT, _DATA, _OUTPUT = "Input", "Calibration", "Output"
+from . import _errors, _options, _runtime, _show
+from ._options import OUTPUT
 
 
 @_errors.one_line_errors
@@ -23,65 +22,31 @@ def analyze(
             "--output",
             "-o",
             help="File to write: GGUF, or llama.cpp's older form where its name ends in .dat.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            "--calibration",
-            "-c",
-            help="Text file, JSON lines, wikitext2 or pydoc. Default: wikitext2, else pydoc.",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    samples: Annotated[
-        int, typer.Option("--samples", min=1, help="At most so many samples.", rich_help_panel=_DATA)
-    ] = 512,
-    sequence_length: Annotated[
-        int, typer.Option("--sequence-length", min=2, help="Tokens of a sample.", rich_help_panel=_DATA)
-    ] = 512,
+    calibration: _options.Calibration = None,
+    samples: _options.Samples = 512,
+    sequence_length: _options.SequenceLength = 512,
     merge: Annotated[
         list[Path] | None,
         typer.Option(
             "--merge",
             help="Importance matrix, GGUF or .dat, of the same model to add to the output. Repeatable.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            "--seed", help="Choose samples at random. Default: the first ones.", rich_help_panel=_DATA
-        ),
-    ] = None,
-    parse_special: Annotated[
-        bool,
-        typer.Option(
-            "--parse-special", help="Read the texts of special tokens as these tokens.", rich_help_panel=_DATA
-        ),
-    ] = False,
-    batch: Annotated[
-        int, typer.Option("--batch", min=1, help="Samples on the device at a time.", rich_help_panel=_DATA)
-    ] = 4,
-    revision: Annotated[
-        str | None,
-        typer.Option("--revision", help="Branch, tag or commit on the hub.", rich_help_panel=_INPUT),
-    ] = None,
-    pre_tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            "--pre-tokenizer",
-            help="GGUF's name of the tokenizer's splitting rule, where it is not recognised.",
-            rich_help_panel=_INPUT,
-        ),
-    ] = None,
+    seed: _options.Seed = None,
+    parse_special: _options.ParseSpecial = False,
+    batch: _options.Batch = 4,
+    revision: _options.Revision = None,
+    pre_tokenizer: _options.PreTokenizer = None,
     super_weights: Annotated[
         bool,
         typer.Option(
             "--super-weights",
             help="Search single weights without which the model is lost, and measure the loss without each.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = False,
     checkpoint_dir: Annotated[
@@ -89,24 +54,18 @@ def analyze(
         typer.Option(
             "--checkpoint-dir",
             help="Folder to keep activations and results in after each block; of no use to later runs.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Continue the run that --checkpoint-dir holds.", rich_help_panel=_OUTPUT
+            "--resume", help="Continue the run that --checkpoint-dir holds.", rich_help_panel=OUTPUT
         ),
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", "-f", help="Replace the output if it exists.", rich_help_panel=_OUTPUT)
-    ] = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the table as JSON.", rich_help_panel=_OUTPUT)
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress and no remarks.", rich_help_panel=_OUTPUT)
-    ] = False,
+    force: _options.Force = False,
+    json: _options.Json = False,
+    quiet: _options.Quiet = False,
 ) -> None:
     """Measure which input channels of each matrix matter, on a text: an importance matrix.
 

@@ -10,10 +10,11 @@ from typing import Annotated
 
 import typer
 
-from . import _errors, _runtime, _show
+from . import _errors, _options, _runtime, _show
+from ._options import OUTPUT, REPORTING
 from ._progress import ProgressBar
 
-_INPUT, _TYPES, _OUTPUT, _REPORT = "Model", "Types", "Output", "Reporting"
+_TYPES = "Types"
 
 
 class _Effort(Enum):
@@ -102,18 +103,8 @@ def quantize(
             rich_help_panel=_TYPES,
         ),
     ] = False,
-    revision: Annotated[
-        str | None,
-        typer.Option("--revision", help="Branch, tag or commit on the hub.", rich_help_panel=_INPUT),
-    ] = None,
-    pre_tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            "--pre-tokenizer",
-            help="GGUF's name of the tokenizer's splitting rule, where it is not recognised.",
-            rich_help_panel=_INPUT,
-        ),
-    ] = None,
+    revision: _options.Revision = None,
+    pre_tokenizer: _options.PreTokenizer = None,
     effort: Annotated[
         _Effort,
         typer.Option(
@@ -128,40 +119,31 @@ def quantize(
             "--dry-run",
             "-n",
             help="Show the plan: type and size of each tensor. Writes nothing.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue a run that was interrupted.", rich_help_panel=_OUTPUT),
+        typer.Option("--resume", help="Continue a run that was interrupted.", rich_help_panel=OUTPUT),
     ] = False,
-    force: Annotated[
-        bool,
-        typer.Option("--force", "-f", help="Replace OUT if it exists.", rich_help_panel=_OUTPUT),
-    ] = False,
+    force: _options.Force = False,
     max_shard_size: Annotated[
         str | None,
         typer.Option(
             "--max-shard-size",
             help="Split into files of at most this size: 2GB, 500MB, 1.5GiB.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option("--threads", min=1, help="Default: one per processor.", rich_help_panel=_OUTPUT),
+        typer.Option("--threads", min=1, help="Default: one per processor.", rich_help_panel=OUTPUT),
     ] = None,
-    json: Annotated[
-        bool,
-        typer.Option("--json", help="Print the report as JSON.", rich_help_panel=_REPORT),
-    ] = False,
-    quiet: Annotated[
-        bool,
-        typer.Option("--quiet", "-q", help="No progress and no remarks.", rich_help_panel=_REPORT),
-    ] = False,
+    json: _options.Json = False,
+    quiet: _options.Quiet = False,
     verbose: Annotated[
         bool,
-        typer.Option("--verbose", "-v", help="Show the type of every tensor.", rich_help_panel=_REPORT),
+        typer.Option("--verbose", "-v", help="Show the type of every tensor.", rich_help_panel=REPORTING),
     ] = False,
 ) -> None:
     """Quantize a model to a GGUF file.

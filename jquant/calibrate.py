@@ -10,7 +10,7 @@ any order, and a stack of experts has one set for each, of the tokens that the r
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol, cast, runtime_checkable
@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from jquant.core import OutputError, UserError
+from jquant.core import Block, BlockwiseModel, OutputError, UserError
 from jquant.space import reserve
 from jquant.text import human_size
 
@@ -89,33 +89,6 @@ HESSIAN = Calibrator(
 
 
 @runtime_checkable
-class Block(Protocol):
-    """A Flax module that shows what each matrix is given in the collection "inputs": {"x": [s, t, width]},
-    or for a stack {"x": [tiles, tile, width], "expert": [tiles], "token": [tiles, tile]}, where token counts
-    from the first of all samples and −1 marks a row without one."""
-
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-
-    def apply(
-        self, variables: Mapping, x: Array, angles: Array, *, mutable: str
-    ) -> tuple[Array, Mapping]: ...
-
-
-@runtime_checkable
-class Model(Protocol):
-    """What `collect` asks of a model."""
-
-    @property
-    def blocks(self) -> Sequence[Block]: ...
-
-    def embed(self, tokens: np.ndarray) -> np.ndarray: ...
-
-    def load_block(self, i: int) -> Mapping: ...
-
-    def angles(self, i: int, tokens: int) -> np.ndarray: ...
-
-
-@runtime_checkable
 class Store(Protocol):
     """Where activations lie between blocks, and what an interrupted run left there."""
 
@@ -166,7 +139,7 @@ class Scratch:
 
 
 def collect(
-    model: Model,
+    model: BlockwiseModel,
     tokens: Int[np.ndarray, "s t"],
     calibrator: Calibrator,
     *,
@@ -205,7 +178,7 @@ def collect(
 
 
 def _through_block(
-    model: Model,
+    model: BlockwiseModel,
     i: int,
     calibrator: Calibrator,
     x: np.ndarray,

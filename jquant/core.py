@@ -1,4 +1,4 @@
-"""The nouns that everything else is built from: Format, QuantizedTensor, TensorSpec, Source, Sink.
+"""The nouns that all else is built from: Format, QuantizedTensor, TensorSpec, Source, Sink, BlockwiseModel.
 
 Axes. Inside a Format the **block index is the last axis**: weights run down, blocks run across. Every
 device vectorises along its last axis, and no step of a search mixes two blocks, so this layout needs no
@@ -7,7 +7,7 @@ shuffles anywhere. `quantize` and `dequantize` do the transposing; a Format neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -377,3 +377,32 @@ class Sink(Protocol):
     def close(self) -> None:
         """Release the file without committing; what was written stays for a resumed run."""
         ...
+
+
+@runtime_checkable
+class Block(Protocol):
+    """One block of a model: a Flax module that shows what each matrix is given in the collection "inputs":
+    {"x": [s, t, width]}, or for a stack of experts {"x": [tiles, tile, width], "expert": [tiles], "token":
+    [tiles, tile]}, where token counts from the first of all samples and −1 marks a row without one."""
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]  # of the parameters: ("ffn_down.weight", (out, in))
+
+    def apply(
+        self, variables: Mapping, x: Array, angles: Array, *, mutable: str
+    ) -> tuple[Array, Mapping]: ...
+
+
+@runtime_checkable
+class BlockwiseModel(Protocol):
+    """A model whose blocks are run one after the other, each loaded when it is its turn."""
+
+    @property
+    def blocks(self) -> Sequence[Block]: ...
+
+    def embed(self, tokens: np.ndarray) -> np.ndarray: ...
+
+    def load_block(self, i: int) -> dict[str, dict[str, Array]]: ...
+
+    def angles(self, i: int, tokens: int) -> np.ndarray: ...
+
+    def logits(self, x: Array) -> Array: ...

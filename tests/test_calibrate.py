@@ -146,7 +146,7 @@ def test_one_block_is_loaded_at_a_time(tmp_path):
 
     class Watched:
         blocks = decoder.blocks
-        embed, angles = decoder.embed, decoder.angles
+        embed, angles, logits = decoder.embed, decoder.angles, decoder.logits
 
         def load_block(self, i):
             order.append(i)
@@ -161,7 +161,7 @@ def test_an_input_that_is_not_finite_is_named_with_its_sample(tmp_path):
 
     class Broken:
         blocks = decoder.blocks
-        load_block, angles = decoder.load_block, decoder.angles
+        load_block, angles, logits = decoder.load_block, decoder.angles, decoder.logits
 
         def embed(self, tokens):
             x = decoder.embed(tokens)

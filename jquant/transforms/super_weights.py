@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,36 +23,13 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.core import Block, BlockwiseModel
+
 SPIKE = 20.0
 SHARE = 0.5  # of the output, that comes through the one weight
 ROUNDS = 8  # of searching again without those found
 
 Removed = Mapping[int, Sequence[tuple[int, int]]]  # block → (row, column) of its down projection
-
-
-@runtime_checkable
-class Block(Protocol):
-    """A Flax module that shows its matrices' inputs, as `calibrate` has it."""
-
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-
-    def apply(
-        self, variables: Mapping, x: Array, angles: Array, *, mutable: str
-    ) -> tuple[Array, Mapping]: ...
-
-
-@runtime_checkable
-class Model(Protocol):
-    @property
-    def blocks(self) -> Sequence[Block]: ...
-
-    def embed(self, tokens: np.ndarray) -> np.ndarray: ...
-
-    def load_block(self, i: int) -> dict[str, dict[str, Array]]: ...
-
-    def angles(self, i: int, tokens: int) -> np.ndarray: ...
-
-    def logits(self, x: Array) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +44,7 @@ class SuperWeight:
     loss_change: float | None = None  # of the mean negative log-likelihood, nats a token, without this weight
 
 
-def find(model: Model, tokens: Int[np.ndarray, "1 t"]) -> list[SuperWeight]:
+def find(model: BlockwiseModel, tokens: Int[np.ndarray, "1 t"]) -> list[SuperWeight]:
     """The super weights of a model's dense down projections, on a prompt of a few tokens, by block.
 
     Stacks of experts are not searched.
@@ -84,7 +60,7 @@ def find(model: Model, tokens: Int[np.ndarray, "1 t"]) -> list[SuperWeight]:
 
 
 def with_loss_changes(
-    model: Model, weights: Sequence[SuperWeight], tokens: Int[np.ndarray, "s t"]
+    model: BlockwiseModel, weights: Sequence[SuperWeight], tokens: Int[np.ndarray, "s t"]
 ) -> list[SuperWeight]:
     """The same weights, each with what its removal alone does to the loss on `tokens`."""
     base = loss(model, tokens)
@@ -93,7 +69,7 @@ def with_loss_changes(
     ]
 
 
-def loss(model: Model, tokens: Int[np.ndarray, "s t"], removed: Removed | None = None) -> float:
+def loss(model: BlockwiseModel, tokens: Int[np.ndarray, "s t"], removed: Removed | None = None) -> float:
     """Mean negative log-likelihood of each token but the first, nats; `removed` weights are zero."""
     x = jnp.asarray(model.embed(tokens))
     for i, block in enumerate(model.blocks):
@@ -127,7 +103,7 @@ def _run(block: Block, params: Mapping, x: Array, angles: Array) -> tuple[Array,
     return y, None if down is None else down["x"]
 
 
-def _search(model: Model, tokens: np.ndarray, removed: Removed) -> list[SuperWeight]:
+def _search(model: BlockwiseModel, tokens: np.ndarray, removed: Removed) -> list[SuperWeight]:
     x, found = jnp.asarray(model.embed(tokens)), []
     for i, block in enumerate(model.blocks):
         params = _without(model.load_block(i), removed.get(i, ()))

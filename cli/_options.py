@@ -1,0 +1,65 @@
+"""Options that several commands have, with one meaning each."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+INPUT, CALIBRATION, OUTPUT, REPORTING = "Input", "Calibration", "Output", "Reporting"
+
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit on the hub.", rich_help_panel=INPUT),
+]
+PreTokenizer = Annotated[
+    str | None,
+    typer.Option(
+        "--pre-tokenizer",
+        help="GGUF's name of the tokenizer's splitting rule, where it is not recognised.",
+        rich_help_panel=INPUT,
+    ),
+]
+
+# How a command is given the text that it calibrates on.
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        "-c",
+        help="Text file, JSON lines, wikitext2 or pydoc. Default: wikitext2, else pydoc.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+Samples = Annotated[
+    int, typer.Option("--samples", min=1, help="At most so many samples.", rich_help_panel=CALIBRATION)
+]
+SequenceLength = Annotated[
+    int, typer.Option("--sequence-length", min=2, help="Tokens of a sample.", rich_help_panel=CALIBRATION)
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", help="Choose samples at random. Default: the first ones.", rich_help_panel=CALIBRATION
+    ),
+]
+ParseSpecial = Annotated[
+    bool,
+    typer.Option(
+        "--parse-special",
+        help="Read the texts of special tokens as these tokens.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+Batch = Annotated[
+    int, typer.Option("--batch", min=1, help="Samples on the device at a time.", rich_help_panel=CALIBRATION)
+]
+
+Force = Annotated[
+    bool,
+    typer.Option("--force", "-f", help="Replace the output if it exists.", rich_help_panel=OUTPUT),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=REPORTING)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress and no remarks.", rich_help_panel=REPORTING)
+]
