@@ -152,9 +152,14 @@ def settle(look: Look, found: Found, unit: Array, layout: Layout) -> tuple[Array
         sums = look(t)
         return _better(Found(t * (2 * sums.s1 - t * sums.s2), k, sums), best)
 
-    _, k, (s1, s2) = lax.fori_loop(0, 3, neighbour, _nothing(middle))
-    d = jnp.sum(k * jnp.maximum(s1, 0.0), axis=0) * inverse(jnp.sum(k * k * s2, axis=0))
-    return storable(d * unit / layout.unit), ((k - 1) / 2).astype(jnp.int32)
+    _, k, sums = lax.fori_loop(0, 3, neighbour, _nothing(middle))
+    return refitted(sums, k, unit, layout), ((k - 1) / 2).astype(jnp.int32)
+
+
+def refitted(sums: Sums, k: Array, unit: Array, layout: Layout) -> Array:
+    """d [n] by least squares for codewords whose runs have these sums and k."""
+    d = jnp.sum(k * jnp.maximum(sums.s1, 0.0), axis=0) * inverse(jnp.sum(k * k * sums.s2, axis=0))
+    return storable(d * unit / layout.unit)
 
 
 def _nearest_odd(k: Array, k_max: int) -> Array:

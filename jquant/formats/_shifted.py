@@ -1,13 +1,14 @@
 """Codewords of −1, 0, 1 with a shift of ±⅛: what IQ1_S and IQ1_M share.
 
 A code here is the codeword's, with the bit NEGATIVE above it where the shift is −⅛. Lanes are groups of 8.
-The ladder of scales is tried without the codebook, each weight with the nearest of its three levels: this
-finds nearly the same scale and shift for a twentieth of the work. The codebook then settles d and the
-integers, and, where each group has its own shift, the shifts once more.
+Scales and their integers are searched without the codebook, each weight with the nearest of its three levels:
+this finds the same ones for a twentieth of the work. The codebook then refits d and, where each group has its
+own shift, chooses the shifts once more.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from jquant.formats import _codebook
-from jquant.formats._blocks import zeros_along
+from jquant.formats._blocks import inverse, zeros_along
 from jquant.formats._codebook import codebook
 from jquant.formats._codebook_scales import (
     Found,
@@ -27,6 +28,7 @@ from jquant.formats._codebook_scales import (
     on_lanes,
     over_runs,
     real_scales,
+    refitted,
     root_mean_square,
     settle,
     to_lanes,
@@ -39,7 +41,7 @@ NEGATIVE = 16  # the bit above a codeword's code
 GRID = "IQ1_S"  # IQ1_M's is the same
 GROUPS = 32
 # t tried, relative to the run's root mean square.
-FIRST, RATIO, COUNT = 0.42, 1.125, 15
+FIRST, RATIO, COUNT = 0.42, 1.27, 8
 
 
 def layout(*, runs: int) -> Layout:
@@ -102,37 +104,54 @@ def _better_shift(lanes: _Lanes, t: Array) -> Array:
     return jnp.where(gain(codes[1]) > gain(codes[0]), codes[1], codes[0])
 
 
-class _Start(NamedTuple):
-    t: Array  # [runs, n]
-    negative: Array  # [shifts, n], 1 where the better shift is −⅛
+class _Runs(NamedTuple):
+    """Weights of a block by run and shift: [run, shift, weight, n], and sums over those of a shift."""
+
+    x: Array
+    wx: Array
+    w: Array
+    sum_wx: Array
+    sum_w: Array
 
 
-def _unconstrained(g: Weights, layout: Layout, shared: int) -> _Start:
-    """The best t of the ladder for each run if every combination of levels were a codeword.
-
-    `shared` consecutive groups have the same shift.
-    """
-    n = g.x.shape[1]
-    x, w = (a.reshape(layout.runs, -1, 8 * shared, n) for a in (g.x, g.w))  # [run, shift, weight, n]
+def _runs(g: Weights, layout: Layout, shared: int) -> _Runs:
+    """`shared` consecutive groups have the same shift."""
+    x, w = (a.reshape(layout.runs, -1, 8 * shared, a.shape[1]) for a in (g.x, g.w))
     wx = w * x
+    return _Runs(x, wx, w, jnp.sum(wx, axis=2), jnp.sum(w, axis=2))
 
-    def saved(t: Array, shift: float) -> Array:
-        """The gain of each shift: [run, shift, n]."""
-        t = t[:, None, None]
-        slope, curvature = 2 * t * wx, t * t * w
-        gains = [v * (slope - v * curvature) for v in (shift - 1, shift, shift + 1)]
-        return jnp.sum(_codebook.largest(gains), axis=2)
+
+def _free_gain(r: _Runs, t: Array, shift: float) -> Array:
+    """What the nearest levels save with this shift, for t [runs, n]: [run, shift, n].
+
+    A level v saves a v − c v², a = 2 t w x and c = t² w. Beside v = shift, shift ± 1 saves
+    ±(a − 2 c shift) − c more: so the best of the three saves max(|a − 2 c shift| − c, 0) more than shift.
+    """
+    t = t[:, None]
+    a, c = 2 * t[:, None] * r.wx, (t * t)[:, None] * r.w
+    more = jnp.abs(a - 2 * shift * c) - c
+    more = jnp.sum(jnp.where(more > 0, more, 0.0), axis=2)  # jnp.maximum would ask for NaN
+    return more + shift * t * (2 * r.sum_wx - shift * t * r.sum_w)
+
+
+def _free_sums(r: _Runs, negative: Array, t: Array) -> Sums:
+    """S1 and S2 of the nearest levels. negative: [run, shift, n], 1 where the shift is −⅛."""
+    shift = _shift(negative)[:, :, None]
+    v = jnp.clip(jnp.round(r.x * inverse(t)[:, None, None] - shift), -1.0, 1.0) + shift
+    return Sums(jnp.sum(r.wx * v, axis=(1, 2)), jnp.sum(r.w * v * v, axis=(1, 2)))
+
+
+def _best_of_ladder(r: _Runs, rms: Array) -> Array:
+    """The t [runs, n] at which the nearest levels save most, each group with its better shift."""
 
     def step(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         trial, gain, t = best
-        new = jnp.sum(_codebook.largest([saved(trial, SHIFT), saved(trial, -SHIFT)]), axis=1)
+        both = [_free_gain(r, trial, SHIFT), _free_gain(r, trial, -SHIFT)]
+        new = jnp.sum(_codebook.largest(both), axis=1)
         return trial * RATIO, jnp.maximum(new, gain), jnp.where(new > gain, trial, t)
 
-    rms = root_mean_square(g, layout.runs)
     zero = zeros_along(rms)
-    t = lax.fori_loop(0, COUNT, step, (rms * FIRST, zero - 1, zero))[2]
-    negative = saved(t, -SHIFT) > saved(t, SHIFT)
-    return _Start(t, negative.astype(jnp.int32).reshape(-1, n))
+    return lax.fori_loop(0, COUNT, step, (rms * FIRST, zero - 1, zero))[2]
 
 
 def fit(
@@ -140,18 +159,19 @@ def fit(
 ) -> tuple[Float[Array, " n"], Int[Array, "runs n"], Int[Array, "shifts n"]]:
     """(d, s, 1 where the shift of `shared` groups is negative)."""
     g, n = normalised(blocks, importance), blocks.shape[1]
-    lanes, runs = _lanes(g), layout.runs
-    start = _unconstrained(g, layout, shared)
-    negative = on_lanes(start.negative, GROUPS * n)
+    r = _runs(g, layout, shared)
+    t = _best_of_ladder(r, root_mean_square(g, layout.runs))
+    negative = (_free_gain(r, t, -SHIFT) > _free_gain(r, t, SHIFT)).astype(jnp.int32)
+    look = partial(_free_sums, r, negative)
+    sums = look(t)
+    t = jnp.where(sums.s1 > 0, sums.s1 * inverse(sums.s2), t)
+    d, s = settle(look, Found(zeros_along(t), t, sums), g.unit, layout)
 
-    def look(t: Array) -> Sums:
-        s1, s2 = _sums(lanes, _nearest(lanes, on_lanes(t, GROUPS * n), negative))
-        return Sums(over_runs(s1, runs, n), over_runs(s2, runs, n))
-
-    # Σ w stands in for the curvature S2, since v is near ±1.
-    zero, curvature = zeros_along(start.t), jnp.sum(g.w.reshape(runs, -1, n), axis=1)
-    d, s = settle(look, Found(zero, start.t, Sums(zero, curvature)), g.unit, layout)
-    return d, s, start.negative
+    lanes, negative = _lanes(g), negative.reshape(-1, n)
+    t = on_lanes(real_scales(d, s, g, layout), GROUPS * n)
+    of_lanes = _sums(lanes, _nearest(lanes, t, on_lanes(negative, GROUPS * n)))
+    sums = Sums(*(over_runs(a, layout.runs, n) for a in of_lanes))
+    return refitted(sums, (2 * s + 1).astype(jnp.float32), g.unit, layout), s, negative
 
 
 def assign(
