@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from . import _errors, _options, _runtime, _show
-from ._options import OUTPUT, REPORTING
+from . import _calibration, _errors, _options, _runtime, _show
+from ._options import CALIBRATION, OUTPUT, REPORTING
 from ._progress import ProgressBar
 
 _TYPES = "Types"
@@ -67,6 +67,20 @@ def quantize(
             rich_help_panel=_TYPES,
         ),
     ] = None,
+    analyze: Annotated[
+        bool,
+        typer.Option(
+            "--analyze",
+            help="Measure the importance first, as jquant analyze does, instead of reading it.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = False,
+    calibration: _options.Calibration = None,
+    samples: _options.Samples = 512,
+    sequence_length: _options.SequenceLength = 512,
+    seed: _options.Seed = None,
+    parse_special: _options.ParseSpecial = False,
+    batch: _options.Batch = 4,
     rule: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,6 +119,29 @@ def quantize(
     ] = False,
     revision: _options.Revision = None,
     pre_tokenizer: _options.PreTokenizer = None,
+    protect_super_weights: Annotated[
+        bool,
+        typer.Option(
+            "--protect-super-weights",
+            help="Find the single weights without which the model is lost, give their tensors a larger type "
+            "and keep them almost exactly.",
+            rich_help_panel=_TYPES,
+        ),
+    ] = False,
+    protection_type: Annotated[
+        str,
+        typer.Option("--protection-type", help="Type of their tensors.", rich_help_panel=_TYPES),
+    ] = "Q6_K",
+    protection_coverage: Annotated[
+        float,
+        typer.Option(
+            "--protection-coverage",
+            min=0.0,
+            max=1.0,
+            help="Protect those that account for this share of the loss which the removal of each costs.",
+            rich_help_panel=_TYPES,
+        ),
+    ] = 1.0,
     effort: Annotated[
         _Effort,
         typer.Option(
@@ -152,14 +189,19 @@ def quantize(
     """
     if out is None and not dry_run:
         raise typer.BadParameter("name the file to write, or add --dry-run", param_hint="OUT")
+    if analyze and imatrix:
+        raise typer.BadParameter(
+            "measures what --imatrix would read; give one of them", param_hint="--analyze"
+        )
     shard_bytes = _bytes(max_shard_size) if max_shard_size else None
     start = time.monotonic()
     _runtime.start_jax()
 
+    from jquant import analyze as analysis
     from jquant.convert import open_model, write_gguf
     from jquant.io import check_target, hub
     from jquant.io import imatrix as imatrix_file
-    from jquant.plan import check_encodable, file_type, plan
+    from jquant.plan import check_encodable, file_type, plan, protect, tensor_type
     from jquant.quality import assess
     from jquant.report import plan_report, plan_table, remarks, summary
 
@@ -171,6 +213,17 @@ def quantize(
     importance = imatrix_file.read(imatrix) if imatrix else None
     path = hub.resolve(model, revision=revision)
     opened = open_model(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
+    data = None
+    if analyze or protect_super_weights:
+        data = _calibration.read(
+            opened,
+            calibration,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            parse_special=parse_special,
+            quiet=quiet,
+        )
     planned = plan(
         opened.source.specs,
         opened.metadata,
@@ -179,11 +232,21 @@ def quantize(
         pure=pure,
         output_type=output_type,
         embedding_type=embedding_type,
-        has_imatrix=importance is not None,
+        has_imatrix=analyze or importance is not None,
         allow_fallback=not no_fallback,
     )
     if not dry_run:
         check_encodable(planned)
+    spikes, protected = [], {}
+    if protect_super_weights and data is not None:
+        tensor_type(protection_type, "--protection-type")
+        spikes = analysis.super_weights(opened, data)
+        protected = analysis.protected(spikes, protection_coverage)
+        planned = protect(planned, protected, protection_type)
+        if not quiet:
+            _show.remark(f"note: {analysis.protection_note(spikes, protected)}")
+    if analyze and data is not None and not dry_run:
+        importance = _calibration.importance(opened, data, batch=batch, quiet=quiet)
     if not quiet:
         for remark in remarks(planned, importance.entries if importance else None):
             _show.remark(f"note: {remark}")
@@ -200,7 +263,8 @@ def quantize(
             planned,
             out,
             imatrix=importance,
-            imatrix_name=str(imatrix or ""),
+            imatrix_name=str(imatrix or ("jquant quantize --analyze" if analyze else "")),
+            protected=protected,
             effort=effort.value,
             max_shard_bytes=shard_bytes,
             threads=threads or _runtime.default_threads(),
@@ -218,6 +282,7 @@ def quantize(
         "model": model,
         "files": [{"path": str(file), "bytes": file.stat().st_size} for file in written.paths],
         "quality": quality.report(),
+        **({"super_weights": analysis.as_json(spikes)} if protect_super_weights else {}),
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory_bytes": _runtime.peak_memory(),
     }

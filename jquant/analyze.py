@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -119,6 +119,32 @@ def super_weights(model: Model, samples: Samples) -> list[SuperWeight]:
     decoder = models.decoder(Weights(model.source), model.metadata)
     prompt = np.array([from_metadata(model.metadata).encode(PROMPT)])
     return with_loss_changes(decoder, find(decoder, prompt), tokens)
+
+
+def protected(found: Sequence[SuperWeight], coverage: float) -> dict[str, list[tuple[int, int]]]:
+    """(row, column) of the super weights to protect, by tensor name, for `plan.protect` and `write_gguf`.
+
+    coverage: of the loss that the removal of each would cost, summed over all, the share that the protected
+    ones account for; those that cost most come first. 1 protects all.
+    """
+    costs = [max(w.loss_change or 0.0, 0.0) for w in found]
+    order = sorted(range(len(found)), key=lambda i: -costs[i])
+    wanted, covered = coverage * sum(costs), 0.0
+    out: dict[str, list[tuple[int, int]]] = {}
+    for i in order:
+        if coverage < 1 and covered >= wanted:
+            break
+        covered += costs[i]
+        out.setdefault(f"blk.{found[i].block}.ffn_down.weight", []).append((found[i].row, found[i].column))
+    return out
+
+
+def protection_note(found: Sequence[SuperWeight], positions: Mapping[str, Sequence]) -> str:
+    """What is protected of what was found."""
+    if not found:
+        return "no super weights were found, so none are protected."
+    kept = sum(map(len, positions.values()))
+    return f"super weights: {len(found)} found, {kept} protected, in {', '.join(sorted(positions))}."
 
 
 def loss_tokens(samples: Samples) -> np.ndarray:

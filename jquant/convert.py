@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -96,6 +97,7 @@ def write_gguf(
     *,
     imatrix: Imatrix | None = None,
     imatrix_name: str = "",
+    protected: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     effort: Effort = "fast",
     max_shard_bytes: int | None = None,
     threads: int = 2,
@@ -117,7 +119,7 @@ def write_gguf(
         plan.layout(),
         max_shard_bytes=max_shard_bytes,
         resume=resume,
-        fingerprint=_fingerprint(model, plan, imatrix, effort),
+        fingerprint=_fingerprint(model, plan, imatrix, protected or {}, effort),
         force=force,
     )
     try:
@@ -126,6 +128,7 @@ def write_gguf(
             plan,
             sink,
             importance=importance,
+            protected=protected,
             effort=effort,
             threads=threads,
             progress=progress,
@@ -149,14 +152,21 @@ def _importance(model: Model, imatrix: Imatrix, name: str) -> dict[str, np.ndarr
     return found
 
 
-def _fingerprint(model: Model, plan: Plan, imatrix: Imatrix | None, effort: Effort) -> str:
-    """What the bytes depend on: input files, plan, importance, effort, versions, kind of device."""
+def _fingerprint(
+    model: Model,
+    plan: Plan,
+    imatrix: Imatrix | None,
+    protected: Mapping[str, Sequence[tuple[int, int]]],
+    effort: Effort,
+) -> str:
+    """What the bytes depend on: input files, plan, importance, protection, effort, versions, device."""
     digest = hashlib.sha256()
     for file in model.files:
         stat = file.stat()
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     ours = f"{version('jquant')} {version('jax')} {version('jaxlib')} {jax.default_backend()}"
-    digest.update(f"{ours}\n{plan.to_json()}\n{effort}\n".encode())
+    kept = sorted((name, sorted(positions)) for name, positions in protected.items())
+    digest.update(f"{ours}\n{plan.to_json()}\n{kept}\n{effort}\n".encode())
     for name, values in (imatrix.entries if imatrix else {}).items():
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(values).tobytes())

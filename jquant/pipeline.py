@@ -11,7 +11,7 @@ import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -22,6 +22,10 @@ from jquant.core import Effort, QuantizedTensor, Sink, Source, UserError, at_eff
 from jquant.formats import FORMATS
 from jquant.plan import Entry, Plan
 from jquant.transcode import FLOAT_DTYPES, LOW_BPW, slab_rows, transcode
+
+# Importance of a protected weight, relative to that of its block: large enough that the search gives up the
+# others for it, small enough that float32 still tells these apart.
+PROTECTION = 1e3
 
 F16_MAX = float(np.finfo(np.float16).max)
 
@@ -41,6 +45,7 @@ def run(
     sink: Sink,
     *,
     importance: Mapping[str, np.ndarray] | None = None,
+    protected: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     effort: Effort = "fast",
     threads: int = 2,
     progress: Progress = lambda name, done: None,
@@ -51,12 +56,14 @@ def run(
     bytes decode, where w is importance or 1. Tensors that an interrupted run had finished are not among them.
 
     importance: per tensor name float32 [matrices, cols], where a stack of experts has one row for each; a
-    tensor without an entry is encoded without importance.
+    tensor without an entry is encoded without importance. protected: per tensor name (row, column) of single
+    weights that the search keeps as they are, as nearly as the type can, at the cost of their block; rows
+    count through all matrices of a stack.
 
     Raises UserError for a weight that is no finite number, tensor and position named, and for a tensor whose
     weights are too large for its type.
     """
-    importance = importance or {}
+    importance, protected = importance or {}, protected or {}
     finished = set(sink.finished())
     entries = [e for e in plan.entries if e.name not in finished]
     progress("", sum(source.specs[name].nbytes for name in finished))
@@ -73,7 +80,7 @@ def run(
             if job is None:
                 return
             name = job.entry.name
-            data, loss, total = _encode(source, job, importance.get(name), effort)
+            data, loss, total = _encode(source, job, importance.get(name), protected.get(name, ()), effort)
             sink.write(name, job.start, data)
             with lock:
                 if job.entry.type != job.entry.source_type and FORMATS[job.entry.type].bpw <= LOW_BPW:
@@ -117,7 +124,11 @@ def _slabs(entry: Entry) -> Iterator[Job]:
 
 
 def _encode(
-    source: Source, job: Job, importance: np.ndarray | None, effort: Effort
+    source: Source,
+    job: Job,
+    importance: np.ndarray | None,
+    protected: Sequence[tuple[int, int]],
+    effort: Effort,
 ) -> tuple[np.ndarray, float, float]:
     """Read and encode one slab: uint8 [rows, row bytes], and `Encoded`'s loss and total."""
     entry, start, stop = job
@@ -130,12 +141,31 @@ def _encode(
     if importance is not None:
         matrix_rows = source.specs[entry.name].rows // importance.shape[0]
         importance = importance[np.arange(start, stop) // matrix_rows]
-    target = at_effort(FORMATS[entry.type], effort)
-    encoded = transcode(data, FORMATS[entry.source_type], target, importance)
+    stored, target = FORMATS[entry.source_type], at_effort(FORMATS[entry.type], effort)
+    encoded = transcode(data, stored, target, importance)
+    columns: dict[int, list[int]] = {}
+    for row, column in protected:
+        if start <= row < stop:
+            columns.setdefault(row - start, []).append(column)
+    written = encoded.data.copy() if columns else encoded.data
+    for row, kept in columns.items():
+        given = np.ones((1, entry.spec.cols), np.float32) if importance is None else importance[row : row + 1]
+        weights = _protecting(given, kept, target.block_size)
+        written[row] = transcode(data[row : row + 1], stored, target, weights).data[0]
     _check_finite(encoded.largest < np.inf, job, data)
     if encoded.largest > F16_MAX:
-        _check_range(encoded.data, job)
-    return encoded.data, encoded.loss, encoded.total
+        _check_range(written, job)
+    return written, encoded.loss, encoded.total
+
+
+def _protecting(importance: np.ndarray, columns: Sequence[int], block: int) -> np.ndarray:
+    """Importance [1, cols] of a row in which the protected weights outweigh all others of their blocks."""
+    out = importance.copy()
+    for column in columns:
+        first = column // block * block
+        of_block = float(importance[0, first : first + block].sum(dtype=np.float64))
+        out[0, column] = PROTECTION * (of_block or 1.0)
+    return out
 
 
 def _check_range(data: np.ndarray, job: Job) -> None:

@@ -2,7 +2,8 @@
 
 from jquant.plan._plan import Entry, Plan, check_encodable, plan
 from jquant.plan.file_types import ALIASES, FILE_TYPES, FileType, file_type
-from jquant.plan.rules import Rule, parse_rule, parse_rules_file
+from jquant.plan.protect import protect
+from jquant.plan.rules import Rule, parse_rule, parse_rules_file, tensor_type
 
 __all__ = [
     "ALIASES",
@@ -16,4 +17,6 @@ __all__ = [
     "parse_rule",
     "parse_rules_file",
     "plan",
+    "protect",
+    "tensor_type",
 ]

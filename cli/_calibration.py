@@ -1,0 +1,85 @@
+"""What commands that calibrate do alike: read the text, say what they noticed, show how far they are."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from . import _show
+
+if TYPE_CHECKING:
+    from jquant.calibrate import Progress
+    from jquant.convert import Model
+    from jquant.io.imatrix import Imatrix
+    from jquant.io.samples import Samples
+
+
+def read(
+    model: Model,
+    calibration: str | None,
+    *,
+    samples: int,
+    sequence_length: int,
+    seed: int | None,
+    parse_special: bool,
+    quiet: bool,
+) -> Samples:
+    """Samples of the text that the user named, with what is to be said of them."""
+    from jquant.analyze import load_samples
+
+    data = load_samples(
+        model,
+        calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        parse_special=parse_special,
+    )
+    if not quiet:
+        for remark in data.remarks:
+            _show.remark(f"note: {remark}")
+    return data
+
+
+def importance(model: Model, data: Samples, *, batch: int, quiet: bool) -> Imatrix:
+    """The importance matrix, measured; experts whose entry is a guess are named."""
+    from jquant import analyze
+
+    progress = no_progress if quiet else block_progress(int(data.lengths.sum()))
+    found = analyze.importance(model, data, batch=batch, progress=progress)
+    if not quiet:
+        show_unreached(found)
+    return found
+
+
+def show_unreached(found: Imatrix) -> dict[str, list[int]]:
+    """Name the experts whose importance is a guess; returns them by tensor."""
+    from jquant.analyze import unreached
+
+    guessed = unreached(found)
+    for tensor, experts in guessed.items():
+        _show.remark(f"note: {tensor}: no or one token for experts {experts}; they have their stack's mean.")
+    return guessed
+
+
+def block_progress(tokens: int) -> Progress:
+    """A line for each block, over the last one on a terminal."""
+    start, here = time.monotonic(), 0  # blocks done by this run
+
+    def show(done: int, count: int) -> None:
+        nonlocal here
+        here += 1
+        elapsed = time.monotonic() - start
+        left = elapsed / here * (count - done)
+        text = f"block {done} of {count}, {tokens * here / count / elapsed:.0f} tokens/s, {left:.0f} s left"
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="\n" if done == count else "", file=sys.stderr, flush=True)
+        elif done == count or done % max(count // 8, 1) == 0:
+            _show.remark(text)
+
+    return show
+
+
+def no_progress(done: int, count: int) -> None:
+    pass
