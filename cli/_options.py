@@ -27,7 +27,8 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         "-c",
-        help="Text file, JSON lines, wikitext2 or pydoc. Default: wikitext2, else pydoc.",
+        help="Text file, JSON lines, parquet, dataset on the hub (org/name:config:split), wikitext2, pydoc. "
+        "Default: wikitext2, else pydoc.",
         rich_help_panel=CALIBRATION,
     ),
 ]

@@ -63,6 +63,14 @@ def analyze(
             "--resume", help="Continue the run that --checkpoint-dir holds.", rich_help_panel=OUTPUT
         ),
     ] = False,
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            "--figures",
+            help="Folder for figures, PNG and SVG: importance, outlier channels, super weights.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     force: _options.Force = False,
     json: _options.Json = False,
     quiet: _options.Quiet = False,
@@ -81,20 +89,22 @@ def analyze(
     from jquant.convert import open_model
     from jquant.io import check_target, hub
     from jquant.io import imatrix as imatrix_file
-    from jquant.io.samples import read_text
+    from jquant.io.samples import check
 
     # Slips of the command line show before a download, and those that need the model before the calibration.
     if output is not None:
         check_target(output, force=force)
+    if figures is not None:
+        analysis.check_figures(figures, force=force)
     earlier = [imatrix_file.read(file) for file in merge or []]
-    text = read_text(calibration)
+    check(calibration)
     path = hub.resolve(model, revision=revision)
     opened = open_model(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
     for file, matrix in zip(merge or [], earlier, strict=True):
         imatrix_file.check_model(file, matrix, opened.source.specs)
     data = load_samples(
         opened,
-        text,
+        calibration,
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,
@@ -111,8 +121,10 @@ def analyze(
     guessed = unreached(found)
     if not quiet:
         for tensor, experts in guessed.items():
+            more = f" and {len(experts) - 8} more" if len(experts) > 8 else ""
             _show.remark(
-                f"note: {tensor}: no or one token for experts {experts}; they have their stack's mean."
+                f"note: {tensor}: no or one token for experts {experts[:8]}{more}; "
+                "they have their stack's mean."
             )
     found = imatrix_file.merge([*earlier, found])
     if output is not None and output.suffix == ".dat":
@@ -120,6 +132,7 @@ def analyze(
     elif output is not None:
         imatrix_file.write_gguf(output, found, force=force)
     spikes = analysis.super_weights(opened, data) if super_weights else []
+    drawn = [] if figures is None else analysis.write_figures(figures, found, spikes, opened.source.specs)
     about = {
         "model": model,
         "output": None if output is None else str(output),
@@ -129,6 +142,7 @@ def analyze(
         "sequence_length": sequence_length,
         "tokens": int(data.lengths.sum()),
         "experts_without_data": guessed,
+        **({"figures": [str(path) for path in drawn]} if drawn else {}),
         **({"super_weights": as_json(spikes)} if super_weights else {}),
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory_bytes": _runtime.peak_memory(),
@@ -141,6 +155,7 @@ def analyze(
         stacks = any(".ffn_down_exps." in name for name in opened.source.specs)
         _show.result(f"\n{analysis.super_weight_table(spikes, has_stacks=stacks)}")
     where = f"; written to {output}" if output is not None else ""
+    where += f"; {len(drawn)} figures in {figures}" if drawn else ""
     _show.result(
         f"\n{about['tokens']} tokens of {data.dataset} in {about['samples']} samples, "
         f"{about['seconds']:.1f} s{where}"

@@ -20,10 +20,11 @@ import numpy as np
 from jquant import models
 from jquant.calibrate import SECOND_MOMENTS, Progress, Stats, Store, collect
 from jquant.convert import Model
-from jquant.core import UserError
+from jquant.core import OutputError, TensorSpec, UserError
+from jquant.io import check_target
 from jquant.io.checkpoint import Checkpoint
 from jquant.io.imatrix import Imatrix
-from jquant.io.samples import Samples, Text, read_text, sample
+from jquant.io.samples import Samples, Table, Text, read_text, sample
 from jquant.io.token_ids import from_metadata
 from jquant.text import text_table
 from jquant.transforms.super_weights import SuperWeight, find, with_loss_changes
@@ -33,11 +34,12 @@ ACTIVE = 1e-5  # mean square above which a channel counts as active, as in llama
 PROMPT = "Apple Inc. is a worldwide tech company."  # what Yu et al. 2024 search super weights on
 LOSS_TOKENS = 512
 TOP = 3  # channels named in the table
+FIGURES = ("importance", "channels", "concentration", "super_weights")
 
 
 def load_samples(
     model: Model,
-    calibration: str | Text | None,
+    calibration: str | Text | Table | None,
     *,
     samples: int,
     sequence_length: int,
@@ -46,11 +48,11 @@ def load_samples(
 ) -> Samples:
     """Samples of a text, tokenized as the model's own tokenizer does it.
 
-    calibration: a text, or what `read_text` takes. Raises UserError for bad data.
+    calibration: a text, a table, or what `read_text` takes. Raises UserError for bad data.
     """
     template = model.metadata.get("tokenizer.chat_template")
     found = sample(
-        calibration if isinstance(calibration, Text) else read_text(calibration),
+        calibration if isinstance(calibration, Text | Table) else read_text(calibration),
         from_metadata(model.metadata),
         samples=samples,
         sequence_length=sequence_length,
@@ -224,28 +226,82 @@ class Row:
 
 def rows(imatrix: Imatrix) -> list[Row]:
     """One row for each distinct input of each block, in order; experts are averaged."""
-    found: dict[tuple[int, bytes], Row] = {}
+    return [_row(*found) for found in _inputs(imatrix)]
+
+
+def _inputs(imatrix: Imatrix) -> list[tuple[int, tuple[str, ...], np.ndarray, int]]:
+    """(block, tensors, mean squares [channels], tokens) of each distinct input, in the order of the model."""
+    found: dict[tuple[int, bytes], tuple[list[str], np.ndarray, int]] = {}
     for name, entry in imatrix.entries.items():
         match = re.fullmatch(r"blk\.(\d+)\.(.*)\.weight", name)
         if match is None:
             continue
         mean = entry.mean(0, dtype=np.float64)
-        key = int(match[1]), mean.tobytes()
-        if key in found:
-            found[key] = _with_tensor(found[key], match[2])
-        else:
-            found[key] = _row(int(match[1]), match[2], mean, int(imatrix.counts[name].min()))
-    return sorted(found.values(), key=lambda row: (row.block, row.tensors))
+        tensors, _, _ = found.setdefault(
+            (int(match[1]), mean.tobytes()), ([], mean, int(imatrix.counts[name].min()))
+        )
+        tensors.append(match[2])
+    rows = [(block, tuple(sorted(t)), mean, tokens) for (block, _), (t, mean, tokens) in found.items()]
+    return sorted(rows, key=lambda row: (row[0], _place(row[1][0]), row[1]))
 
 
-def _row(block: int, tensor: str, mean: np.ndarray, tokens: int) -> Row:
+def _place(tensor: str) -> tuple[bool, bool]:
+    """Attention comes before the FFN, and in both what they are given before what they give."""
+    return tensor.startswith("ffn"), tensor.startswith(("attn_output", "ffn_down"))
+
+
+def write_figures(
+    folder: Path, imatrix: Imatrix, spikes: Sequence[SuperWeight], specs: Mapping[str, TensorSpec]
+) -> list[Path]:
+    """The files written, PNG and SVG: each of FIGURES, super_weights only where there are any.
+
+    specs: of the model.
+    """
+    from jquant import figures
+
+    inputs = {(block, ", ".join(tensors)): mean for block, tensors, mean, _ in _inputs(imatrix)}
+    drawn = {
+        "importance": figures.importance(inputs),
+        "channels": figures.channels(inputs),
+        "concentration": figures.concentration(inputs),
+    }
+    if spikes:
+        shapes = {
+            int(match[1]): (spec.rows, spec.cols)
+            for name, spec in specs.items()
+            if (match := re.fullmatch(r"blk\.(\d+)\.ffn_down\.weight", name))
+        }
+        places = [(w.block, w.row, w.column, w.loss_change or 0.0) for w in spikes]
+        drawn["super_weights"] = figures.super_weights(places, shapes)
+    return [path for name, figure in drawn.items() for path in figures.save(figure, folder, name)]
+
+
+def check_figures(folder: Path, *, force: bool) -> None:
+    """Make the folder. Raises UserError where matplotlib is missing, or a figure is there and may not go."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "--figures: figures are drawn by matplotlib, which is not installed: pip install "
+            "'jquant[figures]', or pip install matplotlib."
+        ) from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made ({error.strerror}); give another folder.") from None
+    for name in FIGURES:
+        for kind in ("png", "svg"):
+            check_target(folder / f"{name}.{kind}", force=force)
+
+
+def _row(block: int, tensors: tuple[str, ...], mean: np.ndarray, tokens: int) -> Row:
     total = float(mean.sum())
     share = mean / total if total > 0 else np.full_like(mean, 1 / mean.size)
     logs = np.log2(share, out=np.zeros_like(share), where=share > 0)
     best = np.argsort(-share, kind="stable")[:TOP]
     return Row(
         block,
-        (tensor,),
+        tensors,
         total,
         float(np.mean(mean > ACTIVE)),
         float(-(share * logs).sum()),
@@ -253,10 +309,6 @@ def _row(block: int, tensor: str, mean: np.ndarray, tokens: int) -> Row:
         tuple((int(i), float(share[i])) for i in best),
         tokens,
     )
-
-
-def _with_tensor(row: Row, tensor: str) -> Row:
-    return replace(row, tensors=tuple(sorted({*row.tensors, tensor})))
 
 
 def table(found: list[Row]) -> str:

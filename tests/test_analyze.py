@@ -217,6 +217,11 @@ def test_revision_and_pre_tokenizer_are_passed_on(model, text, monkeypatch):
     assert asked == {"revision": "v2", "name": "tiny", "pre_tokenizer": "qwen2"}
 
 
+def test_a_mistyped_model_shows_before_the_default_text_is_downloaded(monkeypatch):
+    monkeypatch.setattr("jquant.io.hub.dataset_file", None)
+    assert "no such file or folder" in run("analyze", "./absent-model", code=3).stderr
+
+
 @pytest.mark.slow
 def test_smol768_gets_the_entries_of_llama_imatrix(tmp_path):
     """Its own file, of the same 60 chunks of 512 tokens. It multiplies in float16 what is float32 here, which

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
+from stand_in_hub import TOKEN, StandIn, serve
 
 from jquant.core import UserError
 from jquant.io import hub
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-TOKEN = "hf_of_a_test"
 REPOS = {
     "org/plain": {
         "config.json": b"{}",
@@ -44,58 +39,6 @@ REPOS = {
 }
 
 
-class StandIn(BaseHTTPRequestHandler):
-    """What the library asks of the hub: a model's information, its tree, and its files."""
-
-    asked: list[str]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path).strip("/")
-        type(self).asked.append(f"{self.command} {path}")
-        parts = path.removeprefix("api/models/").split("/")
-        repo, files = "/".join(parts[:2]), REPOS.get("/".join(parts[:2]))
-        authorized = self.headers.get("authorization") == f"Bearer {TOKEN}"
-        if files is None or (repo == "org/private" and not authorized):
-            # The hub does not tell strangers whether a repository exists.
-            return self.refuse(404 if authorized else 401, "RepoNotFound")
-        if path.startswith("api/models/"):
-            if parts[2:] and parts[3] not in ("main", COMMIT):
-                return self.refuse(404, "RevisionNotFound")
-            if parts[2:3] == ["tree"]:
-                return self.answer(json.dumps([self.entry(n, d) for n, d in files.items()]).encode())
-            siblings = [{"rfilename": name} for name in files]
-            return self.answer(json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
-        name = "/".join(parts[4:])
-        if repo == "org/gated" and not authorized:
-            return self.refuse(401, "GatedRepo")
-        if name not in files:
-            return self.refuse(404, "EntryNotFound")
-        return self.answer(files[name], ETag=f'"{hashlib.sha1(files[name]).hexdigest()}"')
-
-    def entry(self, name: str, data: bytes) -> dict[str, object]:
-        return {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-
-    def answer(self, data: bytes, **headers: str) -> None:
-        self.send_response(200)
-        for key, value in {"X-Repo-Commit": COMMIT, "Content-Length": str(len(data)), **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-    def refuse(self, status: int, code: str) -> None:
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ThreadingHTTPServer]:
     monkeypatch.chdir(tmp_path)
@@ -103,14 +46,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Threadin
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    StandIn.asked = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serve(REPOS) as server:
+        yield server
 
 
 @pytest.fixture

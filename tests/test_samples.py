@@ -92,7 +92,7 @@ BAD = {
     "a number": (jsonl({"text": 3}), "line 1: 'text' is int"),
     "messages of strings": (jsonl({"messages": ["hi"]}), "line 1: 'messages' must be a list"),
     "half a pair": (jsonl({"text": "a"}, {"text": "b\ud83d"}), r"line 2: has \\ud83d at character 1"),
-    "no text at all": (jsonl({"text": ""}, {"text": " "}), "data.jsonl: no line of it has text"),
+    "no text at all": (jsonl({"text": ""}, {"text": " "}), "data.jsonl: no line or row of it has text"),
     "refused": (jsonl({"messages": [{"role": "tool", "content": 1}]}), "refuses it: no"),
 }  # fmt: skip
 

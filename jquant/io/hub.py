@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import huggingface_hub
+import yaml
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -87,15 +88,9 @@ def resolve(
             etag_timeout=_TIMEOUT,
             allow_patterns=[_literal(name) for name in wanted.files],
         )
-    except (GatedRepoError, RevisionNotFoundError, RepositoryNotFoundError) as error:
-        raise UserError(_refusal(repo, revision, error, api.endpoint)) from None
-    except HFValidationError as error:
-        raise UserError(f"{model!r}: neither a local path nor a valid hub id ({error}).") from None
-    except _NETWORK_ERRORS as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{repo}: the disk is full; free some space in the hub's cache.") from None
-        if _status(error) in (401, 403):
-            raise UserError(_refusal(repo, revision, error, api.endpoint)) from None
+    except (HFValidationError, *_NETWORK_ERRORS) as error:
+        if (lasting := _lasting(error, repo, revision, api.endpoint)) is not None:
+            raise lasting from None
         return _from_cache(repo, revision, cache_dir, tag, error)
     return Path(folder) / wanted.start
 
@@ -144,41 +139,71 @@ def _from_cache(
     repo: str, revision: str | None, cache_dir: str | Path | None, tag: str | None, error: Exception
 ) -> Path:
     """The model as an earlier download left it; UserError with the network's error if there is none."""
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    if isinstance(error, OSError) and error.errno is not None and _status(error) is None:
-        reason = f"{error.strerror}"
     try:
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                repo, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=[]
-            )
-        )
+        folder, names = _cached(repo, revision, cache_dir, "model")
     except LocalEntryNotFoundError:
         raise UserError(
-            f"{repo}: cannot download it from the hub ({reason}), and the cache has no copy; check the "
-            "connection, or give the path of a local folder or GGUF file."
+            f"{repo}: cannot download it from the hub ({_reason(error)}), and the cache has no copy; "
+            "check the connection, or give the path of a local folder or GGUF file."
         ) from None
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return folder / select(names, tag, repo).start
 
 
-def _refusal(repo: str, revision: str | None, error: Exception, endpoint: str) -> str:
-    """One line for an answer of the hub that another try will not change."""
+def _cached(
+    repo: str, revision: str | None, cache_dir: str | Path | None, kind: str
+) -> tuple[Path, list[str]]:
+    """(folder, names of the files in it) of what is in the cache."""
+    found = huggingface_hub.snapshot_download(
+        repo,
+        repo_type=kind,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=True,
+        allow_patterns=[],
+    )
+    folder = Path(found)
+    return folder, [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None and _status(error) is None:
+        return f"{error.strerror}"
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _lasting(
+    error: Exception, repo: str, revision: str | None, endpoint: str, kind: str = "model"
+) -> UserError | None:
+    """What the user is told of an error that another try, or the cache, will not mend; None for others."""
+    if isinstance(error, HFValidationError):
+        return UserError(f"{repo!r}: neither a local path nor a valid hub id ({error}).")
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"{repo}: the disk is full; free some space in the hub's cache.")
+    known = isinstance(error, (GatedRepoError, RevisionNotFoundError, RepositoryNotFoundError))
+    if not known and _status(error) not in (401, 403):
+        return None
+    where = repo if kind == "model" else f"datasets/{repo}"
+    return UserError(_refusal(repo, revision, error, endpoint, where))
+
+
+def _refusal(repo: str, revision: str | None, error: Exception, endpoint: str, where: str) -> str:
+    """One line for an answer of the hub that another try will not change. where: the repository's page."""
+    what = "repository" if where == repo else "dataset"
     if isinstance(error, RevisionNotFoundError):
         return (
             f"{repo}: the repository has no revision {revision!r}; name a branch, tag or commit that it has."
         )
     if isinstance(error, GatedRepoError) or _status(error) == 403:
         return (
-            f"{repo}: access is restricted; ask for it at {endpoint}/{repo}, then set HF_TOKEN to a token of "
-            "that account."
+            f"{repo}: access is restricted; ask for it at {endpoint}/{where}, then set HF_TOKEN to a token "
+            "of that account."
         )
     if _status(error) == 401:
         return (
-            f"{repo}: neither a local path nor a public repository of {endpoint}; if it is private, set "
+            f"{repo}: neither a local path nor a public {what} of {endpoint}; if it is private, set "
             "HF_TOKEN to a valid token that may read it."
         )
-    return f"{repo}: neither a local path nor a repository of {endpoint}; check the spelling."
+    return f"{repo}: neither a local path nor a {what} of {endpoint}; check the spelling."
 
 
 def _status(error: Exception) -> int | None:
@@ -191,13 +216,69 @@ def _literal(name: str) -> str:
     return re.sub(r"([\[?*])", r"[\1]", name)
 
 
-def dataset_file(repo: str, name: str) -> Path:
-    """A file of a data set on the hub, downloaded or from the cache.
+def dataset(
+    repo: str, *, cache_dir: str | Path | None = None, endpoint: str | None = None
+) -> tuple[list[str], Path | None]:
+    """(names of the files of a dataset, its README.md, downloaded).
 
-    Raises UserError where the hub cannot be reached and the cache has no copy.
+    Without a connection, of what is in the cache. Raises UserError as `resolve` does.
+    """
+    api = huggingface_hub.HfApi(endpoint=endpoint)
+    try:
+        info = api.dataset_info(repo, timeout=_TIMEOUT)
+    except (HFValidationError, *_NETWORK_ERRORS) as error:
+        if (lasting := _lasting(error, repo, None, api.endpoint, "dataset")) is not None:
+            raise lasting from None
+        try:
+            folder, names = _cached(repo, None, cache_dir, "dataset")
+        except LocalEntryNotFoundError:
+            raise UserError(
+                f"{repo}: cannot download it from the hub ({_reason(error)}), and the cache has no copy; "
+                "check the connection, or give a local file."
+            ) from None
+        return names, folder / "README.md" if "README.md" in names else None
+    names = [file.rfilename for file in info.siblings or ()]
+    if "README.md" not in names:
+        return names, None
+    return names, dataset_file(repo, "README.md", cache_dir=cache_dir, endpoint=endpoint)
+
+
+def card_configs(repo: str, readme: Path | None) -> list[Mapping]:
+    """`configs` of the head of a README.md: which files make which configuration and split."""
+    if readme is None:
+        return []
+    try:
+        data = huggingface_hub.DatasetCard.load(readme, repo_type="dataset", ignore_metadata_errors=True).data
+    except (ValueError, yaml.YAMLError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{repo}: its README.md cannot be read ({reason}); name a file: {repo}:FILE."
+        ) from None
+    configs = data.to_dict().get("configs")
+    return [c for c in configs if isinstance(c, Mapping)] if isinstance(configs, list) else []
+
+
+def dataset_file(
+    repo: str, name: str, *, cache_dir: str | Path | None = None, endpoint: str | None = None
+) -> Path:
+    """A file of a dataset on the hub, downloaded or from the cache.
+
+    Raises UserError where the hub refuses it, or cannot be reached and the cache has no copy.
     """
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", etag_timeout=_TIMEOUT))
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repo,
+                name,
+                repo_type="dataset",
+                cache_dir=cache_dir,
+                endpoint=endpoint,
+                etag_timeout=_TIMEOUT,
+            )
+        )
     except (*_NETWORK_ERRORS, LocalEntryNotFoundError, HfHubHTTPError) as error:
+        where = endpoint or huggingface_hub.HfApi().endpoint
+        if (lasting := _lasting(error, repo, None, where, "dataset")) is not None:
+            raise lasting from None
         reason = str(error).partition("\n")[0]
         raise UserError(f"{repo}/{name} cannot be had from the hub ({reason[:120]}).") from None

@@ -1,18 +1,21 @@
-"""Text to calibrate on, as samples of tokens: a plain text file, JSON lines, or texts that need no file.
+"""Text to calibrate on, as samples of tokens: a file, a dataset on the hub, or texts that need no file.
 
 A plain text is one run of tokens, cut into consecutive samples of the sequence length; where the model wants
-a BOS, it takes the place of each sample's first token. So does llama-imatrix. A line of a JSON-lines file is
-one sample, {"text": …} or {"messages": [{"role": …, "content": …}, …]}, cut at the sequence length.
+a BOS, it takes the place of each sample's first token. So does llama-imatrix. A row of JSON lines, of parquet
+or of a dataset on the hub is one sample, cut at the sequence length; but where each row is one line with its
+line end, as WikiText's are, the rows are read as a plain text, an empty one as an empty line.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +23,14 @@ from jaxtyping import Int32
 
 from jquant.core import UserError
 
-from . import hub
+from . import _chat, _tables, datasets, hub
+from ._tables import Row, Table
 from .token_ids import TokenIds
 
 WIKITEXT2, PYDOC = "wikitext2", "pydoc"
 FEWEST, MOST = 128, 1024  # samples between which more or fewer are not worth a remark
+_HEAD = 64  # rows that show whether rows are lines
+_SPREAD = 16  # with a seed, samples are chosen among so many times as many, where rows are lines
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Samples:
     tokens: Int32[np.ndarray, "s t"]
     lengths: Int32[np.ndarray, " s"]
     dataset: str  # name, for people
-    digest: str  # SHA-256 of the text
+    digest: str  # SHA-256 of the text, or of the rows that were read where not all were
     remarks: tuple[str, ...] = field(default=())
 
 
@@ -45,8 +51,23 @@ class Text:
     remarks: tuple[str, ...] = ()
 
 
-def read_text(calibration: str | None) -> Text:
-    """A file, "wikitext2" (from the hub), "pydoc" (Python's manual pages), or None: the first that is there.
+def check(calibration: str | None) -> None:
+    """Raises UserError for what `read_text` refuses before it asks the hub: a file that is not there."""
+    if calibration is None or calibration in (WIKITEXT2, PYDOC) or datasets.parse(calibration) is not None:
+        return
+    path = Path(calibration)
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; give a file, {WIKITEXT2}, {PYDOC} or a dataset "
+            "of the hub, such as org/name."
+        ) from None
+
+
+def read_text(calibration: str | None) -> Text | Table:
+    """A file; a dataset on the hub, "org/name:config:split"; "wikitext2" (from the hub); "pydoc" (Python's
+    manual pages); or None: the first of these two that is there.
 
     Raises UserError where the file cannot be read or the hub does not answer.
     """
@@ -60,13 +81,13 @@ def read_text(calibration: str | None) -> Text:
         except UserError as error:
             remark = f"{error} Calibrating on Python's manual pages; --calibration FILE is better."
             return Text(PYDOC, _pydoc(), (remark,))
+    check(calibration)
+    if datasets.parse(calibration) is not None:
+        return datasets.table(calibration)
     path = Path(calibration)
-    try:
-        return Text(path.name, path.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read: {error.strerror}; give a file, {WIKITEXT2} or {PYDOC}."
-        ) from None
+    if path.name.endswith((_tables.PARQUET, _tables.PACKED)):
+        return Table(path.name, (partial(_tables.rows_of_file, path, path.name),))
+    return Text(path.name, path.read_bytes())
 
 
 def _pydoc() -> bytes:
@@ -76,14 +97,20 @@ def _pydoc() -> bytes:
 
 
 def _wikitext2() -> bytes:
-    """The training part, unprocessed, from the archive that llama.cpp's own scripts use."""
+    """The training part, unprocessed, from the archive that llama.cpp's own scripts use.
+
+    The parquet files of Salesforce/wikitext have the same lines, but reading them takes another package.
+    """
     archive = hub.dataset_file("ggml-org/ci", "wikitext-2-raw-v1.zip")
-    with zipfile.ZipFile(archive) as files:
-        return files.read("wikitext-2-raw/wiki.train.raw")
+    try:
+        with zipfile.ZipFile(archive) as files:
+            return files.read("wikitext-2-raw/wiki.train.raw")
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise UserError(f"{archive}: is not the archive of WikiText-2 ({error}); delete it.") from None
 
 
 def sample(
-    text: Text,
+    text: Text | Table,
     tokenizer: TokenIds,
     *,
     samples: int,
@@ -94,28 +121,22 @@ def sample(
 ) -> Samples:
     """At most `samples` samples: the first ones, or with a seed ones chosen at random.
 
-    chat_template: Jinja, for lines with messages. Raises UserError where the text is empty, no text, too
-    short, or a line of it is wrong.
+    Of several files of a dataset, those chosen are from the first one, or from so many as have enough rows.
+    chat_template: Jinja, for messages. Raises UserError where the text is empty, no text, too short, or a row
+    of it is wrong.
     """
-    decoded = _decode(text)
-    lines = text.name.endswith((".jsonl", ".ndjson"))
-    if lines:
-        rows = list(_lines(text.name, decoded, tokenizer, sequence_length, parse_special, chat_template))
+    cut = _Cut(tokenizer, sequence_length, parse_special, chat_template)
+    if isinstance(text, Table):
+        rows, digest = _of_table(text, cut, samples, seed)
     else:
-        ids = tokenizer.encode(decoded, parse_special=parse_special)
-        rows = [
-            ids[i : i + sequence_length] for i in range(0, len(ids) - sequence_length + 1, sequence_length)
-        ]
-        if tokenizer.bos is not None:
-            rows = [[tokenizer.bos, *row[1:]] for row in rows]
-        if not rows:
-            raise UserError(
-                f"{text.name}: has {len(ids)} tokens, fewer than one sample of {sequence_length}; "
-                "give more text, or a smaller --sequence-length."
-            )
-    if not rows:
-        raise UserError(f"{text.name}: no line of it has text; give lines with some.")
-    remarks = list(text.remarks)
+        decoded, digest = _decode(text), hashlib.sha256(text.data).hexdigest()
+        if text.name.endswith(_tables.JSON_LINES):
+            # All lines are checked, also those beyond the samples asked for.
+            lines = list(_tables.json_rows(text.name, io.StringIO(decoded)))
+            rows, _ = _of_table(Table(text.name, (lambda: iter(lines),)), cut, samples, seed)
+        else:
+            rows = cut.running(cut.encode(decoded), text.name)
+    remarks = [] if isinstance(text, Table) else list(text.remarks)
     if seed is not None:
         order = np.random.default_rng(seed).permutation(len(rows))[:samples]
         rows = [rows[i] for i in np.sort(order)]
@@ -128,7 +149,7 @@ def sample(
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
     lengths = np.array([len(row) for row in rows], np.int32)
-    return Samples(tokens, lengths, text.name, hashlib.sha256(text.data).hexdigest(), tuple(remarks))
+    return Samples(tokens, lengths, text.name, digest, tuple(remarks))
 
 
 def _decode(text: Text) -> str:
@@ -144,75 +165,111 @@ def _decode(text: Text) -> str:
     return decoded
 
 
-def _lines(
-    name: str, text: str, tokenizer: TokenIds, length: int, parse_special: bool, chat_template: str | None
-) -> Iterator[list[int]]:
-    for number, line in enumerate(io.StringIO(text), 1):
-        where = f"{name}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: is not JSON ({error}).") from None
-        if not isinstance(entry, Mapping) or not ({"text", "messages"} & entry.keys()):
-            raise UserError(f'{where}: expected {{"text": …}} or {{"messages": […]}}.')
-        chat = "messages" in entry
-        content = _render(entry["messages"], tokenizer, chat_template, where) if chat else entry["text"]
-        if not isinstance(content, str):
-            raise UserError(f"{where}: 'text' is {type(content).__name__}, not text.")
-        _check_unicode(content, where)
-        if not content.strip():
-            continue
-        if chat:
-            bos = "" if tokenizer.bos is None else tokenizer.text_of[tokenizer.bos]
-            add_bos = not bos or not content.startswith(bos)
-            ids = tokenizer.encode(content, parse_special=True, add_bos=add_bos)
-        else:
-            ids = tokenizer.encode(content, parse_special=parse_special)
-        if ids:
-            yield ids[:length]
+@dataclass(frozen=True)
+class _Cut:
+    """Texts to samples of one model."""
+
+    tokenizer: TokenIds
+    length: int
+    parse_special: bool
+    chat_template: str | None
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, parse_special=self.parse_special)
+
+    def running(self, ids: list[int], name: str) -> list[list[int]]:
+        """One run of tokens, cut into samples."""
+        length, bos = self.length, self.tokenizer.bos
+        rows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        if not rows:
+            raise UserError(
+                f"{name}: has {len(ids)} tokens, fewer than one sample of {length}; "
+                "give more text, or a smaller --sequence-length."
+            )
+        return rows if bos is None else [[bos, *row[1:]] for row in rows]
+
+    def row(self, row: Row) -> list[int]:
+        """A text or a chat as one sample."""
+        if isinstance(row.content, str):
+            return self.encode(row.content)[: self.length]
+        text = _chat.render(row.content, self.tokenizer, self.chat_template, row.where)
+        _tables.check_unicode(text, row.where)
+        if not text.strip():
+            return []
+        bos = "" if self.tokenizer.bos is None else self.tokenizer.text_of[self.tokenizer.bos]
+        add_bos = not bos or not text.startswith(bos)
+        return self.tokenizer.encode(text, parse_special=True, add_bos=add_bos)[: self.length]
 
 
-def _check_unicode(content: str, where: str) -> None:
-    """JSON can escape one half of a surrogate pair, which no tokenizer can take."""
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(content[error.start]):04x}"
-        raise UserError(
-            f"{where}: has {half} at character {error.start} without its other half, which is no text; mend "
-            "or delete the line."
-        ) from None
+def _of_table(table: Table, cut: _Cut, samples: int, seed: int | None) -> tuple[list[list[int]], str]:
+    """(samples, digest of the rows they are made of). With a seed, lines give more samples than asked for."""
+    if _are_lines(list(itertools.islice(_rows(table, enough=1), _HEAD))):
+        wanted = samples * cut.length * (1 if seed is None else _SPREAD)
+        text, ids = _running_text(_rows(table), cut, wanted)
+        return cut.running(ids, table.name), hashlib.sha256(text.encode()).hexdigest()
+    if seed is None:
+        chosen: Iterator[Row] | list[Row] = (row for row in _rows(table) if not row.is_blank)
+    else:
+        chosen = _at_random(_rows(table, enough=samples), samples, seed)
+    found, digest = [], hashlib.sha256()
+    for row in chosen:
+        if ids := cut.row(row):
+            found.append(ids)
+            whole = row.content
+            digest.update((whole if isinstance(whole, str) else json.dumps(whole, default=str)).encode())
+        if len(found) == samples:
+            break
+    if not found:
+        raise UserError(f"{table.name}: no line or row of it has text; give some that have.")
+    return found, digest.hexdigest()
 
 
-def _render(messages: object, tokenizer: TokenIds, template: str | None, where: str) -> str:
-    """Messages as the model was trained to see them."""
-    if template is None:
-        raise UserError(f"{where}: has messages, but the model has no chat template; give lines of text.")
-    if not isinstance(messages, list) or not all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and "content" in m for m in messages
-    ):
-        raise UserError(f'{where}: \'messages\' must be a list of {{"role": …, "content": …}}.')
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _rows(table: Table, enough: int | None = None) -> Iterator[Row]:
+    """Rows of all files, or of the first ones that have `enough` together."""
+    seen = 0
+    for part in table.parts:
+        for row in part():
+            seen += not row.is_blank
+            yield row
+        if enough is not None and seen >= enough:
+            return
 
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    special = {
-        f"{kind}_token": "" if token is None else tokenizer.text_of[token]
-        for kind, token in (("bos", tokenizer.bos), ("eos", tokenizer.eos))
-    }
-    try:
-        compiled = environment.from_string(template)
-        return compiled.render(messages=messages, add_generation_prompt=False, **special)
-    except jinja2.TemplateError as error:
-        raise UserError(f"{where}: the model's chat template refuses it: {error}.") from None
-    except Exception as error:  # a template is a program, made for messages of another form
-        raise UserError(
-            f"{where}: the model's chat template fails on it ({type(error).__name__}: {error}); give every "
-            "message a text as its content, or delete the line."
-        ) from None
+def _are_lines(rows: Sequence[Row]) -> bool:
+    """Whether each row is one line of a text, with its end."""
+    texts = [row.content for row in rows]
+    return any(texts) and all(isinstance(t, str) and (not t or t.find("\n") == len(t) - 1) for t in texts)
+
+
+def _running_text(rows: Iterator[Row], cut: _Cut, wanted: int) -> tuple[str, list[int]]:
+    """Lines run together, until they have `wanted` tokens, and these."""
+    lines: list[str] = []
+    size, enough = 0, 8 * wanted  # characters: a token has some four, in most texts
+    for row in rows:
+        if not isinstance(row.content, str):
+            raise UserError(f"{row.where}: has messages, but the rows before it are lines of text.")
+        lines.append(row.content or "\n")
+        size += len(lines[-1])
+        if size >= enough:
+            text = "".join(lines)
+            ids = cut.encode(text)
+            if len(ids) >= wanted:
+                return text, ids[:wanted]
+            enough *= 2
+    text = "".join(lines)
+    return text, cut.encode(text)
+
+
+def _at_random(rows: Iterator[Row], count: int, seed: int) -> list[Row]:
+    """`count` rows, each as likely as any other, in their order.
+
+    Source: Vitter 1985, Random sampling with a reservoir, algorithm R.
+    """
+    rng = np.random.default_rng(seed)
+    kept: list[tuple[int, Row]] = []
+    for i, row in enumerate(row for row in rows if not row.is_blank):
+        if i < count:
+            kept.append((i, row))
+        elif (j := int(rng.integers(i + 1))) < count:
+            kept[j] = (i, row)
+    return [row for _, row in sorted(kept, key=lambda item: item[0])]
