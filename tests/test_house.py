@@ -22,6 +22,8 @@ MAY_IMPORT = {
     "models": CORE,
     "io": CORE | {"space"},
     "calibrate": CORE | {"space", "text"},
+    "ranges": CORE | {"calibrate"},
+    "gradients": CORE | {"calibrate"},
     "transforms": CORE,
     "transcode": CORE,
     "weights": CORE | {"formats", "transcode"},
