@@ -21,17 +21,27 @@ from jquant import models
 from jquant.calibrate import SECOND_MOMENTS, Progress, Stats, Store, collect
 from jquant.convert import Model
 from jquant.core import UserError
+from jquant.gradients import FISHER, GRADIENT, stream_gradients, text_labels, together
 from jquant.io.checkpoint import Checkpoint
 from jquant.io.imatrix import Imatrix
 from jquant.io.samples import Samples, Text, read_text, sample
 from jquant.io.token_ids import from_metadata
+from jquant.models import Decoder
 from jquant.text import text_table
-from jquant.transforms.super_weights import SuperWeight, find, with_loss_changes
+from jquant.transforms.super_weights import (
+    SuperWeight,
+    find,
+    harmful,
+    most_sensitive,
+    united,
+    with_loss_changes,
+)
 from jquant.weights import Weights
 
 ACTIVE = 1e-5  # mean square above which a channel counts as active, as in llama-imatrix --show-statistics
 PROMPT = "Apple Inc. is a worldwide tech company."  # what Yu et al. 2024 search super weights on
 LOSS_TOKENS = 512
+CANDIDATES = 16  # weights that gradients point to, each of which costs a forward pass to verify
 TOP = 3  # channels named in the table
 
 
@@ -92,13 +102,20 @@ def importance(
     return imatrix_of(stats, samples)
 
 
-def open_checkpoint(folder: Path, model: Model, samples: Samples, *, batch: int, resume: bool) -> Checkpoint:
-    """A store in `folder` for `importance` of the same arguments.
+def open_checkpoint(
+    folder: Path, model: Model, samples: Samples, *, batch: int, resume: bool, method: str = "imatrix"
+) -> Checkpoint:
+    """A store in `folder` for `importance`, or another method's run, of the same arguments.
 
     Raises UserError where a checkpoint is there and `resume` is false, or it is of another run.
     """
+    return Checkpoint(folder, run_of(model, samples, batch=batch, method=method), resume=resume)
+
+
+def run_of(model: Model, samples: Samples, *, batch: int, method: str) -> dict[str, object]:
+    """Everything that the result of a calibration depends on, as JSON values."""
     files = [file.stat() for file in model.files]
-    run = {
+    return {
         "model": model.path.resolve().name,
         "model files": [[stat.st_size, stat.st_mtime_ns] for stat in files],
         "data": samples.dataset,
@@ -106,19 +123,33 @@ def open_checkpoint(folder: Path, model: Model, samples: Samples, *, batch: int,
         "samples": len(samples.tokens),
         "sequence length": samples.tokens.shape[1],
         "batch": batch,
-        "method": "second moments",
+        "method": method,
         "versions": {name: version(name) for name in ("jquant", "jax", "jaxlib")},
         "device": jax.devices()[0].device_kind,
     }
-    return Checkpoint(folder, run, resume=resume)
 
 
 def super_weights(model: Model, samples: Samples) -> list[SuperWeight]:
-    """Those that spike on a short prompt, and what the removal of each does to the loss on some text."""
+    """Those that spike on a short prompt, those that gradients on some text point to where their removal does
+    harm, and what the removal of each does to the loss on that text."""
     tokens = loss_tokens(samples)
     decoder = models.decoder(Weights(model.source), model.metadata)
     prompt = np.array([from_metadata(model.metadata).encode(PROMPT)])
-    return with_loss_changes(decoder, find(decoder, prompt), tokens)
+    found = with_loss_changes(decoder, united(find(decoder, prompt), sensitive(decoder, tokens)), tokens)
+    bad = harmful(found)
+    return [w for w in found if "spike" in w.found_by or w in bad]
+
+
+def sensitive(decoder: Decoder, tokens: np.ndarray, count: int = CANDIDATES) -> list[SuperWeight]:
+    """The weights of all matrices whose removal is expected to raise the loss on some text most."""
+    found: list[tuple[float, SuperWeight]] = []
+    for block in stream_gradients(decoder, tokens, together(GRADIENT, FISHER), text_labels):
+        for name, stats in block.items():
+            gradient, fisher = (np.asarray(stats[key]) for key in ("gradient", "fisher"))
+            weight = decoder.tensors.tensor(name).reshape(gradient.shape)
+            found += most_sensitive(name, gradient, fisher, weight, count)
+        found = sorted(found, key=lambda item: -item[0])[:count]
+    return [weight for _, weight in found]
 
 
 def loss_tokens(samples: Samples) -> np.ndarray:
@@ -135,25 +166,26 @@ def loss_tokens(samples: Samples) -> np.ndarray:
     return samples.tokens[longest : longest + 1, :length]
 
 
-def super_weight_table(found: list[SuperWeight], *, has_stacks: bool = False) -> str:
-    """has_stacks: the model has stacks of experts, which are not searched."""
+def super_weight_table(found: list[SuperWeight]) -> str:
     if not found:
-        none = "No super weights: no down projection has a spike that one weight makes."
-        return f"{none} Stacks of experts are not searched." if has_stacks else none
+        return (
+            "No super weights: no down projection has a spike that one weight makes, and no weight that "
+            "gradients point to is missed."
+        )
     cells = [
         (
             str(w.block),
-            f"{w.row}, {w.column}",
+            f"{w.tensor}[{', '.join(map(str, w.place.index))}]",
             f"{w.value:.4g}",
-            f"{w.input:.4g}",
-            f"{w.output:.4g}",
-            f"{w.spike:.0f} ×",
+            *("" if x is None else f"{x:.4g}" for x in (w.input, w.output)),
+            "" if w.spike is None else f"{w.spike:.0f} ×",
             f"{w.loss_change:+.4f}",
+            ", ".join(w.found_by),
         )
         for w in found
     ]
-    header = ("block", "ffn_down[row, column]", "value", "input", "output", "spike", "loss without it")
-    return text_table(header, cells, (0, 1, 2, 3, 4, 5, 6))
+    header = ("block", "weight", "value", "input", "output", "spike", "loss without it", "found by")
+    return text_table(header, cells, (0, 2, 3, 4, 5, 6))
 
 
 def imatrix_of(stats: Mapping[str, Stats], samples: Samples) -> Imatrix:

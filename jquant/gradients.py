@@ -242,17 +242,21 @@ def stream_gradients(
     for stats in tape.restore():
         yield stats
         done += 1
+    if done == n:
+        return
     if done == 0:
         _forward(model, tokens, batch, tape, shape, progress)
-        _into_head(model, tokens, labels, real, batch, tape, shape)
+    behind = tape.cotangents(n - done, shape)
+    if done == 0:
+        _into_head(model, tokens, labels, real, batch, tape.activations(n, shape), behind)
     for i in range(n - 1 - done, -1, -1):
-        x, behind, before = tape.activations(i, shape), tape.cotangents(i + 1, shape), None
-        if i > 0:
-            before = tape.cotangents(i, shape)
+        before = None if i == 0 else tape.cotangents(i, shape)
+        x = tape.activations(i, shape)
         stats = _back_through_block(model, i, calibrator, x, behind, before, real, batch)
         tape.finish(i, stats)
         progress(2 * n - i, 2 * n)
         yield stats
+        behind = x if before is None else before
 
 
 def _forward(
@@ -288,12 +292,11 @@ def _into_head(
     labels: Labels,
     real: np.ndarray,
     batch: int,
-    tape: Tape,
-    shape: tuple[int, ...],
+    y: np.ndarray,
+    g: np.ndarray,
 ) -> None:
-    """The gradient of the loss with respect to what comes out of the last block."""
-    n = len(model.blocks)
-    y, g = tape.activations(n, shape), tape.cotangents(n, shape)
+    """The gradient of the loss with respect to y, what comes out of the last block, into g."""
+    shape = y.shape
     vocab = jax.eval_shape(model.logits, jax.ShapeDtypeStruct((1, 1, shape[2]), jnp.float32)).shape[-1]
     step = max(min(batch, LOGITS // (shape[1] * vocab)), 1)
     for start in range(0, len(y), step):

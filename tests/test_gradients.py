@@ -14,7 +14,8 @@ from scipy.stats import chisquare
 from test_decoder import opened
 from tiny_models import write_tiny
 
-from jquant.calibrate import collect, merge
+from jquant import models
+from jquant.calibrate import SECOND_MOMENTS, collect, merge
 from jquant.core import UserError
 from jquant.gradients import (
     FISHER,
@@ -42,11 +43,11 @@ def whole_gradients(decoder: Decoder, samples: np.ndarray) -> list[dict[str, np.
 
     def loss(params: list[Mapping], x: jax.Array, labels: jax.Array) -> jax.Array:
         for block, p, a in zip(decoder.blocks, params, angles, strict=True):
-            x = block.apply({"params": p}, x, a)
+            x = models.run_block(block, p, x, a)
         logp = jax.nn.log_softmax(decoder.logits(x)[0, :-1], axis=-1)
         return -jnp.sum(logp[jnp.arange(len(labels)), labels])
 
-    gradient, found = jax.jit(jax.grad(loss)), []
+    gradient, found = jax.grad(loss), []  # each block is compiled once for all of its kind
     for sample in samples:
         of_blocks = gradient(params, jnp.asarray(decoder.embed(sample[None])), jnp.asarray(sample[1:]))
         found.append(
@@ -133,8 +134,6 @@ def test_padding_counts_for_nothing(architecture, tmp_path):
 
 
 def test_tokens_are_counted_as_the_importance_matrix_counts_them(tmp_path):
-    from jquant.calibrate import SECOND_MOMENTS
-
     decoder = opened(write_tiny(tmp_path, "MixtralForCausalLM"))
     inputs = collect(decoder, TOKENS, SECOND_MOMENTS, lengths=LENGTHS)
     for name, stats in collect_gradients(decoder, TOKENS, FISHER_ROWS, text_labels, lengths=LENGTHS).items():

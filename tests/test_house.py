@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "quality": CORE | {"plan"},
     "report": CORE | {"formats", "plan", "text"},
     "pipeline": CORE | {"formats", "plan", "transcode"},
-    "analyze": CORE | {"calibrate", "convert", "io", "models", "text", "transforms", "weights"},
+    "analyze": CORE | {"calibrate", "convert", "gradients", "io", "models", "text", "transforms", "weights"},
+    "methods": CORE | {"analyze", "calibrate", "convert", "gradients", "io", "models", "ranges", "weights"},
     "convert": CORE | {"formats", "io", "models", "pipeline", "plan"},
 }
 SOURCES = sorted((ROOT / "jquant").rglob("*.py"))
