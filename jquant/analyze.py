@@ -21,7 +21,7 @@ from jquant import models
 from jquant.calibrate import SECOND_MOMENTS, Progress, Stats, Store, collect
 from jquant.convert import Model
 from jquant.core import UserError
-from jquant.gradients import FISHER, GRADIENT, stream_gradients, text_labels, together
+from jquant.gradients import FISHER, stream_gradients, text_labels
 from jquant.io.checkpoint import Checkpoint
 from jquant.io.imatrix import Imatrix
 from jquant.io.samples import Samples, Text, read_text, sample
@@ -143,11 +143,11 @@ def super_weights(model: Model, samples: Samples) -> list[SuperWeight]:
 def sensitive(decoder: Decoder, tokens: np.ndarray, count: int = CANDIDATES) -> list[SuperWeight]:
     """The weights of all matrices whose removal is expected to raise the loss on some text most."""
     found: list[tuple[float, SuperWeight]] = []
-    for block in stream_gradients(decoder, tokens, together(GRADIENT, FISHER), text_labels):
+    for block in stream_gradients(decoder, tokens, FISHER, text_labels):
         for name, stats in block.items():
-            gradient, fisher = (np.asarray(stats[key]) for key in ("gradient", "fisher"))
-            weight = decoder.tensors.tensor(name).reshape(gradient.shape)
-            found += most_sensitive(name, gradient, fisher, weight, count)
+            fisher = np.asarray(stats["fisher"])
+            weight = decoder.tensors.tensor(name).reshape(fisher.shape)
+            found += most_sensitive(name, fisher, weight, count)
         found = sorted(found, key=lambda item: -item[0])[:count]
     return [weight for _, weight in found]
 

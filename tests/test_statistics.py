@@ -124,7 +124,7 @@ def test_ranges_of_halves_merge_to_those_of_the_whole(moe, text):
     whole = collect(decoder, samples.tokens, RANGES)
     merged = merge(RANGES, *(collect(decoder, samples.tokens[p], RANGES) for p in (slice(1), slice(1, 3))))
     for name, stats in whole.items():
-        np.testing.assert_array_equal(merged[name]["absmax"], stats["absmax"])
+        np.testing.assert_allclose(merged[name]["absmax"], stats["absmax"], rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(merged[name]["sum"], stats["sum"], rtol=1e-4, atol=1e-4)
         # A magnitude may fall to the other side of an edge where a batch of another size rounds otherwise.
         assert np.abs(merged[name]["histogram"] - stats["histogram"]).sum() <= stats["histogram"].sum() / 1000

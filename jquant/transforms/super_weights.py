@@ -12,8 +12,8 @@ the output, the median over rows on the same token. Without the latter, a spike 
 weights of a whole column of ordinary ones. What is usual in a stack, all its experts say together: one expert
 may be given no token but that of the spike.
 
-A *gradient* finds weights of any matrix: `most_sensitive` names candidates from gradients on a text, and
-`harmful` keeps those whose removal does raise the loss.
+A *gradient* finds weights of any matrix: `most_sensitive` names candidates from squared gradients on a
+text, and `harmful` keeps those whose removal does raise the loss.
 """
 
 from __future__ import annotations
@@ -104,7 +104,6 @@ def united(a: Sequence[SuperWeight], b: Sequence[SuperWeight]) -> list[SuperWeig
 
 def most_sensitive(
     name: str,
-    gradient: Float[np.ndarray, "*stack out in"],
     fisher: Float[np.ndarray, "*stack out in"],
     weight: Float[np.ndarray, "*stack out in"],
     count: int,
@@ -112,12 +111,14 @@ def most_sensitive(
     """The `count` weights of one matrix, or stack, whose removal is expected to raise the loss most, and by
     how much it is, largest first.
 
-    name: GGUF's, blk.3.attn_q.weight. gradient: of the loss on some text. fisher: its diagonal, on the same.
+    name: GGUF's, blk.3.attn_q.weight. fisher: the Fisher diagonal of the loss on some text.
     """
     # Removing w is the change −w: L(0) − L(w) = −w g + ½ w² h + O(w³), with h the curvature, for which the
-    # Fisher diagonal stands. For SmolLM2-135M's W[507, 1229] the two terms say 0.10 and 1.26 nats a token, of
-    # which 2.05 is true: without the second one it would not stand out.
-    score = 0.5 * fisher * weight * weight - gradient * weight
+    # Fisher diagonal F stands. The first term is left out. Of the best weight of each of SmolLM2-135M's down
+    # projections, on 512 tokens, the six largest ½ w² F raise the loss by 2.57 nats a token in all, the six
+    # largest |w g| by 2.44, the six largest sums of both terms by 2.32. W[507, 1229] of block 11 has w g =
+    # −0.10 and ½ w² F = 1.26, where 2.05 is true.
+    score = 0.5 * fisher * weight * weight
     _, block, tensor, _ = name.split(".")
     found = []
     for flat in np.argsort(-score, axis=None)[:count]:
