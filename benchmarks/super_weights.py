@@ -61,7 +61,7 @@ def main() -> None:
     print(f"perplexity of the whole model: {np.exp(base):.2f} ({tokens.shape[1]} tokens)\n")
     print("| weight | value | found by | loss without it | perplexity |\n|-|-|-|-|-|")
     for w in sorted([*found, *others], key=lambda w: (w.block, w.tensor, "size" in w.found_by)):
-        place = f"blk.{w.block}.{w.tensor}[{', '.join(map(str, w.place.index))}]"
+        place = f"blk.{w.block}.{w.tensor}[{', '.join(map(str, w.place.at))}]"
         change = w.loss_change or 0.0
         by = ", ".join(w.found_by).replace("size", "no one: the largest other")
         print(f"| {place} | {w.value:.3g} | {by} | {change:+.4f} | {np.exp(base + change):.2f} |")

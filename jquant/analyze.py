@@ -175,7 +175,7 @@ def super_weight_table(found: list[SuperWeight]) -> str:
     cells = [
         (
             str(w.block),
-            f"{w.tensor}[{', '.join(map(str, w.place.index))}]",
+            f"{w.tensor}[{', '.join(map(str, w.place.at))}]",
             f"{w.value:.4g}",
             *("" if x is None else f"{x:.4g}" for x in (w.input, w.output)),
             "" if w.spike is None else f"{w.spike:.0f} ×",

@@ -43,7 +43,7 @@ class Place(NamedTuple):
     """Where a weight is in its block: a matrix and (row, column), a stack and (expert, row, column)."""
 
     tensor: str
-    index: tuple[int, ...]
+    at: tuple[int, ...]
 
 
 # block → weights to leave out; (row, column) alone is of ffn_down
@@ -121,8 +121,10 @@ def most_sensitive(
     score = 0.5 * fisher * weight * weight
     _, block, tensor, _ = name.split(".")
     found = []
-    for flat in np.argsort(-score, axis=None)[:count]:
-        index = tuple(int(i) for i in np.unravel_index(flat, score.shape))
+    flat = score.ravel()
+    best = np.argpartition(-flat, min(count, flat.size) - 1)[:count]
+    for at in best[np.argsort(-flat[best])]:
+        index = tuple(int(i) for i in np.unravel_index(at, score.shape))
         *stacked, row, column = index
         found.append((
             float(score[index]),
