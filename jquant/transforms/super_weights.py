@@ -89,8 +89,17 @@ def with_loss_changes(
     model: BlockwiseModel, weights: Sequence[SuperWeight], tokens: Int[np.ndarray, "s t"]
 ) -> list[SuperWeight]:
     """The same weights, each with what its removal alone does to the loss on `tokens`."""
-    base = loss(model, tokens)
-    return [replace(w, loss_change=loss(model, tokens, {w.block: [w.place]}) - base) for w in weights]
+    x = jnp.asarray(model.embed(tokens))
+    without: dict[int, Array] = {}  # activations of the model without weight k, from its block on
+    for i, block in enumerate(model.blocks):  # each is loaded once for all weights
+        params, angles = model.load_block(i), jnp.asarray(model.angles(i, tokens.shape[1]))
+        without = {k: _run(block, params, y, angles)[0] for k, y in without.items()}
+        for k, w in enumerate(weights):
+            if w.block == i:
+                without[k] = _run(block, _without(params, [w.place]), x, angles)[0]
+        x = _run(block, params, x, angles)[0]
+    base = _loss(model, x, tokens)
+    return [replace(w, loss_change=_loss(model, without[k], tokens) - base) for k, w in enumerate(weights)]
 
 
 def united(a: Sequence[SuperWeight], b: Sequence[SuperWeight]) -> list[SuperWeight]:
@@ -147,6 +156,10 @@ def loss(model: BlockwiseModel, tokens: Int[np.ndarray, "s t"], removed: Removed
     for i, block in enumerate(model.blocks):
         params = _without(model.load_block(i), (removed or {}).get(i, ()))
         x = _run(block, params, x, jnp.asarray(model.angles(i, tokens.shape[1])))[0]
+    return _loss(model, x, tokens)
+
+
+def _loss(model: BlockwiseModel, x: Array, tokens: np.ndarray) -> float:
     logp = jax.nn.log_softmax(model.logits(x)[:, :-1], axis=-1)
     picked = jnp.take_along_axis(logp, jnp.asarray(tokens[:, 1:], jnp.int32)[..., None], axis=-1)
     return -float(jnp.mean(picked))
