@@ -382,7 +382,15 @@ def _not_finite(stats: dict[str, Stats]) -> list[str]:
     return [name for name, s in stats.items() if not all(bool(jnp.isfinite(a).all()) for a in s.values())]
 
 
-def merge(calibrator: Calibrator, a: Mapping[str, Stats], b: Mapping[str, Stats]) -> dict[str, Stats]:
+@runtime_checkable
+class Merges(Protocol):
+    """A calibrator of inputs or of gradients."""
+
+    @property
+    def merge(self) -> Callable[[Stats, Stats], Stats]: ...
+
+
+def merge(calibrator: Merges, a: Mapping[str, Stats], b: Mapping[str, Stats]) -> dict[str, Stats]:
     """The statistics of two runs of one model as if they had been one run.
 
     Raises ValueError where the runs are of different models.
