@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from jquant.io.imatrix import Imatrix
     from jquant.io.samples import Samples
 
+_NAMED = 8  # experts in a line
+
 
 def read(
     model: Model,
@@ -43,33 +45,39 @@ def read(
 
 
 def importance(model: Model, data: Samples, *, batch: int, quiet: bool) -> Imatrix:
-    """The importance matrix, measured; experts whose entry is a guess are named."""
+    """The importance matrix, measured."""
     from jquant import analyze
 
-    progress = no_progress if quiet else block_progress(int(data.lengths.sum()))
-    found = analyze.importance(model, data, batch=batch, progress=progress)
-    if not quiet:
-        show_unreached(found)
+    found = analyze.importance(model, data, batch=batch, progress=progress(data, quiet=quiet))
+    unreached(found, quiet=quiet)
     return found
 
 
-def show_unreached(found: Imatrix) -> dict[str, list[int]]:
-    """Name the experts whose importance is a guess; returns them by tensor."""
-    from jquant.analyze import unreached
+def unreached(found: Imatrix, *, quiet: bool) -> dict[str, list[int]]:
+    """Experts whose importance is a guess, by tensor; they are named."""
+    from jquant import analyze
 
-    guessed = unreached(found)
-    for tensor, experts in guessed.items():
-        _show.remark(f"note: {tensor}: no or one token for experts {experts}; they have their stack's mean.")
+    guessed = analyze.unreached(found)
+    if not quiet:
+        for tensor, experts in guessed.items():
+            more = f" and {len(experts) - _NAMED} more" if len(experts) > _NAMED else ""
+            _show.remark(
+                f"note: {tensor}: no or one token for experts {experts[:_NAMED]}{more}; "
+                "they have their stack's mean."
+            )
     return guessed
 
 
-def block_progress(tokens: int) -> Progress:
+def progress(data: Samples, *, quiet: bool) -> Progress:
     """A line for each block, over the last one on a terminal."""
+    tokens = int(data.lengths.sum())
     start, here = time.monotonic(), 0  # blocks done by this run
 
     def show(done: int, count: int) -> None:
         nonlocal here
         here += 1
+        if quiet:
+            return
         elapsed = time.monotonic() - start
         left = elapsed / here * (count - done)
         text = f"block {done} of {count}, {tokens * here / count / elapsed:.0f} tokens/s, {left:.0f} s left"
@@ -79,7 +87,3 @@ def block_progress(tokens: int) -> Progress:
             _show.remark(text)
 
     return show
-
-
-def no_progress(done: int, count: int) -> None:
-    pass

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from . import _errors, _options, _runtime, _show
+from . import _calibration, _errors, _options, _runtime, _show
 from ._options import OUTPUT
+
+
+class Method(str, Enum):
+    imatrix = "imatrix"
+    fisher = "fisher"
+    hessian = "hessian"
+    ranges = "ranges"
 
 
 @_errors.one_line_errors
@@ -21,10 +28,21 @@ def analyze(
         typer.Option(
             "--output",
             "-o",
-            help="File to write: GGUF, or llama.cpp's older form where its name ends in .dat.",
+            help="File to write: GGUF, or llama.cpp's older form where its name ends in .dat; safetensors "
+            "for the methods hessian and ranges.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    method: Annotated[
+        Method,
+        typer.Option(
+            "--method",
+            "-m",
+            help="imatrix: mean squares of inputs. fisher: mean squares of gradients; --imatrix takes both. "
+            "hessian: products of inputs. ranges: extremes, moments, histograms.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = Method.imatrix,
     calibration: _options.Calibration = None,
     samples: _options.Samples = 512,
     sequence_length: _options.SequenceLength = 512,
@@ -81,11 +99,22 @@ def analyze(
     """
     if resume and checkpoint_dir is None:
         raise typer.BadParameter("needs --checkpoint-dir", param_hint="--resume")
+    if method in (Method.hessian, Method.ranges):
+        if output is None or output.suffix != ".safetensors":
+            hint = f"--method {method.value}"
+            raise typer.BadParameter("needs --output with a name that ends in .safetensors", param_hint=hint)
+        if merge:
+            raise typer.BadParameter(f"adds to no {method.value}", param_hint="--merge")
+    if method is Method.fisher and output is not None and output.suffix == ".dat":
+        raise typer.BadParameter(
+            "a .dat file cannot say that it is of --method fisher", param_hint="--output"
+        )
     start = time.monotonic()
     _runtime.start_jax()
 
     from jquant import analyze as analysis
-    from jquant.analyze import as_json, importance, load_samples, open_checkpoint, rows, table, unreached
+    from jquant import methods, protection
+    from jquant.analyze import as_json, rows, table
     from jquant.convert import open_model
     from jquant.io import check_target, hub
     from jquant.io import imatrix as imatrix_file
@@ -102,39 +131,43 @@ def analyze(
     opened = open_model(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
     for file, matrix in zip(merge or [], earlier, strict=True):
         imatrix_file.check_model(file, matrix, opened.source.specs)
-    data = load_samples(
+        imatrix_file.check_method(file, matrix, method.value)
+    data = _calibration.read(
         opened,
         calibration,
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,
         parse_special=parse_special,
+        quiet=quiet,
     )
     if super_weights:
-        analysis.loss_tokens(data)
-    if not quiet:
-        for remark in data.remarks:
-            _show.remark(f"note: {remark}")
-    store = checkpoint_dir and open_checkpoint(checkpoint_dir, opened, data, batch=batch, resume=resume)
-    progress = _progress(quiet, int(data.lengths.sum()))
-    found = importance(opened, data, batch=batch, store=store, progress=progress)
-    guessed = unreached(found)
-    if not quiet:
-        for tensor, experts in guessed.items():
-            more = f" and {len(experts) - 8} more" if len(experts) > 8 else ""
-            _show.remark(
-                f"note: {tensor}: no or one token for experts {experts[:8]}{more}; "
-                "they have their stack's mean."
-            )
+        protection.loss_tokens(data)
+    found = methods.measure(
+        method.value,
+        opened,
+        data,
+        output=output,
+        seed=seed or 0,
+        batch=batch,
+        checkpoint=checkpoint_dir,
+        resume=resume,
+        force=force,
+        progress=_calibration.progress(data, quiet=quiet),
+    )
+    guessed = _calibration.unreached(found, quiet=quiet)
     found = imatrix_file.merge([*earlier, found])
-    if output is not None and output.suffix == ".dat":
+    if output is None or method.value in methods.STATISTICS:
+        pass  # nothing to write, or written block by block
+    elif output.suffix == ".dat":
         imatrix_file.write_dat(output, found)
-    elif output is not None:
+    else:
         imatrix_file.write_gguf(output, found, force=force)
-    spikes = analysis.super_weights(opened, data) if super_weights else []
+    spikes = protection.super_weights(opened, data) if super_weights else []
     drawn = [] if figures is None else analysis.write_figures(figures, found, spikes, opened.source.specs)
     about = {
         "model": model,
+        "method": method.value,
         "output": None if output is None else str(output),
         "dataset": data.dataset,
         "sha256": data.digest,
@@ -152,31 +185,10 @@ def analyze(
         return
     _show.result(table(rows(found)))
     if super_weights:
-        stacks = any(".ffn_down_exps." in name for name in opened.source.specs)
-        _show.result(f"\n{analysis.super_weight_table(spikes, has_stacks=stacks)}")
+        _show.result(f"\n{protection.table(spikes)}")
     where = f"; written to {output}" if output is not None else ""
     where += f"; {len(drawn)} figures in {figures}" if drawn else ""
     _show.result(
         f"\n{about['tokens']} tokens of {data.dataset} in {about['samples']} samples, "
         f"{about['seconds']:.1f} s{where}"
     )
-
-
-def _progress(quiet: bool, tokens: int):
-    """A line for each block, over the last one on a terminal."""
-    start, here = time.monotonic(), 0  # blocks done by this run
-
-    def show(done: int, count: int) -> None:
-        nonlocal here
-        here += 1
-        if quiet:
-            return
-        elapsed = time.monotonic() - start
-        left = elapsed / here * (count - done)
-        text = f"block {done} of {count}, {tokens * here / count / elapsed:.0f} tokens/s, {left:.0f} s left"
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{text}", end="\n" if done == count else "", file=sys.stderr, flush=True)
-        elif done == count or done % max(count // 8, 1) == 0:
-            _show.remark(text)
-
-    return show

@@ -141,7 +141,7 @@ def quantize(
             help="Protect those that account for this share of the loss which the removal of each costs.",
             rich_help_panel=_TYPES,
         ),
-    ] = 1.0,
+    ] = 0.95,
     effort: Annotated[
         _Effort,
         typer.Option(
@@ -197,7 +197,8 @@ def quantize(
     start = time.monotonic()
     _runtime.start_jax()
 
-    from jquant import analyze as analysis
+    from jquant import protection
+    from jquant.analyze import as_json
     from jquant.convert import open_model, write_gguf
     from jquant.io import check_target, hub
     from jquant.io import imatrix as imatrix_file
@@ -240,11 +241,11 @@ def quantize(
     spikes, protected = [], {}
     if protect_super_weights and data is not None:
         tensor_type(protection_type, "--protection-type")
-        spikes = analysis.super_weights(opened, data)
-        protected = analysis.protected(spikes, protection_coverage)
+        spikes = protection.super_weights(opened, data)
+        protected = protection.protected(spikes, opened.source.specs, protection_coverage)
         planned = protect(planned, protected, protection_type)
         if not quiet:
-            _show.remark(f"note: {analysis.protection_note(spikes, protected)}")
+            _show.remark(f"note: {protection.note(spikes, protected)}")
     if analyze and data is not None and not dry_run:
         importance = _calibration.importance(opened, data, batch=batch, quiet=quiet)
     if not quiet:
@@ -282,7 +283,7 @@ def quantize(
         "model": model,
         "files": [{"path": str(file), "bytes": file.stat().st_size} for file in written.paths],
         "quality": quality.report(),
-        **({"super_weights": analysis.as_json(spikes)} if protect_super_weights else {}),
+        **({"super_weights": as_json(spikes)} if protect_super_weights else {}),
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory_bytes": _runtime.peak_memory(),
     }

@@ -27,12 +27,10 @@ from jquant.io.imatrix import Imatrix
 from jquant.io.samples import Samples, Table, Text, read_text, sample
 from jquant.io.token_ids import from_metadata
 from jquant.text import text_table
-from jquant.transforms.super_weights import SuperWeight, find, with_loss_changes
+from jquant.transforms.super_weights import DENSE, SuperWeight
 from jquant.weights import Weights
 
 ACTIVE = 1e-5  # mean square above which a channel counts as active, as in llama-imatrix --show-statistics
-PROMPT = "Apple Inc. is a worldwide tech company."  # what Yu et al. 2024 search super weights on
-LOSS_TOKENS = 512
 TOP = 3  # channels named in the table
 FIGURES = ("importance", "channels", "concentration", "super_weights")
 
@@ -94,13 +92,20 @@ def importance(
     return imatrix_of(stats, samples)
 
 
-def open_checkpoint(folder: Path, model: Model, samples: Samples, *, batch: int, resume: bool) -> Checkpoint:
-    """A store in `folder` for `importance` of the same arguments.
+def open_checkpoint(
+    folder: Path, model: Model, samples: Samples, *, batch: int, resume: bool, method: str = "imatrix"
+) -> Checkpoint:
+    """A store in `folder` for `importance`, or another method's run, of the same arguments.
 
     Raises UserError where a checkpoint is there and `resume` is false, or it is of another run.
     """
+    return Checkpoint(folder, run_of(model, samples, batch=batch, method=method), resume=resume)
+
+
+def run_of(model: Model, samples: Samples, *, batch: int, method: str) -> dict[str, object]:
+    """Everything that the result of a calibration depends on, as JSON values."""
     files = [file.stat() for file in model.files]
-    run = {
+    return {
         "model": model.path.resolve().name,
         "model files": [[stat.st_size, stat.st_mtime_ns] for stat in files],
         "data": samples.dataset,
@@ -108,80 +113,10 @@ def open_checkpoint(folder: Path, model: Model, samples: Samples, *, batch: int,
         "samples": len(samples.tokens),
         "sequence length": samples.tokens.shape[1],
         "batch": batch,
-        "method": "second moments",
+        "method": method,
         "versions": {name: version(name) for name in ("jquant", "jax", "jaxlib")},
         "device": jax.devices()[0].device_kind,
     }
-    return Checkpoint(folder, run, resume=resume)
-
-
-def super_weights(model: Model, samples: Samples) -> list[SuperWeight]:
-    """Those that spike on a short prompt, and what the removal of each does to the loss on some text."""
-    tokens = loss_tokens(samples)
-    decoder = models.decoder(Weights(model.source), model.metadata)
-    prompt = np.array([from_metadata(model.metadata).encode(PROMPT)])
-    return with_loss_changes(decoder, find(decoder, prompt), tokens)
-
-
-def protected(found: Sequence[SuperWeight], coverage: float) -> dict[str, list[tuple[int, int]]]:
-    """(row, column) of the super weights to protect, by tensor name, for `plan.protect` and `write_gguf`.
-
-    coverage: of the loss that the removal of each would cost, summed over all, the share that the protected
-    ones account for; those that cost most come first. 1 protects all.
-    """
-    costs = [max(w.loss_change or 0.0, 0.0) for w in found]
-    order = sorted(range(len(found)), key=lambda i: -costs[i])
-    wanted, covered = coverage * sum(costs), 0.0
-    out: dict[str, list[tuple[int, int]]] = {}
-    for i in order:
-        if coverage < 1 and covered >= wanted:
-            break
-        covered += costs[i]
-        out.setdefault(f"blk.{found[i].block}.ffn_down.weight", []).append((found[i].row, found[i].column))
-    return out
-
-
-def protection_note(found: Sequence[SuperWeight], positions: Mapping[str, Sequence]) -> str:
-    """What is protected of what was found."""
-    if not found:
-        return "no super weights were found, so none are protected."
-    kept = sum(map(len, positions.values()))
-    return f"super weights: {len(found)} found, {kept} protected, in {', '.join(sorted(positions))}."
-
-
-def loss_tokens(samples: Samples) -> np.ndarray:
-    """[1, t]: the longest sample, without its padding, for `super_weights` to measure the loss on.
-
-    Raises UserError where it is too short for a loss.
-    """
-    longest = int(samples.lengths.argmax())
-    length = min(LOSS_TOKENS, int(samples.lengths[longest]))
-    if length < 2:
-        raise UserError(
-            f"{samples.dataset}: its longest sample has {length} tokens, and a loss needs 2; give more text."
-        )
-    return samples.tokens[longest : longest + 1, :length]
-
-
-def super_weight_table(found: list[SuperWeight], *, has_stacks: bool = False) -> str:
-    """has_stacks: the model has stacks of experts, which are not searched."""
-    if not found:
-        none = "No super weights: no down projection has a spike that one weight makes."
-        return f"{none} Stacks of experts are not searched." if has_stacks else none
-    cells = [
-        (
-            str(w.block),
-            f"{w.row}, {w.column}",
-            f"{w.value:.4g}",
-            f"{w.input:.4g}",
-            f"{w.output:.4g}",
-            f"{w.spike:.0f} ×",
-            f"{w.loss_change:+.4f}",
-        )
-        for w in found
-    ]
-    header = ("block", "ffn_down[row, column]", "value", "input", "output", "spike", "loss without it")
-    return text_table(header, cells, (0, 1, 2, 3, 4, 5, 6))
 
 
 def imatrix_of(stats: Mapping[str, Stats], samples: Samples) -> Imatrix:
@@ -253,7 +188,7 @@ def _place(tensor: str) -> tuple[bool, bool]:
 def write_figures(
     folder: Path, imatrix: Imatrix, spikes: Sequence[SuperWeight], specs: Mapping[str, TensorSpec]
 ) -> list[Path]:
-    """The files written, PNG and SVG: each of FIGURES, super_weights only where there are any.
+    """The files written, PNG and SVG: each of FIGURES, super_weights only where ffn_down has any.
 
     specs: of the model.
     """
@@ -265,13 +200,14 @@ def write_figures(
         "channels": figures.channels(inputs),
         "concentration": figures.concentration(inputs),
     }
-    if spikes:
+    of_down = [w for w in spikes if w.tensor == DENSE]
+    if of_down:
         shapes = {
             int(match[1]): (spec.rows, spec.cols)
             for name, spec in specs.items()
             if (match := re.fullmatch(r"blk\.(\d+)\.ffn_down\.weight", name))
         }
-        places = [(w.block, w.row, w.column, w.loss_change or 0.0) for w in spikes]
+        places = [(w.block, w.row, w.column, w.loss_change or 0.0) for w in of_down]
         drawn["super_weights"] = figures.super_weights(places, shapes)
     return [path for name, figure in drawn.items() for path in figures.save(figure, folder, name)]
 

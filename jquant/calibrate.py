@@ -10,8 +10,8 @@ any order, and a stack of experts has one set for each, of the tokens that the r
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -41,15 +41,17 @@ class Calibrator(NamedTuple):
     merge: Callable[[Stats, Stats], Stats]
 
 
-def _sum(a: Stats, b: Stats) -> Stats:
+def add(a: Stats, b: Stats) -> Stats:
+    """The merge of statistics that are all sums."""
     return {name: a[name] + b[name] for name in a}
 
 
-def _largest(a: Stats, b: Stats) -> Stats:
-    return {name: a[name] + b[name] if name == "count" else jnp.maximum(a[name], b[name]) for name in a}
+def add_or_raise(a: Stats, b: Stats) -> Stats:
+    """The merge of statistics that are sums, but "absmax" a maximum."""
+    return {name: jnp.maximum(a[name], b[name]) if name == "absmax" else a[name] + b[name] for name in a}
 
 
-def _count(weight: Float[Array, " n"]) -> Int[Array, ""]:
+def count_of(weight: Float[Array, " n"]) -> Int[Array, ""]:
     return jnp.sum(weight > 0, dtype=jnp.int32)
 
 
@@ -58,33 +60,33 @@ def _init_vector(name: str) -> Callable[[int], Stats]:
 
 
 def _add_squares(stats: Stats, x: Float[Array, "n width"], weight: Float[Array, " n"]) -> Stats:
-    return _sum(stats, {"sum2": jnp.einsum("ni,ni,n->i", x, x, weight), "count": _count(weight)})
+    return add(stats, {"sum2": jnp.einsum("ni,ni,n->i", x, x, weight), "count": count_of(weight)})
 
 
 def _add(stats: Stats, x: Float[Array, "n width"], weight: Float[Array, " n"]) -> Stats:
-    return _sum(stats, {"sum": jnp.einsum("ni,n->i", x, weight), "count": _count(weight)})
+    return add(stats, {"sum": jnp.einsum("ni,n->i", x, weight), "count": count_of(weight)})
 
 
 def _raise(stats: Stats, x: Float[Array, "n width"], weight: Float[Array, " n"]) -> Stats:
     absmax = jnp.max(jnp.abs(x) * weight[:, None], axis=0)
-    return _largest(stats, {"absmax": absmax, "count": _count(weight)})
+    return add_or_raise(stats, {"absmax": absmax, "count": count_of(weight)})
 
 
 def _add_products(stats: Stats, x: Float[Array, "n width"], weight: Float[Array, " n"]) -> Stats:
     xtx = jnp.einsum("ni,nj->ij", x * weight[:, None], x, precision=lax.Precision.HIGHEST)
-    return _sum(stats, {"xtx": xtx, "count": _count(weight)})
+    return add(stats, {"xtx": xtx, "count": count_of(weight)})
 
 
 # Σ x²: the imatrix. Σ x. max |x|. All float32 [width], beside "count", the number of tokens.
-SECOND_MOMENTS = Calibrator(_init_vector("sum2"), _add_squares, _sum)
-MEANS = Calibrator(_init_vector("sum"), _add, _sum)
-ABSOLUTE_MAXIMA = Calibrator(_init_vector("absmax"), _raise, _largest)
+SECOND_MOMENTS = Calibrator(_init_vector("sum2"), _add_squares, add)
+MEANS = Calibrator(_init_vector("sum"), _add, add)
+ABSOLUTE_MAXIMA = Calibrator(_init_vector("absmax"), _raise, add_or_raise)
 # Σ xᵀx, float32 [width, width], symmetric: the Hessian of the layer's squared error. Costs width/out of the
 # layer itself: 2 · tokens · width² operations.
 HESSIAN = Calibrator(
     lambda width: {"xtx": jnp.zeros((width, width), jnp.float32), "count": jnp.zeros((), jnp.int32)},
     _add_products,
-    _sum,
+    add,
 )
 
 
@@ -92,7 +94,7 @@ HESSIAN = Calibrator(
 class Store(Protocol):
     """Where activations lie between blocks, and what an interrupted run left there."""
 
-    def restore(self) -> list[dict[str, Stats]]:
+    def restore(self) -> Iterable[dict[str, Stats]]:
         """The statistics of the blocks that are done, in order; the activations behind them are there too."""
         ...
 
@@ -117,25 +119,32 @@ class Scratch:
         return []
 
     def activations(self, block: int, shape: tuple[int, ...]) -> np.ndarray:
-        size = 4 * int(np.prod(shape, dtype=np.int64))
-        if self._array is None and size <= self._in_memory:
-            self._array = np.empty(shape, np.float32)
-        elif self._array is None:
-            folder = self._folder or Path(tempfile.gettempdir())
-            try:
-                with tempfile.TemporaryFile(dir=folder, prefix="jquant-") as file:
-                    reserve(cast(BinaryIO, file), size)
-                    mapped = np.memmap(file, np.float32, "r+", shape=shape)
-            except OSError as error:
-                raise OutputError(
-                    f"{folder}: cannot take {human_size(size)} of activations: {error.strerror}; free some "
-                    "space, set TMPDIR to a folder of another disk, or use fewer samples."
-                ) from error
-            self._array = cast(np.ndarray, mapped)
+        if self._array is None:
+            self._array = scratch(shape, self._folder, self._in_memory)
         return self._array
 
     def finish(self, block: int, stats: dict[str, Stats]) -> None:
         pass
+
+
+def scratch(shape: tuple[int, ...], folder: Path | None, in_memory: int) -> np.ndarray:
+    """float32, in memory, or in a file without a name where it is larger than `in_memory` bytes.
+
+    Raises OutputError where the folder, default: the system's for temporary files, cannot take it.
+    """
+    size = 4 * int(np.prod(shape, dtype=np.int64))
+    if size <= in_memory:
+        return np.empty(shape, np.float32)
+    folder = folder or Path(tempfile.gettempdir())
+    try:
+        with tempfile.TemporaryFile(dir=folder, prefix="jquant-") as file:
+            reserve(cast(BinaryIO, file), size)
+            return cast(np.ndarray, np.memmap(file, np.float32, "r+", shape=shape))
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot take {human_size(size)} of activations: {error.strerror}; free some "
+            "space, set TMPDIR to a folder of another disk, or use fewer samples."
+        ) from error
 
 
 def collect(
@@ -150,7 +159,27 @@ def collect(
 ) -> dict[str, Stats]:
     """The statistics of every matrix of every block, by GGUF tensor name; those of stacks [experts, …].
 
-    They lie in the host's memory, whatever device they were made on.
+    Arguments and errors are those of `stream`.
+    """
+    found: dict[str, Stats] = {}
+    blocks = stream(model, tokens, calibrator, lengths=lengths, batch=batch, store=store, progress=progress)
+    for i, block in enumerate(blocks):
+        found |= {name: block[first] for name, first in shared_inputs(model, i).items()}
+    return found
+
+
+def stream(
+    model: BlockwiseModel,
+    tokens: Int[np.ndarray, "s t"],
+    calibrator: Calibrator,
+    *,
+    lengths: Int[np.ndarray, " s"] | None = None,
+    batch: int = 4,
+    store: Store | None = None,
+    progress: Progress = lambda done, count: None,
+) -> Iterator[dict[str, Stats]]:
+    """Block after block, the statistics of each distinct input, by the first name that `shared_inputs` has
+    for it. They lie in the host's memory, whatever device they were made on.
 
     lengths: real tokens of each sample, the rest being padding at its end; default: all. batch: samples on
     the device at a time. store: default, memory or a temporary file; one that remembers continues a run.
@@ -158,23 +187,70 @@ def collect(
     Raises UserError, with tensor and sample, where an input is no finite number.
     """
     samples, length = tokens.shape
-    real = np.asarray(np.full(samples, length) if lengths is None else lengths, np.int32)
+    real = real_tokens(tokens, lengths)
     shape = (samples, length, model.embed(tokens[:0]).shape[-1])
     store = Scratch() if store is None else store
-    found = store.restore()
-    count, done = len(model.blocks), len(found)
-    if done < count:
-        x = store.activations(done, shape)
-        if done == 0:
-            for start in range(0, samples, _EMBEDDED):
-                x[start : start + _EMBEDDED] = model.embed(tokens[start : start + _EMBEDDED])
-        for i in range(done, count):
-            y = None if i == count - 1 else store.activations(i + 1, shape)
-            found.append(_through_block(model, i, calibrator, x, y, real, min(batch, samples)))
-            store.finish(i, found[-1])
-            x = x if y is None else y
-            progress(i + 1, count)
-    return {name: stats for block in found for name, stats in block.items()}
+    count, done = len(model.blocks), 0
+    for stats in store.restore():
+        yield stats
+        done += 1
+    if done == count:
+        return
+    x = store.activations(done, shape)
+    if done == 0:
+        embed_into(x, model, tokens)
+    for i in range(done, count):
+        y = None if i == count - 1 else store.activations(i + 1, shape)
+        stats = _through_block(model, i, calibrator, x, y, real, min(batch, samples))
+        store.finish(i, stats)
+        progress(i + 1, count)
+        yield stats
+        x = x if y is None else y
+
+
+def real_tokens(
+    tokens: Int[np.ndarray, "s t"], lengths: Int[np.ndarray, " s"] | None
+) -> Int[np.ndarray, " s"]:
+    return np.asarray(np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths, np.int32)
+
+
+def embed_into(x: np.ndarray, model: BlockwiseModel, tokens: Int[np.ndarray, "s t"]) -> None:
+    for start in range(0, len(tokens), _EMBEDDED):
+        x[start : start + _EMBEDDED] = model.embed(tokens[start : start + _EMBEDDED])
+
+
+def shared_inputs(model: BlockwiseModel, i: int) -> dict[str, str]:
+    """Each matrix of block i → the first in the order of their names that is given the very same input.
+
+    Full GGUF tensor names; that first one maps to itself.
+    """
+    width, pairs = model.embed(np.zeros((0, 1), np.int64)).shape[-1], model.angles(i, 1).shape[-1]
+    found = _shared(model.blocks[i], width, pairs)
+    return {f"blk.{i}.{name}.weight": f"blk.{i}.{first}.weight" for name, first in found}
+
+
+@cache
+def _shared(block: Block, width: int, pairs: int) -> tuple[tuple[str, str], ...]:
+    found: dict[str, str] = {}
+
+    def trace(params: Mapping, x: Array, angles: Array) -> None:
+        shown = block.apply({"params": params}, x, angles, mutable="inputs")[1]["inputs"]
+        # While a block is traced, one value is one object, however many matrices it is given to.
+        first: dict[int, str] = {}
+        for name in sorted(shown):
+            found[name] = first.setdefault(id(shown[name]["x"]), name)
+
+    params: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for parameter, shape in block.shapes:
+        module, _, kind = parameter.partition(".")
+        # A matrix of one row is stored as a vector.
+        matrix = kind == "weight" and "norm" not in module and len(shape) == 1
+        params.setdefault(module, {})[kind] = jax.ShapeDtypeStruct(
+            (1, *shape) if matrix else shape, jnp.float32
+        )
+    x = jax.ShapeDtypeStruct((1, 1, width), jnp.float32)
+    jax.eval_shape(trace, params, x, jax.ShapeDtypeStruct((1, pairs), jnp.float32))
+    return tuple(found.items())
 
 
 def _through_block(
@@ -189,18 +265,24 @@ def _through_block(
     """All samples x [s, t, width] through block i, into y where wanted; its statistics, on the host."""
     block, host = model.blocks[i], jax.devices("cpu")[0]
     params, angles = model.load_block(i), jnp.asarray(model.angles(i, x.shape[1]))
-    stats = _init(block, calibrator)
+    distinct = {first.split(".", 2)[2].removesuffix(".weight") for first in shared_inputs(model, i).values()}
+    made = init_all(block, lambda shape: calibrator.init(shape[-1]))
+    stats = empty = {name: made[name] for name in made if name in distinct}
     for start in range(0, len(x), batch):
         part = slice(start, min(start + batch, len(x)))
-        given, real = _padded(x[part], batch), _padded(lengths[part], batch)
+        given, real = padded(x[part], batch), padded(lengths[part], batch)
         out, stats = _step(block, calibrator, params, stats, given, angles, real)
-        _check_finite(stats, partial(_step, block, calibrator, params), given, angles, real, i, start)
+
+        def alone(k: int, given: Array = given, real: Array = real) -> dict[str, Stats]:
+            return _step(block, calibrator, params, empty, given[k : k + 1], angles, real[k : k + 1])[1]
+
+        check_finite(stats, alone, "input", i, range(start, part.stop))
         if y is not None:
             y[part] = out[: part.stop - start]
     return {f"blk.{i}.{name}.weight": jax.device_put(s, host) for name, s in stats.items()}
 
 
-def _padded(part: np.ndarray, batch: int) -> Array:
+def padded(part: np.ndarray, batch: int) -> Array:
     """The last batch too has `batch` samples, the missing ones of length 0: one shape, one compilation."""
     return jnp.asarray(np.pad(part, [(0, batch - len(part))] + [(0, 0)] * (part.ndim - 1)))
 
@@ -208,13 +290,13 @@ def _padded(part: np.ndarray, batch: int) -> Array:
 _EMBEDDED = 256  # samples whose embedding is read at a time: one pass over the matrix for each
 
 
-def _init(block: Block, calibrator: Calibrator) -> dict[str, Stats]:
-    """Statistics of no tokens for every matrix of the block; a stack of experts has one for each."""
+def init_all(block: Block, init: Callable[[tuple[int, ...]], Stats]) -> dict[str, Stats]:
+    """Statistics of no tokens for every matrix of the block, init(shape) each; a stack has one per expert."""
     found = {}
     for parameter, shape in block.shapes:
         name, _, kind = parameter.partition(".")
         if kind == "weight" and "norm" not in name:
-            one = calibrator.init(shape[-1])
+            one = init(shape[-2:] if len(shape) > 1 else (1, *shape))
             if len(shape) > 2:
                 one = jax.tree.map(lambda a, n=shape[0]: jnp.broadcast_to(a, (n, *a.shape)), one)
             found[name] = one
@@ -233,43 +315,66 @@ def _step(
 ) -> tuple[Float[Array, "s t width"], dict[str, Stats]]:
     """The block's output, and the statistics with its inputs added."""
     y, shown = block.apply({"params": params}, x, angles, mutable="inputs")
-    weight = (jnp.arange(x.shape[1])[None] < real[:, None]).astype(jnp.float32).reshape(-1)
-    updated = {}
-    for name, inputs in shown["inputs"].items():
-        if "expert" in inputs:
-            token = inputs["token"]
-            of_row = jnp.where(token >= 0, weight[jnp.maximum(token, 0)], 0.0)
-            rows = (inputs["x"], inputs["expert"], of_row)
-            updated[name] = lax.scan(partial(_add_tile, calibrator), stats[name], rows)[0]
-        else:
-            updated[name] = calibrator.update(stats[name], inputs["x"].reshape(weight.size, -1), weight)
+    weight = weights_of(x, real)
+    updated = {
+        name: add_rows(
+            calibrator.update, before, shown["inputs"][name], (shown["inputs"][name]["x"],), weight
+        )
+        for name, before in stats.items()
+    }
     return y, updated
 
 
-def _add_tile(calibrator: Calibrator, stats: Stats, tile: tuple[Array, Array, Array]) -> tuple[Stats, None]:
-    x, expert, weight = tile
-    one = calibrator.update({name: value[expert] for name, value in stats.items()}, x, weight)
-    return {name: value.at[expert].set(one[name]) for name, value in stats.items()}, None
+def weights_of(x: Float[Array, "s t width"], real: Int[Array, " s"]) -> Float[Array, " n"]:
+    """1 for each real token, 0 for padding."""
+    return (jnp.arange(x.shape[1])[None] < real[:, None]).astype(jnp.float32).reshape(-1)
 
 
-def _check_finite(
-    stats: dict[str, Stats], step: Callable, x: Array, angles: Array, real: Array, block: int, first: int
+def add_rows(
+    update: Callable[..., Stats],
+    stats: Stats,
+    inputs: Mapping[str, Array],
+    rows: tuple[Array, ...],
+    weight: Float[Array, " n"],
+) -> Stats:
+    """The statistics of one matrix after update(statistics, *rows, weight).
+
+    inputs: what the block shows of it. rows: arrays with a row for each of inputs["x"]. In a stack each row
+    goes to its expert's statistics.
+    """
+    if "expert" not in inputs:
+        return update(stats, *(a.reshape(weight.size, -1) for a in rows), weight)
+    token = inputs["token"]
+    of_row = jnp.where(token >= 0, weight[jnp.maximum(token, 0)], 0.0)
+
+    def add_tile(stats: Stats, tile: tuple[Array, Array, tuple[Array, ...]]) -> tuple[Stats, None]:
+        expert, weight, rows = tile
+        one = update({name: value[expert] for name, value in stats.items()}, *rows, weight)
+        return {name: value.at[expert].set(one[name]) for name, value in stats.items()}, None
+
+    return lax.scan(add_tile, stats, (inputs["expert"], of_row, rows))[0]
+
+
+def check_finite(
+    stats: dict[str, Stats], alone: Callable[[int], dict[str, Stats]], what: str, block: int, samples: range
 ) -> None:
-    """Raise for the first sample of this batch that makes a statistic infinite or not a number."""
+    """Raise for the first sample of a batch that makes a statistic infinite or not a number.
+
+    alone(k): the statistics of the batch's sample k and no other.
+    """
     if not _not_finite(stats):
         return
-    for k in range(x.shape[0]):
-        empty = jax.tree.map(jnp.zeros_like, stats)
-        names = _not_finite(step(empty, x[k : k + 1], angles, real[k : k + 1])[1])
+    for k, sample in enumerate(samples):
+        names = _not_finite(alone(k))
         if names:
             raise UserError(
-                f"blk.{block}.{names[0]}.weight: its input is not finite in sample {first + k} (from 0); the "
+                f"blk.{block}.{names[0]}.weight: its {what} is not finite in sample {sample} (from 0); the "
                 "model is damaged, or float32 is too small for it. Leave that sample out to see which."
             )
     names = _not_finite(stats)
     raise UserError(
-        f"blk.{block}.{names[0]}.weight: the sum over samples up to {first + x.shape[0] - 1} is too large "
-        "for float32; calibrate on less text."
+        f"blk.{block}.{names[0]}.weight: the sum over samples up to {samples[-1]} is too large for float32; "
+        "calibrate on less text."
     )
 
 
@@ -277,7 +382,15 @@ def _not_finite(stats: dict[str, Stats]) -> list[str]:
     return [name for name, s in stats.items() if not all(bool(jnp.isfinite(a).all()) for a in s.values())]
 
 
-def merge(calibrator: Calibrator, a: Mapping[str, Stats], b: Mapping[str, Stats]) -> dict[str, Stats]:
+@runtime_checkable
+class Merges(Protocol):
+    """A calibrator of inputs or of gradients."""
+
+    @property
+    def merge(self) -> Callable[[Stats, Stats], Stats]: ...
+
+
+def merge(calibrator: Merges, a: Mapping[str, Stats], b: Mapping[str, Stats]) -> dict[str, Stats]:
     """The statistics of two runs of one model as if they had been one run.
 
     Raises ValueError where the runs are of different models.

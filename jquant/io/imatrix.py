@@ -2,7 +2,8 @@
 
 GGUF form: general.type "imatrix", imatrix.datasets (strings), imatrix.chunk_count u32,
 imatrix.chunk_size u32; for each matrix NAME the tensors NAME.in_sum2 F32 [n_mat, ne0], sums of squares, and
-NAME.counts F32 [n_mat, 1], how many tokens each sum has. Stacked experts have n_mat matrices.
+NAME.counts F32 [n_mat, 1], how many tokens each sum has. Stacked experts have n_mat matrices. Ours says by
+jquant.method where the sums are of something else than squares of inputs.
 
 Older form (.dat), little endian:
 
@@ -22,12 +23,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from jquant.core import Metadata, OutputError, TensorSpec, UserError
+from jquant.core import Metadata, MetadataValue, OutputError, TensorSpec, UserError
 from jquant.io._gguf_header import MAGIC
 from jquant.io.gguf import GgufSource
 from jquant.io.gguf_sink import GgufSink
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_METHOD = "jquant.method"
+IMATRIX = "imatrix"
 _LONGEST_NAME = 1024  # bytes; a longer one means that these bytes are no .dat file
 
 
@@ -44,6 +47,7 @@ class Imatrix:
     datasets: list[str]
     chunk_count: int
     chunk_size: int  # tokens; 0 where the file does not say
+    method: str = IMATRIX  # what made it: mean squares of inputs, or another importance ("fisher")
 
     def importance(self, spec: TensorSpec) -> Float32[np.ndarray, "n_mat ne0"] | None:
         """The entry of a tensor, one row a matrix: a stack [experts, rows, cols] gets [experts, cols].
@@ -112,13 +116,14 @@ def _floats(path: Path, source: GgufSource, name: str) -> Float32[np.ndarray, "r
     return source.read(name).view("<f4")
 
 
-def _about(metadata: Metadata) -> tuple[list[str], int, int]:
+def _about(metadata: Metadata) -> tuple[list[str], int, int, str]:
     datasets = metadata.get("imatrix.datasets", [])
     chunks, size = (metadata.get(f"imatrix.chunk_{what}", np.uint32(0)) for what in ("count", "size"))
     return (
         datasets if isinstance(datasets, list) else [],
         int(chunks) if isinstance(chunks, np.integer) else 0,
         int(size) if isinstance(size, np.integer) else 0,
+        str(metadata.get(_METHOD, IMATRIX)),
     )
 
 
@@ -192,13 +197,27 @@ def check_model(path: Path, imatrix: Imatrix, specs: Mapping[str, TensorSpec]) -
             raise UserError(f"{path}: {error}") from None
 
 
+def check_method(path: Path, imatrix: Imatrix, method: str) -> None:
+    """UserError where a file's imatrix was made by another method."""
+    if imatrix.method != method:
+        raise UserError(
+            f"{path}: was made by method {imatrix.method}, not {method}; merge what one method made."
+        )
+
+
 def merge(matrices: Sequence[Imatrix]) -> Imatrix:
     """One imatrix of everything that several were made of: means weighted by their counts.
 
     A .dat file counts in chunks and knows no stacks: it takes the chunk size and the stacks of the others, as
     llama-imatrix reads such files. Matrices that only some of them have are taken from those: whether all are
-    of one model, `check_model` says. Raises UserError where the sizes of an entry differ.
+    of one model, `check_model` says. Raises UserError where the sizes of an entry or the methods differ.
     """
+    methods = sorted({m.method for m in matrices})
+    if len(methods) > 1:
+        raise UserError(
+            f"importance matrices of different methods do not merge: {' and '.join(methods)}; "
+            "use those of one method."
+        )
     size = max((m.chunk_size for m in matrices), default=0)
     entries: dict[str, np.ndarray] = {}
     counts: dict[str, np.ndarray] = {}
@@ -220,17 +239,20 @@ def merge(matrices: Sequence[Imatrix]) -> Imatrix:
         mean = np.where(seen, sums / np.where(seen, total[:, None], 1), 1)
         entries[name], counts[name] = mean.astype(np.float32), total.astype(np.float32)
     datasets = list(dict.fromkeys(name for m in matrices for name in m.datasets))
-    return Imatrix(entries, counts, datasets, sum(m.chunk_count for m in matrices), size)
+    chunks = sum(m.chunk_count for m in matrices)
+    return Imatrix(entries, counts, datasets, chunks, size, methods[0] if methods else IMATRIX)
 
 
 def write_gguf(path: Path, imatrix: Imatrix, *, force: bool = False) -> None:
     """The form that llama-imatrix writes and llama-quantize reads. Raises OutputError as GgufSink does."""
-    metadata = {
+    metadata: dict[str, MetadataValue] = {
         "general.type": "imatrix",
         "imatrix.datasets": imatrix.datasets,
         "imatrix.chunk_count": np.uint32(imatrix.chunk_count),
         "imatrix.chunk_size": np.uint32(imatrix.chunk_size),
     }
+    if imatrix.method != IMATRIX:
+        metadata[_METHOD] = imatrix.method
     arrays = {}
     for name in sorted(imatrix.entries):
         count = imatrix.counts[name]
@@ -248,8 +270,13 @@ def write_dat(path: Path, imatrix: Imatrix) -> None:
     """The older form, for tools that know no other. It has one count a matrix: chunks, rounded up.
 
     Matrices that no token reached at all are left out, as llama-imatrix does. Of several datasets the file
-    names the last. An existing file is replaced. Raises OutputError where the file cannot be written.
+    names the last. An existing file is replaced. Raises OutputError where the file cannot be written,
+    UserError for another importance than mean squares of inputs, which this form cannot tell apart.
     """
+    if imatrix.method != IMATRIX:
+        raise UserError(
+            f"{path}: a .dat file cannot say that method {imatrix.method} made it; name the output .gguf."
+        )
     stored = {name: entry for name, entry in sorted(imatrix.entries.items()) if imatrix.counts[name].any()}
     parts = [struct.pack("<i", len(stored))]
     for name, entry in stored.items():

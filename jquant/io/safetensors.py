@@ -30,10 +30,11 @@ _TORCH = ("*.bin", "*.pt", "*.pth")
 
 
 @dataclass(frozen=True)
-class _File:
+class File:
     path: Path
     specs: dict[str, TensorSpec]
     offsets: dict[str, int]  # absolute, in bytes
+    metadata: dict[str, str]
 
 
 class SafetensorsSource:
@@ -47,7 +48,7 @@ class SafetensorsSource:
         """Reads headers only. Raises UserError where one is not sound, or a file or a tensor is missing."""
         self.path = path
         self.files, index = _files(path)
-        files = [_parse(p) for p in self.files]
+        files = [parse(p) for p in self.files]
         self._specs: dict[str, TensorSpec] = {}
         self._where: dict[str, tuple[Path, int]] = {}
         for file in files:
@@ -128,7 +129,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return index
 
 
-def _parse(path: Path) -> _File:
+def parse(path: Path) -> File:
     """The header of one file, checked: tensors follow one another and end where the file ends."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -141,7 +142,7 @@ def _parse(path: Path) -> _File:
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_unique)
-        header.pop("__metadata__", None)
+        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
         entries = {name: _entry(path, name, value) for name, value in header.items()}
     except UserError:
         raise
@@ -165,8 +166,11 @@ def _parse(path: Path) -> _File:
         raise UserError(
             f"{path}: tensors end at byte {data + end}, but the file has {size}: it {what}; download again."
         )
-    return _File(
-        path, {n: spec for n, (spec, *_) in ordered}, {n: data + begin for n, (_, begin, _) in ordered}
+    return File(
+        path,
+        {n: spec for n, (spec, *_) in ordered},
+        {n: data + begin for n, (_, begin, _) in ordered},
+        metadata,
     )
 
 

@@ -8,6 +8,8 @@ A matrix `blk.3.attn_q.weight` of the file is the parameter attn_q/weight of blo
 
 Every product with a matrix goes through Linear or Experts, which show what they are given in the collection
 "inputs": `block.apply(variables, x, angles, mutable="inputs")`. Nothing is stored unless that is asked for.
+What the collection "nudges" has for them, {"attn_q": {"y": …}}, is added to their outputs: the gradient with
+respect to an output is that with respect to its nudge.
 
 Terms. s: samples. t: tokens of a sample. g: groups of heads that share a key. r: heads of a group.
 """
@@ -46,7 +48,7 @@ class Linear(nn.Module):
         y = lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=PRECISION)
         if self.bias:
             y = y + jnp.broadcast_to(self.param("bias", nn.initializers.zeros, self.shape[:1]), y.shape)
-        return y
+        return _nudged(self, y)
 
 
 class Experts(nn.Module):
@@ -66,12 +68,17 @@ class Experts(nn.Module):
     ) -> Float[Array, "tiles tile out"]:
         _show(self, x=x, expert=expert, token=token)
         weight = self.param("weight", nn.initializers.lecun_normal(batch_axis=(0,)), self.shape)
-        return lax.map(lambda tile: jnp.dot(tile[0], weight[tile[1]].T, precision=PRECISION), (x, expert))
+        y = lax.map(lambda tile: jnp.dot(tile[0], weight[tile[1]].T, precision=PRECISION), (x, expert))
+        return _nudged(self, y)
 
 
 def _show(module: nn.Module, **inputs: Array) -> None:
     for name, value in inputs.items():
         module.sow("inputs", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: jnp.zeros(()))
+
+
+def _nudged(module: nn.Module, y: Array) -> Array:
+    return y + module.get_variable("nudges", "y") if module.has_variable("nudges", "y") else y
 
 
 class RMSNorm(nn.Module):

@@ -193,7 +193,7 @@ def plan(
     _check_used(rules, output_type, embedding_type, specs, quantizable, is_tied=model.is_tied)
     can_fall_back = {spec.name for spec in quantizable}
     entries = tuple(
-        _fitted(spec, chosen[spec.name])
+        fitted(spec, chosen[spec.name])
         if spec.name in can_fall_back
         else Entry(spec.name, spec.shape, spec.type, chosen[spec.name].type, chosen[spec.name].reason)
         for spec in specs.values()
@@ -269,7 +269,7 @@ def _by_user(
     return None
 
 
-def _fitted(spec: TensorSpec, choice: Choice) -> Entry:
+def fitted(spec: TensorSpec, choice: Choice) -> Entry:
     """The entry of this choice, or of its fallback where the row is no whole number of blocks."""
     block, _ = block_and_bytes(choice.type)
     if spec.cols % block == 0:

@@ -1,21 +1,27 @@
-"""Super weights: single weights of down projections without which a model is lost.
+"""Super weights: single weights without which a model is lost. Two ways to find them, and a measure.
 
-Such a weight W[row, column] makes a spike: on one token of any prompt the input of the down projection is far
+A *spike* is made by a weight W[row, column] of a down projection: on one token of any prompt its input is far
 above usual in one column, its output in one row, and the product of the two with the weight between them is
 most of that output. Weights are searched block by block on one prompt, those found are taken out, and the
-search is repeated until there is none, for one may hide another.
+search is repeated until there is none, for one may hide another. In a stack of experts each is judged on the
+tokens that the router sends to it.
 
 Source: Yu et al. 2024, The Super Weight in Large Language Models, section 3.1. They read spikes off plots;
 here a spike is SPIKE times what is usual: the median over tokens of each token's largest magnitude and, for
 the output, the median over rows on the same token. Without the latter, a spike of the input would make super
-weights of a whole column of ordinary ones.
+weights of a whole column of ordinary ones. What is usual in a stack, all its experts say together: one expert
+may be given no token but that of the spike.
+
+A *gradient* finds weights of any matrix: `most_sensitive` names candidates from squared gradients on a
+text, and `harmful` keeps those whose removal does raise the loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +34,20 @@ from jquant.core import Block, BlockwiseModel
 SPIKE = 20.0
 SHARE = 0.5  # of the output, that comes through the one weight
 ROUNDS = 8  # of searching again without those found
+HARMFUL = 0.1  # nats a token: perplexity rises by 10% without a weight that the gradient found
+DOWN = ("ffn_down", "ffn_down_exps", "ffn_down_shexp")  # where spikes are searched
+DENSE, STACK = DOWN[:2]
 
-Removed = Mapping[int, Sequence[tuple[int, int]]]  # block → (row, column) of its down projection
+
+class Place(NamedTuple):
+    """Where a weight is in its block: a matrix and (row, column), a stack and (expert, row, column)."""
+
+    tensor: str
+    at: tuple[int, ...]
+
+
+# block → weights to leave out; (row, column) alone is of ffn_down
+Removed = Mapping[int, Sequence[Place | tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -38,24 +56,32 @@ class SuperWeight:
     row: int
     column: int
     value: float
-    input: float  # what the weight is multiplied by, on the token of the spike
-    output: float  # the spike
-    spike: float  # the output by what is usual in this block
+    input: float | None = None  # what the weight is multiplied by, on the token of the spike
+    output: float | None = None  # the spike
+    spike: float | None = None  # the output by what is usual in this block
     loss_change: float | None = None  # of the mean negative log-likelihood, nats a token, without this weight
+    tensor: str = DENSE
+    expert: int | None = None  # in a stack
+    found_by: tuple[str, ...] = ("spike",)  # and "gradient"
+
+    @property
+    def place(self) -> Place:
+        stacked = () if self.expert is None else (self.expert,)
+        return Place(self.tensor, (*stacked, self.row, self.column))
+
+    @property
+    def key(self) -> tuple[int, Place]:
+        return self.block, self.place
 
 
 def find(model: BlockwiseModel, tokens: Int[np.ndarray, "1 t"]) -> list[SuperWeight]:
-    """The super weights of a model's dense down projections, on a prompt of a few tokens, by block.
-
-    Stacks of experts are not searched.
-    """
-    found: dict[tuple[int, int, int], SuperWeight] = {}
+    """Those of a model's down projections that make spikes on a prompt of a few tokens, by block."""
+    found: dict[tuple[int, Place], SuperWeight] = {}
     for _ in range(ROUNDS):
-        removed = _by_block(found)
-        new = [w for w in _search(model, tokens, removed) if (w.block, w.row, w.column) not in found]
+        new = [w for w in _search(model, tokens, _by_block(found)) if w.key not in found]
         if not new:
             break
-        found |= {(w.block, w.row, w.column): w for w in new}
+        found |= {w.key: w for w in new}
     return [found[key] for key in sorted(found)]
 
 
@@ -63,10 +89,65 @@ def with_loss_changes(
     model: BlockwiseModel, weights: Sequence[SuperWeight], tokens: Int[np.ndarray, "s t"]
 ) -> list[SuperWeight]:
     """The same weights, each with what its removal alone does to the loss on `tokens`."""
-    base = loss(model, tokens)
-    return [
-        replace(w, loss_change=loss(model, tokens, {w.block: [(w.row, w.column)]}) - base) for w in weights
-    ]
+    x = jnp.asarray(model.embed(tokens))
+    without: dict[int, Array] = {}  # activations of the model without weight k, from its block on
+    for i, block in enumerate(model.blocks):  # each is loaded once for all weights
+        params, angles = model.load_block(i), jnp.asarray(model.angles(i, tokens.shape[1]))
+        without = {k: _run(block, params, y, angles)[0] for k, y in without.items()}
+        for k, w in enumerate(weights):
+            if w.block == i:
+                without[k] = _run(block, _without(params, [w.place]), x, angles)[0]
+        x = _run(block, params, x, angles)[0]
+    base = _loss(model, x, tokens)
+    return [replace(w, loss_change=_loss(model, without[k], tokens) - base) for k, w in enumerate(weights)]
+
+
+def united(a: Sequence[SuperWeight], b: Sequence[SuperWeight]) -> list[SuperWeight]:
+    """Both lists as one, by block; what is in both is found by both."""
+    found = {w.key: w for w in a}
+    for w in b:
+        twin = found.get(w.key)
+        found[w.key] = w if twin is None else replace(twin, found_by=(*twin.found_by, *w.found_by))
+    return [found[key] for key in sorted(found)]
+
+
+def most_sensitive(
+    name: str,
+    fisher: Float[np.ndarray, "*stack out in"],
+    weight: Float[np.ndarray, "*stack out in"],
+    count: int,
+) -> list[tuple[float, SuperWeight]]:
+    """The `count` weights of one matrix, or stack, whose removal is expected to raise the loss most, and by
+    how much it is, largest first.
+
+    name: GGUF's, blk.3.attn_q.weight. fisher: the Fisher diagonal of the loss on some text.
+    """
+    # Removing w is the change −w: L(0) − L(w) = −w g + ½ w² h + O(w³), with h the curvature, for which the
+    # Fisher diagonal F stands. The first term is left out. Of the best weight of each of SmolLM2-135M's down
+    # projections, on 512 tokens, the six largest ½ w² F raise the loss by 2.57 nats a token in all, the six
+    # largest |w g| by 2.44, the six largest sums of both terms by 2.32. W[507, 1229] of block 11 has w g =
+    # −0.10 and ½ w² F = 1.26, where 2.05 is true.
+    score = 0.5 * fisher * weight * weight
+    _, block, tensor, _ = name.split(".")
+    found = []
+    flat = score.ravel()
+    best = np.argpartition(-flat, min(count, flat.size) - 1)[:count]
+    for at in best[np.argsort(-flat[best])]:
+        index = tuple(int(i) for i in np.unravel_index(at, score.shape))
+        *stacked, row, column = index
+        found.append((
+            float(score[index]),
+            SuperWeight(
+                int(block), row, column, float(weight[index]), tensor=tensor,
+                expert=stacked[0] if stacked else None, found_by=("gradient",),
+            ),
+        ))  # fmt: skip
+    return found
+
+
+def harmful(weights: Sequence[SuperWeight]) -> list[SuperWeight]:
+    """Those whose removal raises the loss by at least HARMFUL."""
+    return [w for w in weights if w.loss_change is not None and w.loss_change >= HARMFUL]
 
 
 def loss(model: BlockwiseModel, tokens: Int[np.ndarray, "s t"], removed: Removed | None = None) -> float:
@@ -75,32 +156,37 @@ def loss(model: BlockwiseModel, tokens: Int[np.ndarray, "s t"], removed: Removed
     for i, block in enumerate(model.blocks):
         params = _without(model.load_block(i), (removed or {}).get(i, ()))
         x = _run(block, params, x, jnp.asarray(model.angles(i, tokens.shape[1])))[0]
+    return _loss(model, x, tokens)
+
+
+def _loss(model: BlockwiseModel, x: Array, tokens: np.ndarray) -> float:
     logp = jax.nn.log_softmax(model.logits(x)[:, :-1], axis=-1)
     picked = jnp.take_along_axis(logp, jnp.asarray(tokens[:, 1:], jnp.int32)[..., None], axis=-1)
     return -float(jnp.mean(picked))
 
 
-def _by_block(found: Mapping[tuple[int, int, int], SuperWeight]) -> dict[int, list[tuple[int, int]]]:
-    out: dict[int, list[tuple[int, int]]] = {}
-    for block, row, column in found:
-        out.setdefault(block, []).append((row, column))
+def _by_block(found: Iterable[tuple[int, Place]]) -> dict[int, list[Place | tuple[int, int]]]:
+    out: dict[int, list[Place | tuple[int, int]]] = {}
+    for block, place in found:
+        out.setdefault(block, []).append(place)
     return out
 
 
-def _without(params: dict[str, dict[str, Array]], removed: Sequence[tuple[int, int]]) -> dict:
-    if not removed:
-        return params
-    down = params["ffn_down"]
-    rows, columns = (jnp.array(index) for index in zip(*removed, strict=True))
-    return {**params, "ffn_down": {**down, "weight": down["weight"].at[rows, columns].set(0.0)}}
+def _without(
+    params: dict[str, dict[str, Array]], removed: Sequence[Place | tuple[int, int]]
+) -> dict[str, dict[str, Array]]:
+    for place in removed:
+        tensor, index = place if isinstance(place, Place) else Place(DENSE, place)
+        weight = params[tensor]["weight"].at[index].set(0.0)
+        params = {**params, tensor: {**params[tensor], "weight": weight}}
+    return params
 
 
 @partial(jax.jit, static_argnums=0)
-def _run(block: Block, params: Mapping, x: Array, angles: Array) -> tuple[Array, Array | None]:
-    """(output of the block, input of its down projection where it has one)"""
+def _run(block: Block, params: Mapping, x: Array, angles: Array) -> tuple[Array, dict[str, dict[str, Array]]]:
+    """(output of the block, what its down projections are given)"""
     y, shown = block.apply({"params": params}, x, angles, mutable="inputs")
-    down = shown["inputs"].get("ffn_down")
-    return y, None if down is None else down["x"]
+    return y, {name: dict(shown["inputs"][name]) for name in DOWN if name in shown["inputs"]}
 
 
 def _search(model: BlockwiseModel, tokens: np.ndarray, removed: Removed) -> list[SuperWeight]:
@@ -108,22 +194,54 @@ def _search(model: BlockwiseModel, tokens: np.ndarray, removed: Removed) -> list
     for i, block in enumerate(model.blocks):
         params = _without(model.load_block(i), removed.get(i, ()))
         x, inputs = _run(block, params, x, jnp.asarray(model.angles(i, tokens.shape[1])))
-        if inputs is not None:
-            found += _spikes(i, np.asarray(inputs[0]), np.asarray(params["ffn_down"]["weight"]))
+        for name, shown in inputs.items():
+            given, weight = (np.asarray(a) for a in (shown["x"], params[name]["weight"]))
+            if name == STACK:
+                found += _spikes_of_experts(
+                    i, given, np.asarray(shown["expert"]), np.asarray(shown["token"]), weight
+                )
+            else:
+                one = given.reshape(-1, given.shape[-1])
+                made = one @ weight.T
+                found += [
+                    replace(w, tensor=name) for w in _spikes(i, one, made, weight, _usual(one), _usual(made))
+                ]
     return found
 
 
-def _spikes(
-    block: int, x: Float[np.ndarray, "t in"], weight: Float[np.ndarray, "out in"]
+def _spikes_of_experts(
+    block: int,
+    x: Float[np.ndarray, "tiles tile in"],
+    expert: Int[np.ndarray, " tiles"],
+    token: Int[np.ndarray, "tiles tile"],
+    weight: Float[np.ndarray, "experts out in"],
 ) -> list[SuperWeight]:
-    """The weight behind the largest output of a block, if that is a spike; else nothing."""
-    y = x @ weight.T
+    given = {int(e): x[expert == e][token[expert == e] >= 0] for e in np.unique(expert)}
+    given = {e: rows for e, rows in given.items() if len(rows)}
+    made = {e: rows @ weight[e].T for e, rows in given.items()}
+    usual_x, usual_y = (_usual(np.concatenate(list(parts.values()))) for parts in (given, made))
+    return [
+        replace(w, tensor=STACK, expert=e)
+        for e, rows in given.items()
+        for w in _spikes(block, rows, made[e], weight[e], usual_x, usual_y)
+    ]
+
+
+def _spikes(
+    block: int,
+    x: Float[np.ndarray, "t in"],
+    y: Float[np.ndarray, "t out"],
+    weight: Float[np.ndarray, "out in"],
+    usual_x: float,
+    usual_y: float,
+) -> list[SuperWeight]:
+    """The weight behind the largest output of a matrix, if that is a spike; else nothing."""
     token, row = np.unravel_index(np.abs(y).argmax(), y.shape)
     column = int(np.abs(x[token]).argmax())
     value, given, made = float(weight[row, column]), float(x[token, column]), float(y[token, row])
-    spike = abs(made) / _usual(y)
+    spike = abs(made) / usual_y
     others = max(float(np.median(np.abs(y[token]))), float(np.finfo(np.float32).tiny))
-    stands_out = min(spike, abs(made) / others, abs(given) / _usual(x)) >= SPIKE
+    stands_out = min(spike, abs(made) / others, abs(given) / usual_x) >= SPIKE
     if not stands_out or given * value / made < SHARE:
         return []
     return [SuperWeight(block, int(row), column, value, given, made, spike)]
