@@ -12,11 +12,12 @@ INTERNAL = 1  # a fault of ours: Python's own exit code, with the traceback that
 USAGE = 2  # typer's: an unknown option, a missing argument
 INPUT = 3  # the model, the imatrix or a rule cannot be used
 OUTPUT = 4  # the output exists, cannot be written, or the disk is full
+INCOHERENT = 5  # --check: the file was written, but does not speak
 INTERRUPTED = 130  # Ctrl-C; --resume continues
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 internal error; 2 wrong command line; 3 the input cannot be used; "
-    "4 the output cannot be written; 130 interrupted."
+    "4 the output cannot be written; 5 the file fails --check; 130 interrupted."
 )
 
 

@@ -71,3 +71,27 @@ class ProgressBar:
         elapsed = time.monotonic() - self._start
         left = elapsed * (self._total - self._done) / (self._done - self._earlier)
         return f"{100 * self._done / self._total:3.0f}%  {human_size(self._done)}  {left:.0f} s left  {name}"
+
+
+class TaskProgress:
+    """Share and remaining time of one task after another: over the last line on a terminal, else in lines
+    now and then."""
+
+    def __init__(self, shown: bool) -> None:
+        self._shown, self._task = shown, ""
+        self._start = self._last_line = time.monotonic()
+
+    def __call__(self, name: str, task: str, share: float) -> None:
+        now, label = time.monotonic(), f"{name}: {task}"
+        if label != self._task:
+            self._task, self._start = label, now
+        if not self._shown:
+            return
+        left = (now - self._start) / share * (1 - share) if share > 0 else 0.0
+        line = f"{label} {share:.0%}, {left:.0f} s left" if now > self._start else f"{label} {share:.0%}"
+        if sys.stderr.isatty():
+            end = "\n" if share >= 1 else ""
+            print(f"\r\x1b[K{line}", end=end, file=sys.stderr, flush=True)
+        elif now - self._last_line > LOG_SECONDS:
+            self._last_line = now
+            _show.remark(line)

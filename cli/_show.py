@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 
 def result(text: str) -> None:
@@ -17,3 +18,10 @@ def result_json(value: object) -> None:
 
 def remark(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+def file(path: Path, text: str) -> None:
+    """Write a report, whole under its name or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import typer
 
-from . import _errors, analyze, demo, inspect, quantize
+from . import _errors, analyze, demo, evaluate, inspect, quantize
 
 app = typer.Typer(
     name="jquant",
@@ -37,6 +37,7 @@ def _options(
 
 app.command("quantize", epilog=_errors.EXIT_CODES)(quantize.quantize)
 app.command("analyze", epilog=_errors.EXIT_CODES)(analyze.analyze)
+app.command("evaluate", epilog=_errors.EXIT_CODES)(evaluate.evaluate)
 app.command("inspect", epilog=_errors.EXIT_CODES)(inspect.inspect)
 app.command("demo", epilog=_errors.EXIT_CODES)(demo.demo)
 

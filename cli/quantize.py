@@ -12,7 +12,7 @@ import typer
 
 from . import _calibration, _errors, _options, _runtime, _show
 from ._options import CALIBRATION, OUTPUT, REPORTING
-from ._progress import ProgressBar
+from ._progress import ProgressBar, TaskProgress
 
 _TYPES = "Types"
 
@@ -176,6 +176,14 @@ def quantize(
         int | None,
         typer.Option("--threads", min=1, help="Default: one per processor.", rich_help_panel=OUTPUT),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Let llama.cpp write with the new file; exit code 5 where it makes no sense.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     json: _options.Json = False,
     quiet: _options.Quiet = False,
     verbose: Annotated[
@@ -208,6 +216,10 @@ def quantize(
 
     # Slips of the command line show before a download.
     file_type(type)
+    if check and not dry_run:
+        from jquant.engines import require_llama_cpp
+
+        require_llama_cpp()
     if out is not None and not dry_run and not max_shard_size:
         check_target(out, force=force or resume)
     given_rules = _rules(rule, rules)
@@ -287,7 +299,23 @@ def quantize(
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory_bytes": _runtime.peak_memory(),
     }
+    verdict = None
+    if check:
+        from jquant.comparison import check_file
+
+        shown = TaskProgress(shown=not quiet)
+        verdict = check_file(
+            written.paths[0],
+            threads=threads or _runtime.default_threads(),
+            progress=lambda share: shown(out.name, "check", share),
+        )
+        report["check"] = verdict.report()
     _show.result_json(report) if json else _show.result(summary(report))
+    if verdict is not None and not verdict.passed:
+        _show.remark(f"jquant: {out}: {verdict.failure}")
+        raise typer.Exit(_errors.INCOHERENT)
+    if verdict is not None and not quiet:
+        _show.remark(f"check: {verdict.verdict}")
 
 
 def _rules(options: list[str] | None, file: Path | None) -> list:

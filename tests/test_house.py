@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "space": set(),
     "formats": CORE,
     "models": CORE,
-    "io": CORE | {"space"},
+    "io": CORE | {"space", "text"},
     "calibrate": CORE | {"space", "text"},
     "ranges": CORE | {"calibrate"},
     "gradients": CORE | {"calibrate"},
@@ -35,6 +35,14 @@ MAY_IMPORT = {
     "analyze": CORE | {"calibrate", "convert", "figures", "io", "models", "text", "transforms", "weights"},
     "protection": CORE | {"convert", "gradients", "io", "models", "text", "transforms", "weights"},
     "methods": CORE | {"analyze", "calibrate", "convert", "gradients", "io", "models", "ranges", "weights"},
+    "evaluate": set(),
+    "coherence": set(),
+    "svg": set(),
+    "engines": CORE | {"calibrate", "convert", "io", "models", "weights"},
+    "scoring": CORE | {"coherence", "engines", "evaluate", "io"},
+    "evaluate_report": CORE | {"coherence", "evaluate", "report", "text"},
+    "evaluate_html": CORE | {"evaluate_report", "report", "svg", "text"},
+    "comparison": CORE | {"coherence", "convert", "engines", "evaluate", "evaluate_report", "io", "scoring"},
     "convert": CORE | {"formats", "io", "models", "pipeline", "plan"},
 }
 SOURCES = sorted((ROOT / "jquant").rglob("*.py"))

@@ -50,6 +50,11 @@ class Text:
     data: bytes
     remarks: tuple[str, ...] = ()
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the data."""
+        return hashlib.sha256(self.data).hexdigest()
+
 
 def check(calibration: str | None) -> None:
     """Raises UserError for what `read_text` refuses before it asks the hub: a file that is not there."""
@@ -72,15 +77,15 @@ def read_text(calibration: str | None) -> Text | Table:
     Raises UserError where the file cannot be read or the hub does not answer.
     """
     if calibration == PYDOC:
-        return Text(PYDOC, _pydoc())
+        return Text(PYDOC, pydoc())
     if calibration == WIKITEXT2:
-        return Text("wikitext-2-raw/wiki.train.raw", _wikitext2())
+        return wikitext2("train")
     if calibration is None:
         try:
             return read_text(WIKITEXT2)
         except UserError as error:
             remark = f"{error} Calibrating on Python's manual pages; --calibration FILE is better."
-            return Text(PYDOC, _pydoc(), (remark,))
+            return Text(PYDOC, pydoc(), (remark,))
     check(calibration)
     if datasets.parse(calibration) is not None:
         return datasets.table(calibration)
@@ -90,21 +95,23 @@ def read_text(calibration: str | None) -> Text | Table:
     return Text(path.name, path.read_bytes())
 
 
-def _pydoc() -> bytes:
+def pydoc() -> bytes:
+    """Python's manual pages."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name].strip() for name in sorted(topics)).encode()
 
 
-def _wikitext2() -> bytes:
-    """The training part, unprocessed, from the archive that llama.cpp's own scripts use.
+def wikitext2(part: str) -> Text:
+    """ "train" or "test", unprocessed, from the archive that llama.cpp's own scripts use.
 
     The parquet files of Salesforce/wikitext have the same lines, but reading them takes another package.
     """
     archive = hub.dataset_file("ggml-org/ci", "wikitext-2-raw-v1.zip")
+    name = f"wikitext-2-raw/wiki.{part}.raw"
     try:
         with zipfile.ZipFile(archive) as files:
-            return files.read("wikitext-2-raw/wiki.train.raw")
+            return Text(name, files.read(name))
     except (zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"{archive}: is not the archive of WikiText-2 ({error}); delete it.") from None
 
@@ -129,7 +136,7 @@ def sample(
     if isinstance(text, Table):
         rows, digest = _of_table(text, cut, samples, seed)
     else:
-        decoded, digest = _decode(text), hashlib.sha256(text.data).hexdigest()
+        decoded, digest = decode(text), text.digest
         if text.name.endswith(_tables.JSON_LINES):
             # All lines are checked, also those beyond the samples asked for.
             lines = list(_tables.json_rows(text.name, io.StringIO(decoded)))
@@ -152,9 +159,10 @@ def sample(
     return Samples(tokens, lengths, text.name, digest, tuple(remarks))
 
 
-def _decode(text: Text) -> str:
+def decode(text: Text) -> str:
+    """Raises UserError where it is empty or no text."""
     if not text.data.strip():
-        raise UserError(f"{text.name}: is empty; give a text to calibrate on.")
+        raise UserError(f"{text.name}: is empty; give a text with something in it.")
     try:
         decoded = text.data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,0 +1,212 @@
+"""Files beside their original: what `jquant evaluate` computes, and what `quantize --check` asks.
+
+files = [open_file(path) for path in paths]  # the original first
+rows = compare(files, text=read_held_out("wikitext2"), settings=Settings(engine="llama.cpp"))
+print(table(rows))
+
+One model is open at a time. The original's predictions are kept on the disk, for later candidates too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from jquant import coherence, evaluate
+from jquant.coherence import Coherence, Sample
+from jquant.convert import Model, open_model
+from jquant.core import TensorSpec, UserError
+from jquant.engines import Engine, LlamaCppEngine, open_engine, require_llama_cpp
+from jquant.engines import Progress as Share
+from jquant.evaluate_report import Row
+from jquant.io import log_probs
+from jquant.io.log_probs import LogProbs
+from jquant.io.questions import Question
+from jquant.io.samples import Text
+from jquant.scoring import (
+    answer_questions,
+    chunks,
+    likelihood,
+    score_candidate,
+    score_original,
+    write_texts,
+)
+
+_UNUSED = 5  # type of a token that only fills the vocabulary up; converters name it differently
+
+# File, what is done with it, share of that which is done.
+Progress = Callable[[str, str, float], None]
+
+
+@dataclass(frozen=True)
+class File:
+    """A model on the disk, from its headers."""
+
+    path: Path
+    specs: tuple[TensorSpec, ...]
+    nbytes: int  # of the files with weights
+    identity: tuple[tuple[str, int, int], ...]  # name, size and time of change of each file
+    tokens: list[str]
+    token_types: tuple[int, ...]
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight, headers not counted."""
+        return 8 * sum(spec.nbytes for spec in self.specs) / max(sum(spec.size for spec in self.specs), 1)
+
+
+def open_file(path: Path) -> File:
+    """Raises UserError where it is no model that can be read."""
+    model = open_model(path)
+    stats = [(file.name, file.stat()) for file in model.files]
+    weights = [stat.st_size for name, stat in stats if name != "config.json"]
+    identity = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    return File(path, tuple(model.source.specs.values()), sum(weights), identity, *_vocabulary(model))
+
+
+def _vocabulary(model: Model) -> tuple[list[str], tuple[int, ...]]:
+    tokens = model.metadata.get("tokenizer.ggml.tokens")
+    types = model.metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list):
+        raise UserError(f"{model.path}: its header has no tokenizer; give a model that has one.")
+    return tokens, tuple(types.tolist()) if isinstance(types, np.ndarray) else (1,) * len(tokens)
+
+
+def check_vocabularies(files: Sequence[File]) -> None:
+    """Raises UserError where a file's tokens are not the first one's: no token would mean the same."""
+    original, *candidates = files
+    for other in candidates:
+        if len(other.tokens) != len(original.tokens):
+            raise UserError(
+                f"{other.path}: has a vocabulary of {len(other.tokens)} tokens, {original.path} one of "
+                f"{len(original.tokens)}; compare files of one model."
+            )
+        pairs = zip(original.tokens, other.tokens, original.token_types, other.token_types, strict=True)
+        for i, (a, b, *types) in enumerate(pairs):
+            if a != b and _UNUSED not in types:
+                raise UserError(
+                    f"{other.path}: its token {i} is {b!r}, in {original.path} it is {a!r}; compare files of "
+                    "one model."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    engine: str
+    context: int = 512  # tokens of a chunk; the second half is scored
+    chunks: int | None = None  # at most so many; None: all
+    cache: Path | None = None  # folder for the original's predictions; None: they are not kept
+    threads: int = 2
+
+
+class Comparison(NamedTuple):
+    rows: list[Row]  # the original, then the candidates
+    chunks: int  # scored
+    chunks_in_text: int
+
+
+def compare(
+    files: Sequence[File],
+    settings: Settings,
+    *,
+    text: Text | None = None,
+    questions: Sequence[Question] = (),
+    check: bool = False,
+    progress: Progress = lambda name, task, share: None,
+) -> Comparison:
+    """Score each file on the text and the questions, and with `check` on what it writes.
+
+    Raises UserError where the files do not belong together, cannot be run, or the text is too short.
+    """
+    check_vocabularies(files)
+    if check:
+        require_gguf(files)
+    rows, texts = [], []
+    original: LogProbs | None = None
+    tokens, used, count = None, 0, 0
+    try:
+        for file, name in zip(files, names(files), strict=True):
+            row = Row(name, str(file.path), file.nbytes, file.bpw, file.specs)
+            engine = open_engine(settings.engine, file.path, threads=settings.threads)
+            with contextlib.closing(engine):
+                if text is not None:
+                    shown = _shown(progress, name, "text")
+                    if tokens is None:
+                        tokens, count = chunks(text, engine, context=settings.context, most=settings.chunks)
+                        used = len(tokens)
+                        key = cache_key(file, engine, tokens)
+                        original, found = score_original(
+                            file.path, engine, tokens, settings.cache, key, shown
+                        )
+                    else:
+                        found = score_candidate(file.path, engine, tokens, original, shown)
+                    row = replace(row, scores=evaluate.summarize(found), tokens=found)
+                if questions:
+                    shown = _shown(progress, name, "questions")
+                    row = replace(row, accuracy=answer_questions(engine, questions, shown))
+                if check and isinstance(engine, LlamaCppEngine):
+                    texts.append(write_texts(engine, _shown(progress, name, "check")))
+            rows.append(row)
+    finally:
+        if original is not None:
+            original.close()
+    if check:
+        verdicts = check_texts(files[0].path, texts, threads=settings.threads)
+        rows = [replace(row, coherence=v) for row, v in zip(rows, verdicts, strict=True)]
+    return Comparison(rows, used, count)
+
+
+def require_gguf(files: Sequence[File]) -> None:
+    """Raises UserError where the check cannot run: llama.cpp writes the texts."""
+    require_llama_cpp()
+    for file in files:
+        if file.path.suffix != ".gguf":
+            raise UserError(f"{file.path}: the check runs in llama.cpp, which reads GGUF files only.")
+
+
+def names(files: Sequence[File]) -> list[str]:
+    """Short names that tell the files apart."""
+    stems = [file.path.name.removesuffix(".gguf") for file in files]
+    return stems if len(set(stems)) == len(stems) else [str(file.path) for file in files]
+
+
+def _shown(progress: Progress, name: str, task: str) -> Share:
+    return lambda share: progress(name, task, share)
+
+
+def cache_key(file: File, engine: Engine, tokens: Int32[np.ndarray, "chunks context"]) -> str:
+    """Names the original's predictions by what they depend on."""
+    return log_probs.key_of(
+        {
+            "files": [list(one) for one in file.identity],
+            **engine.facts,
+            "context": tokens.shape[1],
+            "tokens": hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(),
+        }
+    )
+
+
+def check_file(path: Path, *, threads: int, progress: Share = lambda share: None) -> Coherence:
+    """Whether a GGUF file still speaks, judged by itself. Raises UserError where llama.cpp cannot run it."""
+    require_llama_cpp()
+    with contextlib.closing(LlamaCppEngine(path, threads=threads)) as engine:
+        return coherence.judge(write_texts(engine, progress), coherence.Reference())
+
+
+def check_texts(original: Path, samples: Sequence[Sequence[Sample]], *, threads: int) -> list[Coherence]:
+    """Verdicts on the texts of the original, which come first, and of its candidates."""
+    compared = coherence.reference(samples[0])
+    with contextlib.closing(LlamaCppEngine(original, threads=threads)) as engine:
+        own, *others = [likelihood(engine, texts) for texts in samples]
+    verdict = coherence.judge(samples[0], coherence.Reference())
+    return [verdict] + [
+        coherence.judge(texts, compared, found - own)
+        for texts, found in zip(samples[1:], others, strict=True)
+    ]
