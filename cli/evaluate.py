@@ -124,8 +124,8 @@ def evaluate(
     _runtime.start_jax()
 
     from jquant import evaluate_html, evaluate_report
-    from jquant.comparison import Settings, compare, open_file, require_gguf
-    from jquant.engines import choose, versions
+    from jquant.comparison import Settings, compare, engine_for, open_file
+    from jquant.engines import versions
     from jquant.io import check_target, hub
     from jquant.io import questions as questions_file
     from jquant.io.held_out import read_held_out
@@ -137,9 +137,7 @@ def evaluate(
     asked = questions_file.read(choices)[: questions or None] if choices else []
     paths = [hub.resolve(model, revision=revision) for model in (original, *(candidates or []))]
     files = [open_file(path) for path in paths]
-    chosen = choose("llama.cpp" if check and engine is None else engine, paths)
-    if check:
-        require_gguf(files)
+    chosen = engine_for(files, engine, check=check)
     if not quiet and held_out is not None:
         for remark in held_out.remarks:
             _show.remark(f"warning: {remark}")

@@ -23,10 +23,10 @@ from jquant import coherence, evaluate
 from jquant.coherence import Coherence, Sample
 from jquant.convert import Model, open_model
 from jquant.core import TensorSpec, UserError
-from jquant.engines import Engine, LlamaCppEngine, open_engine, require_llama_cpp
+from jquant.engines import LLAMA_CPP, Engine, LlamaCppEngine, choose, open_engine, require_llama_cpp
 from jquant.engines import Progress as Share
 from jquant.evaluate_report import Row
-from jquant.io import log_probs
+from jquant.io import GgufSource, log_probs
 from jquant.io.log_probs import LogProbs
 from jquant.io.questions import Question
 from jquant.io.samples import Text
@@ -49,7 +49,8 @@ Progress = Callable[[str, str, float], None]
 class File:
     """A model on the disk, from its headers."""
 
-    path: Path
+    path: Path  # of a GGUF model its file, or the first of its shards
+    is_gguf: bool
     specs: tuple[TensorSpec, ...]
     nbytes: int  # of the files with weights
     identity: tuple[tuple[str, int, int], ...]  # name, size and time of change of each file
@@ -68,7 +69,15 @@ def open_file(path: Path) -> File:
     stats = [(file.name, file.stat()) for file in model.files]
     weights = [stat.st_size for name, stat in stats if name != "config.json"]
     identity = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-    return File(path, tuple(model.source.specs.values()), sum(weights), identity, *_vocabulary(model))
+    is_gguf = isinstance(model.source, GgufSource)
+    return File(
+        model.files[0] if is_gguf else path,
+        is_gguf,
+        tuple(model.source.specs.values()),
+        sum(weights),
+        identity,
+        *_vocabulary(model),
+    )
 
 
 def _vocabulary(model: Model) -> tuple[list[str], tuple[int, ...]]:
@@ -126,8 +135,6 @@ def compare(
     Raises UserError where the files do not belong together, cannot be run, or the text is too short.
     """
     check_vocabularies(files)
-    if check:
-        require_gguf(files)
     rows, texts = [], []
     original: LogProbs | None = None
     tokens, used, count = None, 0, 0
@@ -167,8 +174,20 @@ def require_gguf(files: Sequence[File]) -> None:
     """Raises UserError where the check cannot run: llama.cpp writes the texts."""
     require_llama_cpp()
     for file in files:
-        if file.path.suffix != ".gguf":
+        if not file.is_gguf:
             raise UserError(f"{file.path}: the check runs in llama.cpp, which reads GGUF files only.")
+
+
+def engine_for(files: Sequence[File], name: str | None, *, check: bool = False) -> str:
+    """The engine to run them all in; `check` needs llama.cpp. Raises UserError where that cannot be."""
+    if check:
+        require_gguf(files)
+        name = name or LLAMA_CPP
+    others = [file.path for file in files if not file.is_gguf]
+    chosen = choose(name, others)
+    if check and chosen != LLAMA_CPP:
+        raise UserError("the check runs in llama.cpp; leave --engine out, or use it without --check.")
+    return chosen
 
 
 def names(files: Sequence[File]) -> list[str]:

@@ -41,14 +41,16 @@ def page(rows: Sequence[Row], settings: Mapping[str, object]) -> str:
         parts += ["<h2>Divergence, token by token</h2>", _distribution(candidates)]
         parts += ["<h2>Size and quality</h2>", _sizes(candidates)]
     parts += ["<h2>Size by type</h2>", _types(rows)]
-    for row in rows:
+    for row in rows[1:] or rows:
         shown = _bits(row)
         if shown:
             parts += [f"<h2>Bits by layer: {escape(row.name)}</h2>", shown]
     if any(row.coherence for row in rows):
         parts += ["<h2>What they write</h2>", *map(_texts, rows)]
-    versions = escape(str(settings.get("versions", "")))
-    parts.append(f'<p class="note">jquant evaluate; {versions}</p>')
+    versions = settings.get("versions")
+    if isinstance(versions, Mapping):
+        listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+        parts.append(f'<p class="note">Made by jquant evaluate: {escape(listed)}.</p>')
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width,initial-scale=1"/>'

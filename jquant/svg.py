@@ -158,11 +158,11 @@ def _legend(names: Sequence[str]) -> tuple[list[str], int]:
     return parts, -(-len(names) // columns) * line
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
+def _text(x: float | int, y: float | int, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _svg(title: str, height: float, parts: Sequence[str]) -> str:
+def _svg(title: str, height: float | int, parts: Sequence[str]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
         f'aria-label="{escape(title)}">{"".join(parts)}</svg>'

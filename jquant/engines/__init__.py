@@ -18,7 +18,16 @@ from ._flax import FlaxEngine
 from ._llama_cpp import LlamaCppEngine
 from ._protocol import Engine, Progress
 
-__all__ = ["ENGINES", "Engine", "FlaxEngine", "LlamaCppEngine", "Progress", "choose", "open_engine"]
+__all__ = [
+    "ENGINES",
+    "LLAMA_CPP",
+    "Engine",
+    "FlaxEngine",
+    "LlamaCppEngine",
+    "Progress",
+    "choose",
+    "open_engine",
+]
 
 JAX, LLAMA_CPP = "jax", "llama.cpp"
 ENGINES = (JAX, LLAMA_CPP)
@@ -28,12 +37,12 @@ def has_llama_cpp() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
 
 
-def choose(name: str | None, paths: Sequence[Path]) -> str:
-    """The engine for all of these models; without a name llama.cpp where it is installed and all are GGUF.
+def choose(name: str | None, folders: Sequence[Path]) -> str:
+    """The engine for all models, of which `folders` are no GGUF files; without a name llama.cpp where it is
+    installed and can run them.
 
     Raises UserError where llama.cpp is asked for and cannot be used.
     """
-    folders = [path for path in paths if path.suffix != ".gguf"]
     if name is None:
         return JAX if folders or not has_llama_cpp() else LLAMA_CPP
     if name not in ENGINES:
