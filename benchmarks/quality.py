@@ -1,4 +1,5 @@
-"""Perplexity and KL divergence of our files beside llama.cpp's of the same file type, measured by llama.cpp.
+"""Perplexity and KL divergence of our files beside llama.cpp's of the same file type, all run in llama.cpp by
+what `jquant evaluate` is made of.
 
     python benchmarks/quality.py smol768-f16.gguf wikitext2-test-120kB.txt --types Q8_0 Q4_K_M Q2_K
 
@@ -11,13 +12,23 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from llama_eval import evaluate
 from peers import llama_quantize
 from record import record
 
+from jquant.comparison import Settings, compare, open_file
+from jquant.evaluate_report import record as figures
+from jquant.evaluate_report import table
+from jquant.io.samples import Text
+
 JQUANT = str(Path(sys.executable).with_name("jquant"))
+
+
+def progress(name: str, task: str, share: float) -> None:
+    if share == 1:
+        print(name, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -39,16 +50,14 @@ def main() -> None:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             llama_quantize(args.model, theirs, kind, args.threads, args.imatrix)
             files |= {ours: f"{kind} jquant", theirs: f"{kind} llama.cpp"}
-        print(f"{'file':20}  {'bytes':>13}  perplexity  mean KLD  top-1", flush=True)
-        rows = []
-        text = args.text.read_text(encoding="utf-8")
-        for path, scores in evaluate(list(files), text, most=args.chunks, threads=args.threads):
-            row = {"file": files[path], "bytes": path.stat().st_size, **scores._asdict()}
-            rows.append(row)
-            compared = "" if scores.mean_kld is None else f"{scores.mean_kld:8.5f}  {scores.top1:.2%}"
-            print(f"{row['file']:20}  {row['bytes']:13,}  {scores.perplexity:10.4f}  {compared}")
+        # Line ends as Python reads them, so that figures stay comparable with earlier ones.
+        text = Text(args.text.name, args.text.read_text(encoding="utf-8").encode())
+        settings = Settings(engine="llama.cpp", chunks=args.chunks, threads=args.threads)
+        found = compare([open_file(path) for path in files], settings, text=text, progress=progress)
+        rows = [replace(row, name=files[path]) for path, row in zip(files, found.rows, strict=True)]
+        print(table(rows))
     if args.json:
-        record(args, rows)
+        record(args, [figures(row) for row in rows])
 
 
 if __name__ == "__main__":

@@ -113,6 +113,7 @@ def evaluate(
     json: _options.Json = False,
     quiet: _options.Quiet = False,
     revision: _options.Revision = None,
+    pre_tokenizer: _options.PreTokenizer = None,
 ) -> None:
     """Perplexity, KL divergence and accuracy of quantized files beside their original, on held-out text.
 
@@ -129,6 +130,7 @@ def evaluate(
     from jquant.io import check_target, hub
     from jquant.io import questions as questions_file
     from jquant.io.held_out import read_held_out
+    from jquant.text import human_size
 
     # Slips of the command line show before a download.
     for target in filter(None, (csv, markdown, html)):
@@ -136,7 +138,7 @@ def evaluate(
     held_out = None if no_text else read_held_out(text)
     asked = questions_file.read(choices)[: questions or None] if choices else []
     paths = [hub.resolve(model, revision=revision) for model in (original, *(candidates or []))]
-    files = [open_file(path) for path in paths]
+    files = [open_file(path, pre_tokenizer=pre_tokenizer) for path in paths]
     chosen = engine_for(files, engine, check=check)
     if not quiet and held_out is not None:
         for remark in held_out.remarks:
@@ -157,6 +159,9 @@ def evaluate(
         progress=TaskProgress(shown=not quiet),
     )
     rows = found.rows
+    if not quiet and settings.cache is not None and held_out is not None:
+        kept = f"{human_size(found.predictions_bytes)} in {settings.cache}"
+        _show.remark(f"note: the original's predictions are kept for later runs, {kept}.")
     about: dict[str, object] = {"engine": chosen, "versions": versions(), "threads": settings.threads}
     if held_out is not None:
         about |= {

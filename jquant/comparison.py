@@ -56,6 +56,7 @@ class File:
     identity: tuple[tuple[str, int, int], ...]  # name, size and time of change of each file
     tokens: list[str]
     token_types: tuple[int, ...]
+    pre_tokenizer: str | None = None  # as `open_file` was given it
 
     @property
     def bpw(self) -> float:
@@ -63,9 +64,9 @@ class File:
         return 8 * sum(spec.nbytes for spec in self.specs) / max(sum(spec.size for spec in self.specs), 1)
 
 
-def open_file(path: Path) -> File:
-    """Raises UserError where it is no model that can be read."""
-    model = open_model(path)
+def open_file(path: Path, *, pre_tokenizer: str | None = None) -> File:
+    """pre_tokenizer: as in `open_model`. Raises UserError where it is no model that can be read."""
+    model = open_model(path, pre_tokenizer=pre_tokenizer)
     stats = [(file.name, file.stat()) for file in model.files]
     weights = [stat.st_size for name, stat in stats if name != "config.json"]
     identity = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
@@ -77,6 +78,7 @@ def open_file(path: Path) -> File:
         sum(weights),
         identity,
         *_vocabulary(model),
+        pre_tokenizer,
     )
 
 
@@ -117,8 +119,9 @@ class Settings:
 
 class Comparison(NamedTuple):
     rows: list[Row]  # the original, then the candidates
-    chunks: int  # scored
-    chunks_in_text: int
+    chunks: int = 0  # scored
+    chunks_in_text: int = 0
+    predictions_bytes: int = 0  # of the original, as they lie on the disk
 
 
 def compare(
@@ -137,21 +140,23 @@ def compare(
     check_vocabularies(files)
     rows, texts = [], []
     original: LogProbs | None = None
-    tokens, used, count = None, 0, 0
+    tokens, used, count, nbytes = None, 0, 0, 0
     try:
         for file, name in zip(files, names(files), strict=True):
             row = Row(name, str(file.path), file.nbytes, file.bpw, file.specs)
-            engine = open_engine(settings.engine, file.path, threads=settings.threads)
+            engine = open_engine(
+                settings.engine, file.path, threads=settings.threads, pre_tokenizer=file.pre_tokenizer
+            )
             with contextlib.closing(engine):
                 if text is not None:
                     shown = _shown(progress, name, "text")
                     if tokens is None:
                         tokens, count = chunks(text, engine, context=settings.context, most=settings.chunks)
-                        used = len(tokens)
                         key = cache_key(file, engine, tokens)
                         original, found = score_original(
                             file.path, engine, tokens, settings.cache, key, shown
                         )
+                        used, nbytes = len(tokens), original.nbytes
                     else:
                         found = score_candidate(file.path, engine, tokens, original, shown)
                     row = replace(row, scores=evaluate.summarize(found), tokens=found)
@@ -167,7 +172,7 @@ def compare(
     if check:
         verdicts = check_texts(files[0].path, texts, threads=settings.threads)
         rows = [replace(row, coherence=v) for row, v in zip(rows, verdicts, strict=True)]
-    return Comparison(rows, used, count)
+    return Comparison(rows, used, count, nbytes)
 
 
 def require_gguf(files: Sequence[File]) -> None:

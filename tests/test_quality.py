@@ -5,20 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from llama_eval import evaluate
 from peers import llama_quantize
 from typer.testing import CliRunner
 
+from jquant.comparison import Settings, compare, open_file
+from jquant.evaluate import Scores
+from jquant.io.samples import Text
 from jquant_cli.demo import package_model
 from jquant_cli.main import app
 
 pytestmark = pytest.mark.slow
 
 
-def held_out_text() -> str:
+def scores(files: list[Path], chunks: int) -> list[Scores]:
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name] for name in sorted(topics))[:20_000]
+    text = "\n\n".join(topics[name] for name in sorted(topics))[:20_000]
+    settings = Settings(engine="llama.cpp", chunks=chunks)
+    rows = compare(list(map(open_file, files)), settings, text=Text("pydoc", text.encode())).rows
+    return [row.scores for row in rows]
 
 
 def quantize(model: Path, out: Path, kind: str) -> Path:
@@ -35,10 +40,10 @@ def original(tmp_path_factory) -> Path:
 
 def test_q8_0_predicts_as_well_as_f16(original, tmp_path):
     files = [original, quantize(original, tmp_path / "q8.gguf", "Q8_0")]
-    (_, base), (_, q8) = evaluate(files, held_out_text(), most=2)
+    base, q8 = scores(files, chunks=2)
     # A few hundred tokens tell no finer: benchmarks/quality.py holds the 0.5% on a whole text.
-    assert q8.perplexity == pytest.approx(base.perplexity, rel=0.02)
-    assert q8.mean_kld < 0.02
+    assert q8.perplexity.value == pytest.approx(base.perplexity.value, rel=0.02)
+    assert q8.kld.value < 0.02
 
 
 def test_k_types_stay_closer_to_the_original_than_llama_cpps(original, tmp_path):
@@ -47,5 +52,5 @@ def test_k_types_stay_closer_to_the_original_than_llama_cpps(original, tmp_path)
     theirs = tmp_path / "theirs.gguf"
     llama_quantize(original, theirs, "Q3_K_S", threads=2)
     assert ours.stat().st_size == theirs.stat().st_size
-    _, (_, mine), (_, peer) = evaluate([original, ours, theirs], held_out_text(), most=3)
-    assert mine.mean_kld < peer.mean_kld
+    _, mine, peer = scores([original, ours, theirs], chunks=3)
+    assert mine.kld.value < peer.kld.value

@@ -60,9 +60,13 @@ def require_llama_cpp() -> None:
         raise UserError("llama-cpp-python is not installed: pip install 'jquant[llama]'.")
 
 
-def open_engine(name: str, path: Path, *, threads: int) -> Engine:
-    """Raises UserError where the model cannot be run."""
-    return FlaxEngine(path) if name == JAX else LlamaCppEngine(path, threads=threads)
+def open_engine(name: str, path: Path, *, threads: int, pre_tokenizer: str | None = None) -> Engine:
+    """Raises UserError where the model cannot be run. pre_tokenizer: as in `open_model`."""
+    return (
+        FlaxEngine(path, pre_tokenizer=pre_tokenizer)
+        if name == JAX
+        else LlamaCppEngine(path, threads=threads)
+    )
 
 
 def versions() -> dict[str, str]:

@@ -31,9 +31,9 @@ BATCH_TOKENS = 2048  # through a block at once
 
 
 class FlaxEngine:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, pre_tokenizer: str | None = None) -> None:
         """Reads headers only. Raises UserError where the forward pass or the tokenizer is not known."""
-        model = open_model(path)
+        model = open_model(path, pre_tokenizer=pre_tokenizer)
         architecture = str(model.metadata.get("general.architecture"))
         if architecture not in {gguf.MODEL_ARCH_NAMES[a.gguf] for a in models.ARCHITECTURES.values()}:
             raise UserError(

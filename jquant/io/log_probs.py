@@ -78,6 +78,10 @@ class LogProbs:
     def chunks(self) -> int:
         return self._shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        return self._start + size(*self._shape)
+
     def read(self, i: int) -> Rows:
         _, n, vocab = self._shape
         self._file.seek(self._start + i * _chunk_bytes(n, vocab))
