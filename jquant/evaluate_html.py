@@ -30,6 +30,7 @@ svg text{font:12px system-ui,sans-serif;fill:var(--ink)}
 figcaption,.note{opacity:.8;font-size:.9rem}pre{white-space:pre-wrap;font-size:.85rem;margin:.2rem 0 .8rem}
 """
 _CURVE = 200  # points of a distribution
+_CONTROL = re.compile(r"[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # no part of a page
 
 
 def page(rows: Sequence[Row], settings: Mapping[str, object]) -> str:
@@ -139,9 +140,8 @@ def _bits(row: Row) -> str:
 def _texts(row: Row) -> str:
     if row.coherence is None:
         return ""
-    shown = "".join(
-        f"<pre><b>{escape(s.prompt)}</b>{escape(s.text)}</pre>" for s in row.coherence.samples if s.sampled
-    )
+    texts = [(s.prompt, _CONTROL.sub("\ufffd", s.text)) for s in row.coherence.samples if s.sampled]
+    shown = "".join(f"<pre><b>{escape(prompt)}</b>{escape(text)}</pre>" for prompt, text in texts)
     parts = ", ".join(f"{name} {value:.2f}" for name, value in row.coherence.parts.items())
     head = f"{row.name}: {row.coherence.verdict} ({parts})"
     return f"<details><summary>{escape(head)}</summary>{shown}</details>"
