@@ -83,10 +83,11 @@ class Estimate(NamedTuple):
 
 
 def mean(x: np.ndarray) -> Estimate:
-    """Mean and √(variance/(n−1)), NaN for a single value."""
+    """Mean and √(variance/(n−1)); NaN is the error of a single value, and of an infinite mean."""
     x = np.asarray(x, np.float64)
     value = float(x.mean())
-    error = float(np.sqrt(x.var() / (x.size - 1))) if x.size > 1 else float("nan")
+    with np.errstate(invalid="ignore"):
+        error = float(np.sqrt(x.var() / (x.size - 1))) if x.size > 1 else float("nan")
     return Estimate(value, error)
 
 
@@ -120,7 +121,8 @@ def summarize(tokens: Tokens) -> Scores:
         return Scores(n, ppl)
     kld = tokens.kld.astype(np.float64)
     change = np.exp(-tokens.nll.astype(np.float64)) - np.exp(-tokens.base_nll.astype(np.float64))
-    levels = np.quantile(kld, list(QUANTILES.values()))
+    with np.errstate(invalid="ignore"):  # between two infinite values
+        levels = np.quantile(kld, list(QUANTILES.values()))
     return Scores(
         n,
         ppl,

@@ -99,6 +99,15 @@ def test_quantiles_are_exact(tokens):
     assert scores.kld_max == ordered[-1]
 
 
+def test_a_token_that_the_candidate_excludes_makes_the_mean_infinite(tokens):
+    kld = tokens.kld.copy()
+    kld[:3] = np.inf
+    scores = evaluate.summarize(tokens._replace(kld=kld))
+    assert scores.kld.value == scores.kld_max == math.inf
+    assert math.isnan(scores.kld.error)
+    assert scores.quantiles["kld_median"] == np.sort(kld.astype(np.float64))[498]
+
+
 def test_change_of_probability_and_its_errors(tokens):
     scores = evaluate.summarize(tokens)
     change = np.exp(-tokens.nll.astype(np.float64)) - np.exp(-tokens.base_nll.astype(np.float64))
