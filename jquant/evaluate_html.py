@@ -133,7 +133,9 @@ def _bits(row: Row) -> str:
             labels[r][block] = f"{spec.name}: {spec.type}, {bits:.2f} bits"
     drawn = svg.grid(tensors, columns, values, labels, f"bits by layer of {row.name}")
     known = [v for line in values for v in line if v is not None]
-    span = f"{min(known):.2f} to {max(known):.2f} bits a weight, darker is more; columns are blocks."
+    span = (
+        f"{min(known):.2f} to {max(known):.2f} bits a weight, a stronger colour is more; columns are blocks."
+    )
     return _figure(drawn, span)
 
 

@@ -86,7 +86,7 @@ def grid(
     labels: Sequence[Sequence[str]],
     title: str,
 ) -> str:
-    """A cell for each row and column, darker where the value is higher; `labels` show under the pointer."""
+    """A cell for each row and column, stronger where the value is higher; `labels` show under the pointer."""
     known = [v for row in values for v in row if v is not None]
     low, high = min(known, default=0.0), max(known, default=1.0)
     left, size = 8 + 7 * max(map(len, rows), default=0), 18
