@@ -6,13 +6,16 @@ import re
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import _calibration, _errors, _options, _runtime, _show
 from ._options import CALIBRATION, OUTPUT, REPORTING
 from ._progress import ProgressBar, TaskProgress
+
+if TYPE_CHECKING:
+    from jquant.coherence import Coherence
 
 _TYPES = "Types"
 
@@ -299,23 +302,29 @@ def quantize(
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory_bytes": _runtime.peak_memory(),
     }
-    verdict = None
-    if check:
-        from jquant.comparison import check_file
-
-        shown = TaskProgress(shown=not quiet)
-        verdict = check_file(
-            written.paths[0],
-            threads=threads or _runtime.default_threads(),
-            progress=lambda share: shown(out.name, "check", share),
-        )
-        report["check"] = verdict.report()
-    _show.result_json(report) if json else _show.result(summary(report))
+    if not json:
+        _show.result(summary(report))
+    verdict = _check(written.paths[0], threads, quiet) if check else None
+    if json:
+        _show.result_json(report | ({"check": verdict.report()} if verdict else {}))
     if verdict is not None and not verdict.passed:
         _show.remark(f"jquant: {out}: {verdict.failure}")
         raise typer.Exit(_errors.INCOHERENT)
-    if verdict is not None and not quiet:
-        _show.remark(f"check: {verdict.verdict}")
+
+
+def _check(file: Path, threads: int | None, quiet: bool) -> Coherence:
+    """Whether the new file writes sense."""
+    from jquant.comparison import check_file
+
+    progress = TaskProgress(shown=not quiet)
+    verdict = check_file(
+        file,
+        threads=threads or _runtime.default_threads(),
+        progress=lambda share: progress(file.name, "check", share),
+    )
+    if not quiet:
+        _show.remark(f"check: coherence {verdict.verdict}")
+    return verdict
 
 
 def _rules(options: list[str] | None, file: Path | None) -> list:

@@ -25,6 +25,7 @@ from jquant.convert import Model, open_model
 from jquant.core import TensorSpec, UserError
 from jquant.engines import LLAMA_CPP, Engine, LlamaCppEngine, choose, open_engine, require_llama_cpp
 from jquant.engines import Progress as Share
+from jquant.evaluate import Tokens
 from jquant.evaluate_report import Row
 from jquant.io import GgufSource, log_probs
 from jquant.io.log_probs import LogProbs
@@ -139,9 +140,7 @@ def compare(
     """
     check_vocabularies(files)
     rows, texts = [], []
-    original: LogProbs | None = None
-    tokens, used, count, nbytes = None, 0, 0, 0
-    try:
+    with contextlib.closing(_Reading(text, settings)) as reading:
         for file, name in zip(files, names(files), strict=True):
             row = Row(name, str(file.path), file.nbytes, file.bpw, file.specs)
             engine = open_engine(
@@ -149,16 +148,7 @@ def compare(
             )
             with contextlib.closing(engine):
                 if text is not None:
-                    shown = _shown(progress, name, "text")
-                    if tokens is None:
-                        tokens, count = chunks(text, engine, context=settings.context, most=settings.chunks)
-                        key = cache_key(file, engine, tokens)
-                        original, found = score_original(
-                            file.path, engine, tokens, settings.cache, key, shown
-                        )
-                        used, nbytes = len(tokens), original.nbytes
-                    else:
-                        found = score_candidate(file.path, engine, tokens, original, shown)
+                    found = reading.score(file, engine, _shown(progress, name, "text"))
                     row = replace(row, scores=evaluate.summarize(found), tokens=found)
                 if questions:
                     shown = _shown(progress, name, "questions")
@@ -166,13 +156,35 @@ def compare(
                 if check and isinstance(engine, LlamaCppEngine):
                     texts.append(write_texts(engine, _shown(progress, name, "check")))
             rows.append(row)
-    finally:
-        if original is not None:
-            original.close()
     if check:
         verdicts = check_texts(files[0].path, texts, threads=settings.threads)
         rows = [replace(row, coherence=v) for row, v in zip(rows, verdicts, strict=True)]
-    return Comparison(rows, used, count, nbytes)
+    return Comparison(rows, len(reading.tokens), reading.in_text, reading.nbytes)
+
+
+class _Reading:
+    """The chunks of a text and what the original, the first file to be scored, predicts of them."""
+
+    def __init__(self, text: Text | None, settings: Settings) -> None:
+        self._text, self._settings = text, settings
+        self._original: LogProbs | None = None
+        self.tokens = np.empty((0, settings.context), np.int32)
+        self.in_text = self.nbytes = 0  # chunks that the text has, bytes of the predictions
+
+    def score(self, file: File, engine: Engine, progress: Share) -> Tokens:
+        if self._original is not None:
+            return score_candidate(file.path, engine, self.tokens, self._original, progress)
+        assert self._text is not None
+        context, most, cache = self._settings.context, self._settings.chunks, self._settings.cache
+        self.tokens, self.in_text = chunks(self._text, engine, context=context, most=most)
+        key = cache_key(file, engine, self.tokens)
+        self._original, found = score_original(file.path, engine, self.tokens, cache, key, progress)
+        self.nbytes = self._original.nbytes
+        return found
+
+    def close(self) -> None:
+        if self._original is not None:
+            self._original.close()
 
 
 def require_gguf(files: Sequence[File]) -> None:

@@ -111,7 +111,7 @@ def test_quantize_check_passes_a_story_model(tmp_path, kind):
         pytest.skip("needs ../shared/data/models/stories260K")
     result = run("quantize", model, tmp_path / "out.gguf", "-t", kind, "--check")
     assert result.exit_code == 0, result.output
-    assert "check: 0.9" in result.stderr
+    assert "check: coherence 0.9" in result.stderr
 
 
 def test_quantize_check_needs_llama_cpp_before_it_begins(tmp_path, monkeypatch):

@@ -36,7 +36,10 @@ class LlamaCppEngine:
         params = llama_cpp.llama_model_default_params()
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
-            raise UserError(f"{path}: llama.cpp cannot load it ({_reason()}); try --engine jax.")
+            raise UserError(
+                f"{path}: llama.cpp cannot load it ({_reason()}); upgrade llama-cpp-python if a type or the "
+                "architecture is new."
+            )
         self._path = path
         vocab = llama_cpp.llama_model_get_vocab(self._model)
         assert vocab is not None
