@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import typer
 
-from . import _errors, analyze, demo, evaluate, inspect, quantize
+from . import _errors, analyze, demo, evaluate, inspect, profile, quantize
 
 app = typer.Typer(
     name="jquant",
@@ -39,6 +39,7 @@ app.command("quantize", epilog=_errors.EXIT_CODES)(quantize.quantize)
 app.command("analyze", epilog=_errors.EXIT_CODES)(analyze.analyze)
 app.command("evaluate", epilog=_errors.EXIT_CODES)(evaluate.evaluate)
 app.command("inspect", epilog=_errors.EXIT_CODES)(inspect.inspect)
+app.add_typer(profile.app, name="profile")
 app.command("demo", epilog=_errors.EXIT_CODES)(demo.demo)
 
 

@@ -13,6 +13,7 @@ import typer
 from . import _calibration, _errors, _options, _runtime, _show
 from ._options import CALIBRATION, OUTPUT, REPORTING
 from ._progress import ProgressBar, TaskProgress
+from .profile import read_profile
 
 if TYPE_CHECKING:
     from jquant.coherence import Coherence
@@ -50,14 +51,14 @@ def quantize(
     ],
     out: Annotated[Path | None, typer.Argument(help="GGUF file to write. Not needed with --dry-run.")] = None,
     type: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--type",
             "-t",
-            help="llama.cpp's file type: Q4_K_M, Q8_0, Q2_K, F16, …",
+            help="llama.cpp's file type: Q4_K_M, Q8_0, Q2_K, F16, … Default: the profile's, else Q4_K_M.",
             autocompletion=_complete_type,
         ),
-    ] = "Q4_K_M",
+    ] = None,
     list_types: Annotated[
         bool,
         typer.Option("--list-types", callback=_list_types, is_eager=True, help="Show all types and exit."),
@@ -97,6 +98,14 @@ def quantize(
         typer.Option(
             "--rules",
             help="File of such rules, as llama-quantize's --tensor-type-file.",
+            rich_help_panel=_TYPES,
+        ),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            "--profile",
+            help="TOML file or preset with bounds by role and layer: see jquant profile list.",
             rich_help_panel=_TYPES,
         ),
     ] = None,
@@ -218,7 +227,8 @@ def quantize(
     from jquant.report import plan_report, plan_table, remarks, summary
 
     # Slips of the command line show before a download.
-    file_type(type)
+    given_profile = read_profile(profile) if profile else None
+    kind = file_type(type or (given_profile and given_profile.file_type) or "Q4_K_M").name
     if check and not dry_run:
         from jquant.engines import require_llama_cpp
 
@@ -243,8 +253,9 @@ def quantize(
     planned = plan(
         opened.source.specs,
         opened.metadata,
-        type,
+        kind,
         rules=given_rules,
+        profile=given_profile,
         pure=pure,
         output_type=output_type,
         embedding_type=embedding_type,

@@ -309,6 +309,11 @@ def block_and_bytes(type: str) -> tuple[int, int]:
     return _BLOCKS[type]
 
 
+def bits_per_weight(type: str) -> float:
+    block, size = block_and_bytes(type)
+    return 8 * size / block
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """What a header says of a tensor. shape is in NumPy order: (rows…, columns); GGUF's is the reverse."""

@@ -103,6 +103,9 @@ def test_the_wheel_holds_exactly_jquant_and_jquant_cli(tmp_path):
     assert {name for name in top if not name.endswith(".dist-info")} == {"jquant", "jquant_cli"}
     packaged = {name for name in names if name.startswith("jquant/") and name.endswith(".py")}
     assert packaged == {str(path.relative_to(ROOT)) for path in SOURCES}
+    presets = {str(path.relative_to(ROOT)) for path in (ROOT / "jquant/plan/profiles").glob("*.toml")}
+    assert presets
+    assert presets <= set(names)
 
 
 def test_help_does_not_wait_for_jax():

@@ -1,7 +1,8 @@
 """The plan: which type every tensor of the file will have, and why."""
 
-from jquant.plan._plan import Entry, Plan, check_encodable, plan
+from jquant.plan._plan import Entry, Plan, check_encodable, plan, settle
 from jquant.plan.file_types import ALIASES, FILE_TYPES, FileType, file_type
+from jquant.plan.profile import Profile, parse_profile, preset_names, preset_text
 from jquant.plan.protect import protect
 from jquant.plan.rules import Rule, parse_rule, parse_rules_file, tensor_type
 
@@ -11,12 +12,17 @@ __all__ = [
     "Entry",
     "FileType",
     "Plan",
+    "Profile",
     "Rule",
     "check_encodable",
     "file_type",
+    "parse_profile",
     "parse_rule",
     "parse_rules_file",
     "plan",
+    "preset_names",
+    "preset_text",
     "protect",
+    "settle",
     "tensor_type",
 ]

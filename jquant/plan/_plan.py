@@ -7,12 +7,16 @@ A tensor's type is settled by the first of these that speaks:
    embeddings of some models follow `embedding_type` unless a rule names them.
 3. The first rule whose regex is found in the name.
 4. `output_type` for the token embeddings of a model that has no output matrix of its own.
-5. `pure`: the file type's base type.
-6. The file type's mixture: see `mixtures`.
+5. The first rule of the profile that holds for the tensor and gives a type.
+6. With a target: the choice of least damage among the candidates within the profile's bounds, see `targets`.
+7. `pure`: the file type's base type; else the file type's mixture, see `mixtures`. The profile's bounds lift
+   or lower either.
 
-The order is llama-quantize's, and so are the types, with three differences: rules also work for the file
-types F32, F16 and BF16; 4 also holds with `pure`; types from 2 fall back like all others.
-A type whose block does not divide the row falls back to one with smaller blocks, and the entry says so.
+Without profile and target the order is llama-quantize's, and so are the types, with three differences: rules
+also work for the file types F32, F16 and BF16; 4 also holds with `pure`; types from 2 fall back like all
+others. Importance never changes a type; it says how the weights of a type are chosen.
+A type whose block does not divide the row falls back to one with smaller blocks, and the entry says so; with
+a target such types are no candidates of that tensor.
 """
 
 from __future__ import annotations
@@ -20,15 +24,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from jquant.core import Metadata, TensorSpec, UserError, block_and_bytes
+from jquant.core import Metadata, TensorSpec, UserError, bits_per_weight, block_and_bytes
 from jquant.formats import FORMATS
 from jquant.plan.file_types import FileType
 from jquant.plan.file_types import file_type as find_file_type
 from jquant.plan.kept import kept
 from jquant.plan.mixtures import Choice, Model, in_mixture_order, mixture, role
+from jquant.plan.profile import Bounds, Profile
 from jquant.plan.rules import Rule, tensor_type
 
 # Types with blocks of 32 that stand in where a row is no whole number of larger blocks, as llama.cpp has
@@ -75,12 +81,12 @@ class Entry:
 
     @property
     def bpw(self) -> float:
-        return _bits_per_weight(self.type)
+        return bits_per_weight(self.type)
 
     @property
     def extra_bpw(self) -> float:
         """What the fallback costs, in bits per weight of this tensor; 0 where there is none."""
-        return self.bpw - _bits_per_weight(self.fallback_from) if self.fallback_from else 0.0
+        return self.bpw - bits_per_weight(self.fallback_from) if self.fallback_from else 0.0
 
 
 @dataclass(frozen=True)
@@ -144,12 +150,23 @@ class Plan:
         return plan
 
 
+class Settled(NamedTuple):
+    """What is known before a mixture or a target is asked."""
+
+    model: Model
+    chosen: dict[str, Choice]  # points 1 to 5 at the head of this module
+    free: list[TensorSpec]  # all others, in mixture order
+    quantizable: list[TensorSpec]
+    bounds: dict[str, Bounds]  # of the quantizable tensors, by the profile
+
+
 def plan(
     specs: Mapping[str, TensorSpec],
     metadata: Metadata,
     file_type: str,
     *,
     rules: Sequence[Rule] = (),
+    profile: Profile | None = None,
     pure: bool = False,
     output_type: str | None = None,
     embedding_type: str | None = None,
@@ -165,33 +182,83 @@ def plan(
     """
     kind = find_file_type(file_type)
     block_and_bytes(kind.base)
+    settled = settle(
+        specs,
+        metadata,
+        rules=rules,
+        profile=profile,
+        output_type=output_type,
+        embedding_type=embedding_type,
+        has_imatrix=has_imatrix,
+    )
+    if pure or block_and_bytes(kind.base)[0] == 1:
+        reason = "pure" if pure else "the base type"
+        choices: Iterable[Choice] = (Choice(kind.base, reason) for _ in settled.free)
+    else:
+        choices = mixture(kind, settled.model, settled.free)
+    chosen = dict(settled.chosen)
+    for spec, choice in zip(settled.free, choices, strict=True):
+        chosen[spec.name] = _bounded(choice, settled.bounds[spec.name])
+    return assemble(specs, settled, kind, chosen, has_imatrix=has_imatrix, allow_fallback=allow_fallback)
+
+
+def settle(
+    specs: Mapping[str, TensorSpec],
+    metadata: Metadata,
+    *,
+    rules: Sequence[Rule] = (),
+    profile: Profile | None = None,
+    output_type: str | None = None,
+    embedding_type: str | None = None,
+    has_imatrix: bool = False,
+) -> Settled:
+    """The tensors that are kept, and those for which rules, options or the profile name a type.
+
+    Raises UserError for an unknown type, and for a rule or option that concerns no tensor.
+    """
     if output_type is not None:
         output_type = tensor_type(output_type, "the output's type")
     if embedding_type is not None:
         embedding_type = tensor_type(embedding_type, "the embeddings' type")
     model = _model(specs, metadata, has_imatrix)
-
     chosen: dict[str, Choice] = {}
-    in_mixture: list[TensorSpec] = []
     quantizable: list[TensorSpec] = []
     for spec in in_mixture_order(specs.values()):
         keep = kept(spec, model.architecture)
-        if keep is not None:
+        if keep is None:
+            quantizable.append(spec)
+        else:
             chosen[spec.name] = Choice(keep.type, keep.reason)
-            continue
-        quantizable.append(spec)
+    _check_used(rules, output_type, embedding_type, specs, quantizable, is_tied=model.is_tied)
+    profile = profile or Profile("")
+    bounds = profile.bounds_of(quantizable, model.n_layer, is_tied=model.is_tied)
+    free = []
+    for spec in quantizable:
         choice = _by_user(spec, rules, output_type, embedding_type, is_tied=model.is_tied)
-        if choice is None and (pure or block_and_bytes(kind.base)[0] == 1):
-            choice = Choice(kind.base, "pure" if pure else "the base type")
+        bound = bounds[spec.name]
+        if choice is None and bound.type is not None:
+            choice = Choice(bound.type, f"profile {bound.origin}")
         if choice is None:
-            in_mixture.append(spec)
+            free.append(spec)
         else:
             chosen[spec.name] = choice
-    for spec, choice in zip(in_mixture, mixture(kind, model, in_mixture), strict=True):
-        chosen[spec.name] = choice
+    return Settled(model, chosen, free, quantizable, bounds)
 
-    _check_used(rules, output_type, embedding_type, specs, quantizable, is_tied=model.is_tied)
-    can_fall_back = {spec.name for spec in quantizable}
+
+def assemble(
+    specs: Mapping[str, TensorSpec],
+    settled: Settled,
+    kind: FileType,
+    chosen: Mapping[str, Choice],
+    *,
+    has_imatrix: bool,
+    allow_fallback: bool = True,
+) -> Plan:
+    """The plan of these choices, one for every tensor, with fallbacks where rows do not fit.
+
+    Raises UserError for a type that needs an imatrix when there is none, and for forbidden fallbacks.
+    """
+    can_fall_back = {spec.name for spec in settled.quantizable}
     entries = tuple(
         fitted(spec, chosen[spec.name])
         if spec.name in can_fall_back
@@ -204,6 +271,13 @@ def plan(
     if not has_imatrix:
         _check_importance(kind, entries)
     return made
+
+
+def _bounded(choice: Choice, bounds: Bounds) -> Choice:
+    nearest = bounds.nearest(choice.type)
+    if nearest == choice.type:
+        return choice
+    return Choice(nearest, f"{choice.reason}: {choice.type}; {bounds.violation(choice.type)}")
 
 
 def check_encodable(plan: Plan) -> None:
@@ -340,11 +414,6 @@ def _fallback_message(fallbacks: Sequence[Entry]) -> str:
         f"{len(fallbacks)} tensors cannot have their type: {_some(map(words, fallbacks))}. "
         "Allow fallbacks, or give them types with smaller blocks, e.g. --rule 'ffn_down=Q5_0'."
     )
-
-
-def _bits_per_weight(type: str) -> float:
-    block, size = block_and_bytes(type)
-    return 8 * size / block
 
 
 def _some(names: Iterable[str]) -> str:
