@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -64,3 +65,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.", 
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress and no remarks.", rich_help_panel=REPORTING)
 ]
+
+
+def size_in_bytes(text: str) -> int:
+    """'89248832B' → 89248832, '2GB' → 2 · 10⁹, '1.5GiB' → 1.5 · 2³⁰."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i)?B?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise typer.BadParameter(f"expected a size such as 2GB or 1.5GiB; got {text!r}")
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

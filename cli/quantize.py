@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import _calibration, _errors, _options, _runtime, _show
+from . import _calibration, _errors, _options, _runtime, _show, _targets
 from ._options import CALIBRATION, OUTPUT, REPORTING
 from ._progress import ProgressBar, TaskProgress
 from .profile import read_profile
 
 if TYPE_CHECKING:
     from jquant.coherence import Coherence
+    from jquant.plan import Plan
 
 _TYPES = "Types"
 
@@ -106,6 +107,21 @@ def quantize(
         typer.Option(
             "--profile",
             help="TOML file or preset with bounds by role and layer: see jquant profile list.",
+            rich_help_panel=_TYPES,
+        ),
+    ] = None,
+    target_size: _targets.Size = None,
+    target_bpw: _targets.Bpw = None,
+    target_kld: _targets.Kld = None,
+    runtime: _targets.Runtime = "llama.cpp-cpu",
+    sensitivity: _targets.Sensitivity = None,
+    weighting: _targets.Weighting = _targets.By.usual,
+    search_seconds: _targets.SearchSeconds = 0.0,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            "--like",
+            help="GGUF file whose types to repeat, tensor by tensor.",
             rich_help_panel=_TYPES,
         ),
     ] = None,
@@ -213,16 +229,31 @@ def quantize(
         raise typer.BadParameter(
             "measures what --imatrix would read; give one of them", param_hint="--analyze"
         )
-    shard_bytes = _bytes(max_shard_size) if max_shard_size else None
+    shard_bytes = _options.size_in_bytes(max_shard_size) if max_shard_size else None
+    target = _targets.target(target_size, target_bpw, target_kld)
+    if target and (type or pure or like):
+        raise typer.BadParameter("a target chooses the types itself", param_hint="--type, --pure, --like")
+    if like and (type or pure):
+        raise typer.BadParameter("--like says what each type is", param_hint="--type, --pure")
     start = time.monotonic()
     _runtime.start_jax()
 
     from jquant import protection
     from jquant.analyze import as_json
     from jquant.convert import open_model, write_gguf
+    from jquant.dynamic import recipe
     from jquant.io import check_target, hub
     from jquant.io import imatrix as imatrix_file
-    from jquant.plan import check_encodable, file_type, plan, protect, tensor_type
+    from jquant.plan import (
+        Rule,
+        check_encodable,
+        file_type,
+        plan,
+        protect,
+        runtime_types,
+        settle,
+        tensor_type,
+    )
     from jquant.quality import assess
     from jquant.report import plan_report, plan_table, remarks, summary
 
@@ -235,12 +266,14 @@ def quantize(
         require_llama_cpp()
     if out is not None and not dry_run and not max_shard_size:
         check_target(out, force=force or resume)
+    runtime_types(runtime)
     given_rules = _rules(rule, rules)
     importance = imatrix_file.read(imatrix) if imatrix else None
     path = hub.resolve(model, revision=revision)
     opened = open_model(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
+    needs_text = bool(search_seconds) or weighting is _targets.By.gradients
     data = None
-    if analyze or protect_super_weights:
+    if analyze or protect_super_weights or (target and needs_text):
         data = _calibration.read(
             opened,
             calibration,
@@ -250,29 +283,81 @@ def quantize(
             parse_special=parse_special,
             quiet=quiet,
         )
-    planned = plan(
-        opened.source.specs,
-        opened.metadata,
-        kind,
-        rules=given_rules,
-        profile=given_profile,
-        pure=pure,
-        output_type=output_type,
-        embedding_type=embedding_type,
-        has_imatrix=analyze or importance is not None,
-        allow_fallback=not no_fallback,
-    )
-    if not dry_run:
-        check_encodable(planned)
+    if target and analyze and data is not None:  # the types depend on it
+        importance = _calibration.importance(opened, data, batch=batch, quiet=quiet)
+    has_imatrix = analyze or importance is not None
+    imatrix_name = str(imatrix or ("jquant quantize --analyze" if analyze else ""))
     spikes, protected = [], {}
     if protect_super_weights and data is not None:
         tensor_type(protection_type, "--protection-type")
         spikes = protection.super_weights(opened, data)
         protected = protection.protected(spikes, opened.source.specs, protection_coverage)
+        if target:  # what they take counts
+            given_rules = [Rule(f"^{re.escape(name)}$", protection_type) for name in protected] + given_rules
+    damage: dict[str, float] = {}
+    searched = None
+
+    def about(made: Plan) -> str:
+        return recipe(
+            made,
+            imatrix=importance,
+            effort=effort.value,
+            profile=given_profile,
+            target=target,
+            rules=given_rules,
+        )
+
+    if target is None and like is None:
+        planned = plan(
+            opened.source.specs,
+            opened.metadata,
+            kind,
+            rules=given_rules,
+            profile=given_profile,
+            pure=pure,
+            output_type=output_type,
+            embedding_type=embedding_type,
+            has_imatrix=has_imatrix,
+            allow_fallback=not no_fallback,
+        )
+    else:
+        settled = settle(
+            opened.source.specs,
+            opened.metadata,
+            rules=given_rules,
+            profile=given_profile,
+            output_type=output_type,
+            embedding_type=embedding_type,
+            has_imatrix=has_imatrix,
+        )
+        if like is not None:
+            planned = _targets.like(opened, settled, like, has_imatrix, not no_fallback)
+        else:
+            assert target is not None
+            planned, damage, searched = _targets.plan(
+                opened,
+                settled,
+                target,
+                importance,
+                imatrix_name,
+                about,
+                profile=given_profile,
+                runtime=runtime,
+                file=sensitivity,
+                weighting=weighting,
+                seconds=search_seconds,
+                data=data if needs_text else None,
+                max_shard_bytes=shard_bytes,
+                threads=threads or _runtime.default_threads(),
+                quiet=quiet,
+            )
+    if not dry_run:
+        check_encodable(planned)
+    if protect_super_weights:
         planned = protect(planned, protected, protection_type)
         if not quiet:
             _show.remark(f"note: {protection.note(spikes, protected)}")
-    if analyze and data is not None and not dry_run:
+    if analyze and importance is None and data is not None and not dry_run:
         importance = _calibration.importance(opened, data, batch=batch, quiet=quiet)
     if not quiet:
         for remark in remarks(planned, importance.entries if importance else None):
@@ -280,7 +365,7 @@ def quantize(
     if verbose and not dry_run and not json:
         _show.remark(plan_table(planned))
     if dry_run or out is None:
-        _show.result_json(plan_report(planned)) if json else _show.result(plan_table(planned))
+        _show.result_json(plan_report(planned, damages=damage)) if json else _show.result(plan_table(planned))
         return
 
     total = sum(spec.nbytes for spec in opened.source.specs.values())
@@ -290,8 +375,9 @@ def quantize(
             planned,
             out,
             imatrix=importance,
-            imatrix_name=str(imatrix or ("jquant quantize --analyze" if analyze else "")),
+            imatrix_name=imatrix_name,
             protected=protected,
+            recipe=about(planned),
             effort=effort.value,
             max_shard_bytes=shard_bytes,
             threads=threads or _runtime.default_threads(),
@@ -305,8 +391,10 @@ def quantize(
             _show.remark(f"note: {note}")
         for warning in quality.warnings:
             _show.remark(f"warning: {warning}")
-    report = plan_report(planned) | {
+    report = plan_report(planned, errors=written.errors, damages=damage) | {
         "model": model,
+        "target": target and str(target),
+        "search": searched,
         "files": [{"path": str(file), "bytes": file.stat().st_size} for file in written.paths],
         "quality": quality.report(),
         **({"super_weights": as_json(spikes)} if protect_super_weights else {}),
@@ -351,12 +439,3 @@ def _rules(options: list[str] | None, file: Path | None) -> list:
             raise UserError(f"--rules {file}: cannot be read ({error}).") from None
         found += parse_rules_file(text, str(file))
     return found
-
-
-def _bytes(text: str) -> int:
-    """'2GB' → 2 · 10⁹, '1.5GiB' → 1.5 · 2³⁰."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if not match or float(match[1]) == 0:
-        raise typer.BadParameter(f"expected a size such as 2GB or 1.5GiB; got {text!r}")
-    power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

@@ -25,6 +25,8 @@ from jquant.io.imatrix import Imatrix
 from jquant.pipeline import Progress, run
 from jquant.plan import FILE_TYPES, Plan
 
+RECIPE = "jquant.recipe"  # metadata key
+
 
 class Model(NamedTuple):
     """A model as GGUF would describe it, wherever it comes from."""
@@ -67,8 +69,10 @@ def _config(folder: Path) -> dict:
     return config
 
 
-def output_metadata(model: Model, plan: Plan, imatrix: Imatrix | None, imatrix_name: str) -> Metadata:
-    """The model's own metadata and what llama-quantize adds to it."""
+def output_metadata(
+    model: Model, plan: Plan, imatrix: Imatrix | None, imatrix_name: str, *, recipe: str = ""
+) -> Metadata:
+    """The model's own metadata and what llama-quantize adds to it; recipe: JSON, of how the file was made."""
     added: dict[str, MetadataValue] = {
         "general.quantization_version": np.uint32(gguf.GGML_QUANT_VERSION),
         "general.file_type": np.uint32(FILE_TYPES[plan.file_type].number),
@@ -80,8 +84,10 @@ def output_metadata(model: Model, plan: Plan, imatrix: Imatrix | None, imatrix_n
             "quantize.imatrix.entries_count": np.uint32(len(imatrix.entries)),
             "quantize.imatrix.chunks_count": np.uint32(imatrix.chunk_count),
         }
-    # What a source says of an imatrix was true of the source.
-    kept = {k: v for k, v in model.metadata.items() if not k.startswith("quantize.imatrix.")}
+    if recipe:
+        added[RECIPE] = recipe
+    # What a source says of an imatrix or a recipe was true of the source.
+    kept = {k: v for k, v in model.metadata.items() if not k.startswith("quantize.imatrix.") and k != RECIPE}
     return {**kept, **added}
 
 
@@ -98,6 +104,7 @@ def write_gguf(
     imatrix: Imatrix | None = None,
     imatrix_name: str = "",
     protected: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+    recipe: str = "",
     effort: Effort = "fast",
     max_shard_bytes: int | None = None,
     threads: int = 2,
@@ -112,7 +119,7 @@ def write_gguf(
     Raises OutputError where the output cannot be written, UserError where the input cannot be used.
     """
     importance = {} if imatrix is None else _importance(model, imatrix, imatrix_name)
-    metadata = output_metadata(model, plan, imatrix, imatrix_name)
+    metadata = output_metadata(model, plan, imatrix, imatrix_name, recipe=recipe)
     sink = GgufSink(
         out,
         metadata,

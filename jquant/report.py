@@ -10,22 +10,38 @@ from jquant.plan import Entry, Plan
 from jquant.text import human_shape, human_size, text_table
 
 
-def entry_report(entry: Entry) -> dict[str, Any]:
+def entry_report(
+    entry: Entry, total: int, error: float | None = None, damage: float | None = None
+) -> dict[str, Any]:
+    """total: bytes of all tensors. error: relative, as measured. damage: estimated, nats a token."""
     return {
         "name": entry.name,
         "shape": list(entry.shape),
         "source_type": entry.source_type,
         "type": entry.type,
         "bytes": entry.nbytes,
+        "share": round(entry.nbytes / max(total, 1), 6),
         "bpw": round(entry.bpw, 4),
         "fallback_from": entry.fallback_from,
         "extra_bpw": round(entry.extra_bpw, 4),
+        "error": error,
+        "damage": damage,
         "reason": entry.reason,
     }
 
 
-def plan_report(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON values. tensor_bytes counts weights only, not the file's header."""
+def plan_report(
+    plan: Plan, *, errors: Mapping[str, float] | None = None, damages: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """The plan as JSON values. tensor_bytes counts weights only, not the file's header.
+
+    errors, damages: by tensor, see `entry_report`.
+    """
+    tensors = [
+        entry_report(e, plan.nbytes, (errors or {}).get(e.name), (damages or {}).get(e.name))
+        for e in plan.entries
+    ]
+    fell_back = {e.name for e in plan.fallbacks}
     return {
         "file_type": plan.file_type,
         "tensor_bytes": plan.nbytes,
@@ -34,8 +50,8 @@ def plan_report(plan: Plan) -> dict[str, Any]:
         "types": [
             {"type": kind, "tensors": n, "bytes": nbytes} for kind, n, nbytes in by_type(plan.layout())
         ],
-        "fallbacks": [entry_report(e) for e in plan.fallbacks],
-        "tensors": [entry_report(e) for e in plan.entries],
+        "fallbacks": [tensor for tensor in tensors if tensor["name"] in fell_back],
+        "tensors": tensors,
     }
 
 

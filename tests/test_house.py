@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "transforms": CORE,
     "transcode": CORE,
     "weights": CORE | {"formats", "transcode"},
-    "plan": CORE | {"formats"},
+    "plan": CORE | {"formats", "text"},
     "quality": CORE | {"plan"},
     "report": CORE | {"formats", "plan", "text"},
     "pipeline": CORE | {"formats", "plan", "transcode"},
@@ -43,6 +43,9 @@ MAY_IMPORT = {
     "evaluate_report": CORE | {"coherence", "evaluate", "report", "text"},
     "evaluate_html": CORE | {"evaluate_report", "report", "svg", "text"},
     "comparison": CORE | {"coherence", "convert", "engines", "evaluate", "evaluate_report", "io", "scoring"},
+    "sensitivity": CORE | {"calibrate", "formats", "models", "transcode"},
+    "search": CORE | {"formats", "models", "transcode", "weights"},
+    "dynamic": CORE | {"convert", "io", "models", "plan", "search", "sensitivity", "text", "weights"},
     "convert": CORE | {"formats", "io", "models", "pipeline", "plan"},
 }
 SOURCES = sorted((ROOT / "jquant").rglob("*.py"))

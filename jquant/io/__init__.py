@@ -1,8 +1,9 @@
 """Everything that touches files: readers, the writer, importance matrices, tokenizers, the hub."""
 
+from jquant.io._shards import file_bytes
 from jquant.io.gguf import GgufSource
 from jquant.io.gguf_sink import GgufSink, check_target
 from jquant.io.safetensors import SafetensorsSource
 from jquant.io.sources import open_source
 
-__all__ = ["GgufSink", "GgufSource", "SafetensorsSource", "check_target", "open_source"]
+__all__ = ["GgufSink", "GgufSource", "SafetensorsSource", "check_target", "file_bytes", "open_source"]

@@ -54,6 +54,11 @@ def shards(path: Path, metadata: Metadata, layout: Sequence[TensorSpec], limit: 
     return found
 
 
+def file_bytes(metadata: Metadata, layout: Sequence[TensorSpec], limit: int | None = None) -> int:
+    """Bytes of the file of this layout, or of all its shards, with headers and padding."""
+    return sum(shard.size for shard in shards(Path("model.gguf"), metadata, layout, limit))
+
+
 def _split(metadata: Metadata, layout: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
     """Tensors in order, a new shard wherever the file would pass the limit."""
     alignment = alignment_of(metadata)

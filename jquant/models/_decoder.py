@@ -103,13 +103,22 @@ class Decoder:
 
     def logits(self, x: Float[Array, "s t width"]) -> Float[Array, "s t vocab"]:
         """What the output of the last block predicts of the next token."""
-        output = "output.weight" if "output.weight" in self.tensors.specs else "token_embd.weight"
+        rows = (self.tensors.rows(self.output_name, *slab) for slab in self.output_slabs())
+        return jnp.concatenate([self.project(jnp.asarray(part), x) for part in rows], axis=-1)
+
+    @property
+    def output_name(self) -> str:
+        """The output matrix; token embeddings serve as one where there is no other."""
+        return "output.weight" if "output.weight" in self.tensors.specs else "token_embd.weight"
+
+    def output_slabs(self) -> list[tuple[int, int]]:
+        """Ranges of rows of the output matrix that are decoded at once."""
+        return self._slabs(self.output_name)
+
+    def project(self, rows: Float[Array, "n width"], x: Float[Array, "s t width"]) -> Float[Array, "s t n"]:
+        """The part of the logits that these rows of the output matrix make."""
         norm = jnp.asarray(self.tensors.tensor("output_norm.weight"))
-        parts = [
-            _project(norm, jnp.asarray(self.tensors.rows(output, *slab)), x, self.eps, self.final_softcap)
-            for slab in self._slabs(output)
-        ]
-        return jnp.concatenate(parts, axis=-1)
+        return _project(norm, rows, x, self.eps, self.final_softcap)
 
     def _slabs(self, name: str) -> list[tuple[int, int]]:
         spec = self.tensors.specs[name]

@@ -1,21 +1,31 @@
 """The plan: which type every tensor of the file will have, and why."""
 
-from jquant.plan._plan import Entry, Plan, check_encodable, plan, settle
+from jquant.plan._plan import Entry, Plan, Settled, check_encodable, plan, settle
 from jquant.plan.file_types import ALIASES, FILE_TYPES, FileType, file_type
 from jquant.plan.profile import Profile, parse_profile, preset_names, preset_text
 from jquant.plan.protect import protect
 from jquant.plan.rules import Rule, parse_rule, parse_rules_file, tensor_type
+from jquant.plan.runtimes import RUNTIMES, runtime_types
+from jquant.plan.targets import Candidates, TooSmallError, allocated, candidates, for_damage, like
 
 __all__ = [
     "ALIASES",
     "FILE_TYPES",
+    "RUNTIMES",
+    "Candidates",
     "Entry",
     "FileType",
     "Plan",
     "Profile",
     "Rule",
+    "Settled",
+    "TooSmallError",
+    "allocated",
+    "candidates",
     "check_encodable",
     "file_type",
+    "for_damage",
+    "like",
     "parse_profile",
     "parse_rule",
     "parse_rules_file",
@@ -23,6 +33,7 @@ __all__ = [
     "preset_names",
     "preset_text",
     "protect",
+    "runtime_types",
     "settle",
     "tensor_type",
 ]

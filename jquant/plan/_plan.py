@@ -9,8 +9,12 @@ A tensor's type is settled by the first of these that speaks:
 4. `output_type` for the token embeddings of a model that has no output matrix of its own.
 5. The first rule of the profile that holds for the tensor and gives a type.
 6. With a target: the choice of least damage among the candidates within the profile's bounds, see `targets`.
+   With a file to be like: the type that the tensor has there.
 7. `pure`: the file type's base type; else the file type's mixture, see `mixtures`. The profile's bounds lift
    or lower either.
+
+What is settled so, `protect` may still lift, for tensors with super weights; with a target these become rules
+of point 3 instead, so that the size holds.
 
 Without profile and target the order is llama-quantize's, and so are the types, with three differences: rules
 also work for the file types F32, F16 and BF16; 4 also holds with `pure`; types from 2 fall back like all
@@ -48,7 +52,7 @@ _FALLBACKS = {
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
-_NEED_IMPORTANCE = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
+NEED_IMPORTANCE = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
 _NAMES_IN_ERRORS = 4
 
 
@@ -392,7 +396,7 @@ def _check_importance(kind: FileType, entries: Iterable[Entry]) -> None:
         if entry.type == entry.source_type or role(entry.name) in ("token_embd", "output"):
             return False
         known = FORMATS.get(entry.type)
-        by_type = entry.type in _NEED_IMPORTANCE or (known is not None and known.needs_importance)
+        by_type = entry.type in NEED_IMPORTANCE or (known is not None and known.needs_importance)
         return by_type or (kind.name == "Q2_K_S" and entry.type == "Q2_K")
 
     needing = [entry for entry in entries if needs(entry)]

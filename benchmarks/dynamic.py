@@ -1,0 +1,132 @@
+"""KL divergence of files of a target size beside those of llama.cpp of the same size, run by llama.cpp.
+
+    python benchmarks/dynamic.py smol768-f16.gguf wikitext2-test.txt --imatrix imatrix.gguf \\
+        --calibration wikitext2-train.txt --types Q4_K_M Q2_K IQ2_XXS --by errors usual gradients
+
+Each type is made by llama.cpp's quantizer; its size is the target of the others. `errors` minimises the sum
+of weighted squared errors alone; `usual` and `gradients` are what --weights takes; with --search-seconds
+there is a `search` from the gradients on. The text is one that neither calibration nor tuning has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from peers import llama_quantize
+from record import record
+
+from jquant import dynamic
+from jquant.comparison import Settings, compare, open_file
+from jquant.convert import Model, open_model, write_gguf
+from jquant.evaluate_report import record as figures
+from jquant.evaluate_report import table
+from jquant.io import imatrix as imatrix_file
+from jquant.io.samples import Text
+from jquant.plan import candidates, runtime_types, settle
+from jquant.weights import Weights
+
+JQUANT = str(Path(sys.executable).with_name("jquant"))
+
+
+def energies(model: Model, importance: dict[str, np.ndarray], names: list[str]) -> dict[str, float]:
+    """Σ w x² of each tensor: the factor from relative to absolute errors."""
+    found = {}
+    for name in names:
+        x = Weights(model.source).rows(name)
+        w = importance.get(name, np.ones((1, x.shape[1]), np.float32))
+        found[name] = float((np.repeat(w, len(x) // len(w), axis=0) * x * x).sum(dtype=np.float64))
+    return found
+
+
+def by_errors(args: argparse.Namespace, out: Path, size: int, record_file: Path) -> None:
+    """The file of least weighted squared error."""
+    model, imatrix = open_model(args.model), imatrix_file.read(args.imatrix)
+    settled = settle(model.source.specs, model.metadata, has_imatrix=True)
+    found = candidates(settled, None, runtime_types("llama.cpp-cpu"), imatrix.entries)
+    found = dynamic.near(found, 8 * size / sum(spec.size for spec in model.source.specs.values()))
+    measured = dynamic.measured(model, imatrix, found, file=record_file)
+    weights = energies(model, dynamic.importance_of(model, imatrix), list(found.within))
+    target = dynamic.Target(nbytes=size)
+    plan = dynamic.fit(
+        model, settled, found, dynamic.Sensitivity(measured.errors, weights), target, imatrix=imatrix
+    )
+    write_gguf(model, plan, out, imatrix=imatrix, threads=args.threads)
+
+
+def by_command(args: argparse.Namespace, out: Path, size: int, by: str, record_file: Path) -> None:
+    """The file that `jquant quantize` makes."""
+    command = [
+        JQUANT,
+        "quantize",
+        str(args.model),
+        str(out),
+        "--target-size",
+        f"{size}B",
+        "--quiet",
+        "--json",
+    ]
+    command += ["--imatrix", str(args.imatrix), "--sensitivity", str(record_file)]
+    command += ["--weights", "usual" if by == "usual" else "gradients"]
+    command += ["--calibration", str(args.calibration)] if args.calibration else []
+    command += ["--search-seconds", str(args.search_seconds)] if by == "search" else []
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    if by == "search":
+        print(f"search at {size:,} bytes: {json.loads(done.stdout)['search']}", flush=True)
+
+
+def progress(name: str, task: str, share: float) -> None:
+    if share == 1:
+        print(name, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", type=Path, help="16-bit GGUF file")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--imatrix", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, help="text for gradients and search")
+    kinds = ["Q4_K_M", "Q3_K_M", "Q2_K", "IQ3_XXS", "IQ2_M", "IQ2_XXS"]
+    parser.add_argument("--types", nargs="+", default=kinds)
+    ways = ["errors", "usual", "gradients", "search"]
+    parser.add_argument("--by", nargs="+", choices=ways, default=ways[:3])
+    parser.add_argument("--search-seconds", type=float, default=600.0)
+    parser.add_argument("--sensitivity", type=Path, help="folder to keep what is measured of the model")
+    parser.add_argument("--chunks", type=int, help="only the first so many chunks of the text")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = args.sensitivity or Path(scratch)
+        files = {args.model: "original"}
+        for kind in args.types:
+            theirs = Path(scratch, f"{kind}.gguf")
+            llama_quantize(args.model, theirs, kind, args.threads, args.imatrix)
+            files[theirs] = f"{kind} llama.cpp"
+            for by in args.by:
+                ours, size = Path(scratch, f"{kind}-{by}.gguf"), theirs.stat().st_size
+                if by == "errors":
+                    by_errors(args, ours, size, kept / "usual.jsonl")
+                else:
+                    name = "usual.jsonl" if by == "usual" else "gradients.jsonl"
+                    by_command(args, ours, size, by, kept / name)
+                assert ours.stat().st_size <= size
+                files[ours] = f"{kind} {by}"
+        # Line ends as Python reads them, as in quality.py.
+        text = Text(args.text.name, args.text.read_text(encoding="utf-8").encode())
+        settings = Settings(engine="llama.cpp", chunks=args.chunks, threads=args.threads)
+        found = compare([open_file(path) for path in files], settings, text=text, progress=progress)
+        rows = [replace(row, name=files[path]) for path, row in zip(files, found.rows, strict=True)]
+        print(table(rows))
+    if args.json:
+        record(args, [figures(row) for row in rows])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""From a model and a target to a plan: sensitivity, allocation, and a search by measured KL divergence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from jquant import io, models
+from jquant.convert import Model, output_metadata
+from jquant.core import UserError, bits_per_weight
+from jquant.io.imatrix import Imatrix
+from jquant.plan import Candidates, Plan, Profile, Settled, TooSmallError, allocated, for_damage
+from jquant.search import Found, Measure, groups, search
+from jquant.search import Progress as SearchProgress
+from jquant.sensitivity import (
+    Progress,
+    Record,
+    damages,
+    gradient_weights,
+    relative_errors,
+    usual_weights,
+)
+from jquant.text import human_size
+from jquant.weights import Weights
+
+Weighting = Literal["usual", "gradients"]
+WINDOW = 2.2  # types of so many times fewer or more bits than the mean are no candidates, unless needed
+_ATTEMPTS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One of these."""
+
+    nbytes: int | None = None  # of the file, or of all its shards
+    bpw: float | None = None  # of all tensors, without header
+    kld: float | None = None  # estimated: nats a token
+
+    def __str__(self) -> str:
+        if self.nbytes is not None:
+            return f"{self.nbytes} bytes"
+        return f"{self.bpw} bpw" if self.bpw is not None else f"KL divergence {self.kld}"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Damages of each tensor in each of its types, with what they come from."""
+
+    errors: Mapping[str, Mapping[str, float]]
+    weights: Mapping[str, float]
+
+    def damages(self, scales: Mapping[str, float] | None = None) -> dict[str, dict[str, float]]:
+        scales = scales or {}
+        return damages(self.errors, {n: w * scales.get(n, 1.0) for n, w in self.weights.items()})
+
+
+def measured(
+    model: Model,
+    imatrix: Imatrix | None,
+    found: Candidates,
+    *,
+    file: Path | None = None,
+    weighting: Weighting = "usual",
+    tokens: np.ndarray | None = None,
+    progress: Progress = lambda done, count: None,
+) -> Sensitivity:
+    """Errors on samples of the weights, and the weights of tensors in the model's KL divergence.
+
+    file: a record that is read, and continued where something is missing. tokens: [samples, length], which
+    the gradients are taken on. Raises UserError for a record of another run.
+    """
+    importance = importance_of(model, imatrix)
+    record = Record(file, _run(model, imatrix, weighting, tokens))
+    errors = relative_errors(
+        model.source,
+        found.within,
+        importance,
+        known=record.errors,
+        found=record.add_errors,
+        progress=progress,
+    )
+    if weighting == "usual":
+        return Sensitivity(errors, usual_weights(list(model.source.specs), _layers(model)))
+    missing = [name for name in found.within if name not in record.weights]
+    if missing:
+        if tokens is None:
+            raise UserError("gradients need calibration text.")
+        decoder = models.decoder(Weights(model.source), model.metadata)
+        record.add_weights(gradient_weights(decoder, tokens, importance, progress=progress))
+    fallback = usual_weights(list(model.source.specs), _layers(model))
+    return Sensitivity(errors, fallback | record.weights)
+
+
+def importance_of(model: Model, imatrix: Imatrix | None) -> dict[str, np.ndarray]:
+    """The imatrix's entries for the tensors of this model, [matrices, cols] each."""
+    if imatrix is None:
+        return {}
+    specs = model.source.specs.values()
+    return {s.name: entry for s in specs if (entry := imatrix.importance(s)) is not None}
+
+
+def near(found: Candidates, bpw: float) -> Candidates:
+    """Only the candidates within WINDOW times this many bits a weight: fewer to measure."""
+
+    def close(types: tuple[str, ...]) -> tuple[str, ...]:
+        inside = tuple(t for t in types if bpw / WINDOW <= bits_per_weight(t) <= bpw * WINDOW)
+        return inside or (min(types, key=lambda t: abs(bits_per_weight(t) - bpw)),)
+
+    return Candidates({name: close(types) for name, types in found.within.items()}, found.without)
+
+
+def fit(
+    model: Model,
+    settled: Settled,
+    found: Candidates,
+    sensitivity: Sensitivity,
+    target: Target,
+    *,
+    imatrix: Imatrix | None = None,
+    imatrix_name: str = "",
+    recipe: Callable[[Plan], str] = lambda plan: "",
+    max_shard_bytes: int | None = None,
+    scales: Mapping[str, float] | None = None,
+) -> Plan:
+    """The plan of least damage that meets the target. recipe: what the file's header will say of it.
+
+    A target in bytes counts the whole file and is never exceeded. Raises UserError for one that cannot be
+    met, with the constraint that binds and the nearest that can.
+    """
+    specs, has_imatrix = model.source.specs, imatrix is not None
+    by_type = sensitivity.damages(scales)
+    if target.kld is not None:
+        return for_damage(specs, settled, found, by_type, damage=target.kld, has_imatrix=has_imatrix)
+
+    def planned(budget: int) -> Plan:
+        return allocated(specs, settled, found, by_type, budget=budget, has_imatrix=has_imatrix)
+
+    def overhead(plan: Plan) -> int:
+        metadata = output_metadata(model, plan, imatrix, imatrix_name, recipe=recipe(plan))
+        padded = sum(-(-entry.nbytes // 32) * 32 for entry in plan.entries)
+        return io.file_bytes(metadata, plan.layout(), max_shard_bytes) - padded
+
+    if target.bpw is not None:
+        weights = sum(spec.size for spec in specs.values())
+        try:
+            return planned(int(target.bpw * weights / 8))
+        except TooSmallError as error:
+            least = 8 * error.tensor_bytes / weights
+            raise UserError(
+                f"{target.bpw:g} bpw cannot be met: {error.binding}. The nearest possible target is "
+                f"--target-bpw {np.ceil(1000 * least) / 1000:g}."
+            ) from None
+    assert target.nbytes is not None
+    budget = target.nbytes - overhead(planned(1 << 62))
+    for _ in range(_ATTEMPTS):
+        try:
+            plan = planned(budget)
+        except TooSmallError as error:
+            least = error.tensor_bytes + target.nbytes - budget
+            raise UserError(
+                f"{target.nbytes} bytes cannot be met: {error.binding}. The nearest possible target is "
+                f"--target-size {least}B ({human_size(least)})."
+            ) from None
+        # The recipe in the header depends on the plan by some bytes.
+        excess = overhead(plan) + budget - target.nbytes
+        if overhead(plan) + sum(-(-e.nbytes // 32) * 32 for e in plan.entries) <= target.nbytes:
+            return plan
+        budget -= max(excess, 1)
+    raise UserError(f"{target.nbytes} bytes cannot be met; try {budget} bytes.")
+
+
+def improved(
+    model: Model,
+    imatrix: Imatrix | None,
+    found: Candidates,
+    plan_for: Callable[[Mapping[str, float]], Plan],
+    tokens: np.ndarray,
+    *,
+    seconds: float,
+    threads: int = 2,
+    progress: SearchProgress = lambda measured, best, used: None,
+) -> tuple[Plan, Found]:
+    """The best plan that a search by measured KL divergence on `tokens` finds, and what it measured."""
+    measure = Measure(model.source, model.metadata, importance_of(model, imatrix), tokens, threads)
+
+    def types(scales: Mapping[str, float]) -> dict[str, str]:
+        changed = [e for e in plan_for(scales).entries if e.type != e.source_type]
+        return {entry.name: entry.type for entry in changed if entry.name in quantized}
+
+    quantized = {name for name, spec in model.source.specs.items() if len(spec.shape) > 1}
+    best = search(measure, types, groups(found.within, _layers(model)), seconds=seconds, progress=progress)
+    return plan_for(best.scales), best
+
+
+def recipe(
+    plan: Plan,
+    *,
+    imatrix: Imatrix | None,
+    effort: str,
+    profile: Profile | None = None,
+    target: Target | None = None,
+    rules: Sequence[object] = (),
+) -> str:
+    """How a file was made, as JSON for its header: enough to make it again."""
+    types = {e.name: e.type for e in plan.entries if e.type != e.source_type and len(e.shape) > 1}
+    about = {
+        "jquant": version("jquant"),
+        "file_type": plan.file_type,
+        "profile": profile and profile.name,
+        "target": target and str(target),
+        "rules": [str(rule) for rule in rules],
+        "effort": effort,
+        "imatrix_sha256": imatrix and digest(imatrix),
+        "types": types,
+    }
+    return json.dumps({key: value for key, value in about.items() if value}, separators=(",", ":"))
+
+
+def digest(imatrix: Imatrix) -> str:
+    """SHA-256 of an imatrix's names and values."""
+    found = hashlib.sha256()
+    for name in sorted(imatrix.entries):
+        found.update(name.encode("utf-8", "surrogateescape"))
+        found.update(np.ascontiguousarray(imatrix.entries[name]).tobytes())
+    return found.hexdigest()
+
+
+def _layers(model: Model) -> int:
+    architecture = model.metadata.get("general.architecture", "")
+    value = np.ravel(np.asarray(model.metadata.get(f"{architecture}.block_count", 1)))
+    return int(value[0]) if value.size else 1
+
+
+def _run(
+    model: Model, imatrix: Imatrix | None, weighting: Weighting, tokens: np.ndarray | None
+) -> dict[str, object]:
+    """What a record's numbers depend on."""
+    of_tokens = None
+    if weighting == "gradients" and tokens is not None:
+        of_tokens = hashlib.sha256(np.ascontiguousarray(tokens, np.int64).tobytes()).hexdigest()
+    return {
+        "jquant sensitivity": version("jquant"),
+        "model": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in model.files],
+        "imatrix": imatrix and digest(imatrix),
+        "weighting": weighting,
+        "calibration": of_tokens,
+    }

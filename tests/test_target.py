@@ -1,0 +1,366 @@
+"""Target sizes and what leads to them, judged by the files, and by models that are run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import write_tiny
+from typer.testing import CliRunner
+
+import jquant
+from jquant import models
+from jquant.convert import Model, open_model, write_gguf
+from jquant.core import UserError, bits_per_weight
+from jquant.dynamic import Sensitivity, Target, fit, importance_of, measured, recipe
+from jquant.io import GgufSource
+from jquant.io.imatrix import Imatrix
+from jquant.plan import candidates, parse_profile, plan, runtime_types, settle
+from jquant.search import Measure, groups, search
+from jquant.sensitivity import SAMPLE, Record, gradient_weights, relative_errors, usual_weights
+from jquant.weights import Weights
+from jquant_cli import _errors
+from jquant_cli.main import app
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4}
+CPU = runtime_types("llama.cpp-cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("models") / "llama", "LlamaForCausalLM", **WIDE)
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> Model:
+    return open_model(folder)
+
+
+@pytest.fixture(scope="module")
+def imatrix(model) -> Imatrix:
+    """Random importance of every matrix but the embeddings."""
+    rng = np.random.default_rng(0)
+    names = [n for n, s in model.source.specs.items() if len(s.shape) > 1 and n != "token_embd.weight"]
+    entries = {n: rng.chisquare(2, (1, model.source.specs[n].cols)).astype(np.float32) for n in names}
+    return Imatrix(entries, {n: np.full(1, 512, np.float32) for n in names}, ["made up"], 1, 512)
+
+
+@pytest.fixture(scope="module")
+def sensitivity(model, imatrix) -> Sensitivity:
+    return measured(model, imatrix, free(model, imatrix)[1])
+
+
+def free(model: Model, imatrix: Imatrix | None, text: str = ""):
+    profile = parse_profile(text, "mine.toml") if text else None
+    settled = settle(model.source.specs, model.metadata, profile=profile, has_imatrix=imatrix is not None)
+    return settled, candidates(settled, profile, CPU, imatrix.entries if imatrix else None)
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def tensor_types(file: Path) -> dict[str, str]:
+    return {t.name: t.tensor_type.name for t in gguf.GGUFReader(str(file)).tensors}
+
+
+@pytest.mark.parametrize("share", [0.2, 0.3, 0.45])
+def test_a_target_size_is_met_to_half_a_percent_and_never_exceeded(
+    model, imatrix, sensitivity, tmp_path, share
+):
+    settled, found = free(model, imatrix)
+    target = int(share * sum(spec.nbytes for spec in model.source.specs.values()) / 2)
+
+    def about(made):
+        return recipe(made, imatrix=imatrix, effort="fast", target=Target(nbytes=target))
+
+    made = fit(
+        model,
+        settled,
+        found,
+        sensitivity,
+        Target(nbytes=target),
+        imatrix=imatrix,
+        imatrix_name="i",
+        recipe=about,
+    )
+    out = tmp_path / "out.gguf"
+    write_gguf(model, made, out, imatrix=imatrix, imatrix_name="i", recipe=about(made))
+    assert 0.995 * target <= out.stat().st_size <= target
+    assert tensor_types(out) == {entry.name: entry.type for entry in made.entries}
+
+
+def test_a_target_bpw_is_that_of_all_tensors(model, imatrix, sensitivity):
+    settled, found = free(model, imatrix)
+    made = fit(model, settled, found, sensitivity, Target(bpw=4.0), imatrix=imatrix)
+    assert 3.98 < made.bpw <= 4.0
+
+
+def test_a_target_kld_takes_fewer_bytes_for_more_divergence(model, imatrix, sensitivity):
+    settled, found = free(model, imatrix)
+    loose, strict = (
+        fit(model, settled, found, sensitivity, Target(kld=kld), imatrix=imatrix) for kld in (1.0, 0.1)
+    )
+    by_type = sensitivity.damages()
+    assert loose.nbytes < strict.nbytes
+    assert sum(by_type[e.name][e.type] for e in strict.entries if e.name in by_type) <= 0.1
+
+
+def test_bounds_hold_under_a_target(model, imatrix, sensitivity):
+    text = '[[rule]]\nrole = "attention"\nmin = "Q6_K"'
+    settled, found = free(model, imatrix, text)
+    made = fit(model, settled, found, sensitivity, Target(bpw=5.0), imatrix=imatrix)
+    attention = [e for e in made.entries if "attn_" in e.name and len(e.shape) > 1]
+    assert attention
+    assert all(e.bpw >= bits_per_weight("Q6_K") for e in attention)
+
+
+def test_a_target_too_small_names_what_binds_and_the_nearest_that_can_be_met(model, imatrix, sensitivity):
+    settled, found = free(model, imatrix, '[[rule]]\nmatch = "ffn_"\nmin = "Q6_K"')
+    with pytest.raises(UserError, match=r"mine\.toml, line 1: at least Q6_K") as caught:
+        fit(model, settled, found, sensitivity, Target(nbytes=400_000), imatrix=imatrix)
+    nearest = int(str(caught.value).split("--target-size ")[1].split("B")[0])
+    made = fit(model, settled, found, sensitivity, Target(nbytes=nearest), imatrix=imatrix)
+    assert all(e.type == "Q6_K" for e in made.entries if "ffn_" in e.name and "norm" not in e.name)
+    with pytest.raises(UserError):
+        fit(model, settled, found, sensitivity, Target(nbytes=nearest - 32), imatrix=imatrix)
+
+
+def test_candidates_are_what_runtime_importance_and_rows_allow(model, imatrix):
+    _, without = free(model, None)
+    assert all(not type.startswith(("IQ1", "IQ2")) for types in without.within.values() for type in types)
+    settled, _ = free(model, imatrix, 'candidates = ["TQ1_0", "Q4_K"]')
+    profile = parse_profile('candidates = ["TQ1_0", "Q4_K"]', "mine.toml")
+    for name, expected in (("llama.cpp-cpu", ("TQ1_0", "Q4_K")), ("llama.cpp-cuda", ("Q4_K",))):
+        found = candidates(settled, profile, runtime_types(name), imatrix.entries)
+        assert set(found.within.values()) == {expected}
+
+
+def test_rows_that_no_superblock_divides_have_candidates_with_blocks_of_32(tmp_path):
+    odd = open_model(write_tiny(tmp_path / "odd", "LlamaForCausalLM"))
+    settled, found = free(odd, None)
+    made = fit(odd, settled, found, measured(odd, None, found), Target(bpw=6.0))
+    assert made.fallbacks == ()
+    assert 5.5 < made.bpw <= 6.0
+
+
+def test_the_error_of_a_sample_is_that_of_the_tensor(model, imatrix):
+    name = "blk.0.ffn_up.weight"
+    spec = model.source.specs[name]
+    assert spec.size > 8 * SAMPLE
+    x = jnp.asarray(Weights(model.source).tensor(name))
+    w = imatrix.importance(spec)
+    found = relative_errors(model.source, {name: ["Q2_K", "IQ3_S", "Q4_K"]}, {name: w})[name]
+    for type, error in found.items():
+        whole = jquant.dequantize(jquant.quantize(x, jquant.FORMATS[type], jnp.asarray(w)))
+        expected = float((w * (whole - x) ** 2).sum() / (w * x * x).sum())
+        assert error == pytest.approx(expected, rel=0.1), type
+
+
+def divergence(a: models.Decoder, b: models.Decoder, tokens: np.ndarray) -> float:
+    """KL divergence from a to b, nats a token, both run whole."""
+    logits = []
+    for decoder in (a, b):
+        x = jnp.asarray(decoder.embed(tokens))
+        for i, block in enumerate(decoder.blocks):
+            angles = jnp.asarray(decoder.angles(i, tokens.shape[1]))
+            x = models.run_block(block, decoder.load_block(i), x, angles)
+        logits.append(jax.nn.log_softmax(decoder.logits(x)))
+    p, q = logits
+    return float((jnp.exp(p) * (p - q)).sum(-1).mean())
+
+
+class Noisy:
+    """The weights of a source with one tensor changed."""
+
+    def __init__(self, weights: Weights, name: str, value: np.ndarray):
+        self.specs, self._weights, self._name, self._value = weights.specs, weights, name, value
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        found = self._weights.rows(name, start, stop)
+        return self._value[start:stop] if name == self._name else found
+
+    def tensor(self, name: str) -> np.ndarray:
+        return self.rows(name).reshape(self.specs[name].shape)
+
+
+@pytest.mark.parametrize("name", ["blk.0.ffn_down.weight", "blk.1.attn_v.weight", "output.weight"])
+def test_gradient_weights_foretell_the_divergence_of_small_errors(model, name):
+    tokens = np.random.default_rng(0).integers(3, 390, (8, 32))
+    weights = Weights(model.source)
+    decoder = models.decoder(weights, model.metadata)
+    foretold = gradient_weights(decoder, tokens, {})[name]
+    x, rng, error = weights.tensor(name), np.random.default_rng(1), 1e-3
+    local = np.repeat(np.square(x).reshape(len(x), -1, 32).mean(-1), 32, axis=1)
+    found = []
+    for _ in range(4):
+        noise = (rng.standard_normal(x.shape) * np.sqrt(local)).astype(np.float32)
+        noise *= np.sqrt(error * np.square(x).sum() / np.square(noise).sum())
+        noisy = models.decoder(Noisy(weights, name, x + noise), model.metadata)
+        found.append(divergence(decoder, noisy, tokens) / error)
+    assert foretold == pytest.approx(np.mean(found), rel=0.3)
+
+
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Gemma2ForCausalLM"])
+def test_gradient_weights_cover_every_matrix_of_the_blocks(architecture, tmp_path):
+    other = open_model(write_tiny(tmp_path / "model", architecture))
+    tokens = np.random.default_rng(0).integers(3, 390, (2, 16))
+    found = gradient_weights(models.decoder(Weights(other.source), other.metadata), tokens, {})
+    settled, _ = free(other, None)
+    assert found.keys() >= {spec.name for spec in settled.free}
+    assert all(np.isfinite(value) and value >= 0 for value in found.values())
+    assert min(found[spec.name] for spec in settled.free) > 0
+
+
+def test_usual_weights_of_all_layers_do_not_depend_on_their_number():
+    def total(layers: int) -> float:
+        names = [f"blk.{i}.attn_v.weight" for i in range(layers)]
+        return sum(usual_weights(names, layers).values())
+
+    assert total(4) == pytest.approx(total(80))
+
+
+def test_a_record_is_continued_and_gives_the_same_numbers(model, imatrix, sensitivity, tmp_path):
+    file = tmp_path / "record.jsonl"
+    _, found = free(model, imatrix)
+    assert measured(model, imatrix, found, file=file) == sensitivity
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:4]) + lines[4][: len(lines[4]) // 2])  # a run that was killed
+    assert measured(model, imatrix, found, file=file) == sensitivity
+    assert sorted(file.read_text().splitlines()) == sorted("".join(lines).splitlines())
+
+
+def test_a_record_of_another_run_is_refused(model, imatrix, tmp_path):
+    file = tmp_path / "record.jsonl"
+    _, found = free(model, imatrix)
+    measured(model, imatrix, found, file=file)
+    with pytest.raises(UserError, match="another imatrix"):
+        measured(model, None, free(model, None)[1], file=file)
+
+
+def test_a_record_that_is_none_is_refused_with_its_line(tmp_path):
+    file = tmp_path / "record.jsonl"
+    Record(file, {"model": 1})
+    with file.open("a") as opened:
+        opened.write("nonsense\n")
+    with pytest.raises(UserError, match="line 2"):
+        Record(file, {"model": 1})
+
+
+def test_the_measured_divergence_is_that_of_the_file(model, imatrix, tmp_path):
+    tokens = np.random.default_rng(0).integers(3, 390, (3, 24))
+    made = plan(model.source.specs, model.metadata, "IQ2_M", has_imatrix=True)
+    out = tmp_path / "out.gguf"
+    write_gguf(model, made, out, imatrix=imatrix)
+    measure = Measure(model.source, model.metadata, importance_of(model, imatrix), tokens)
+    file = GgufSource(out)
+    expected = divergence(
+        models.decoder(Weights(model.source), model.metadata),
+        models.decoder(Weights(file), file.metadata),
+        tokens,
+    )
+    assert expected > 0
+    assert measure({e.name: e.type for e in made.entries}) == pytest.approx(expected, rel=1e-4)
+    assert measure({}) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_search_finds_weights_that_were_wrong():
+    """Divergence by true weights, allocation by wrong ones: eight bits are given to the heavier group."""
+    truth = {"a": 9.0, "b": 1.0}
+    names = {"a": ["blk.0.ffn_up.weight"], "b": ["blk.0.ffn_down.weight"]}
+
+    def allocate(scales):
+        share = np.sqrt(scales[names["a"][0]] / scales[names["b"][0]])
+        bits = round(4 + np.log2(share) / 2, 2)
+        return {"a": f"{bits}", "b": f"{8 - bits}"}
+
+    def measure(types):
+        return sum(truth[n] * 4.0 ** -float(types[n]) for n in truth)
+
+    found = search(measure, allocate, names, seconds=1e9)
+    best = min(measure({"a": f"{b}", "b": f"{8 - b}"}) for b in np.arange(2, 6, 0.01))
+    assert found.divergence < found.first
+    assert found.divergence == pytest.approx(best, rel=0.01)
+
+
+def test_the_search_ends_in_time():
+    now = [0.0]
+
+    def measure(types):
+        now[0] += 10
+        return 1 / now[0]
+
+    counter = iter(range(1000))
+    found = search(
+        measure, lambda scales: {"t": str(next(counter))}, {"g": ["t"]}, seconds=55.0, clock=lambda: now[0]
+    )
+    assert (found.measured, now[0]) == (5, 50)
+
+
+def test_every_tensor_is_in_a_group_of_the_search(model, imatrix):
+    settled, found = free(model, imatrix)
+    grouped = groups(found.within, 2)
+    assert {name for group in grouped.values() for name in group} == {spec.name for spec in settled.free}
+
+
+def test_the_header_says_how_the_file_was_made_and_like_repeats_it(folder, tmp_path):
+    first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
+    text = run("quantize", folder, first, "--target-bpw", 5.5, "--profile", "balanced", "--json", "-q")
+    about = json.loads(gguf.GGUFReader(str(first)).fields["jquant.recipe"].contents())
+    assert about["profile"] == "balanced"
+    assert about["target"] == "5.5 bpw"
+    types = tensor_types(first)
+    assert about["types"].items() <= types.items()
+    report = json.loads(text)
+    assert {t["name"]: t["type"] for t in report["tensors"]} == types
+    assert sum(t["share"] for t in report["tensors"]) == pytest.approx(1, abs=1e-3)
+    assert all(t["damage"] is not None for t in report["tensors"] if "ffn_up" in t["name"])
+    run("quantize", folder, second, "--like", first, "-q")
+    assert tensor_types(second) == types
+
+
+def test_gradients_and_search_make_a_file_of_the_size(folder, tmp_path):
+    out, calibration = tmp_path / "out.gguf", tmp_path / "text.txt"
+    calibration.write_text("There was once a little girl who lived in a small house. " * 400)
+    options = ("--target-bpw", 5.0, "--weights", "gradients", "--calibration", calibration)
+    text = run("quantize", folder, out, *options, "--search-seconds", 1e-3, "--json", "-q")
+    report = json.loads(text)
+    assert report["bpw"] <= 5.0
+    assert report["search"]["measured"] == 1
+    assert 0 < report["search"]["best_kld"] == report["search"]["first_kld"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "what"),
+    [
+        (("--target-size", "10kB"), _errors.INPUT, "nearest possible target is --target-size"),
+        (("--target-bpw", "1"), _errors.INPUT, "nearest possible target is --target-bpw"),
+        (("--target-size", "1GB", "--target-bpw", "3"), _errors.USAGE, "give one of"),
+        (("--target-size", "many"), _errors.USAGE, "expected a size"),
+        (("--target-bpw", "-1"), _errors.USAGE, "above 0"),
+        (("--target-bpw", "5", "--type", "Q4_0"), _errors.USAGE, "a target chooses"),
+        (("--target-bpw", "5", "--runtime", "llama.cpp-cdua"), _errors.INPUT, "did you mean llama.cpp-cuda"),
+        (("--like", "missing.gguf"), _errors.INPUT, "missing.gguf"),
+    ],
+)
+def test_a_target_that_makes_no_sense_is_refused(folder, tmp_path, options, code, what):
+    out = tmp_path / "out.gguf"
+    result = CliRunner().invoke(app, ["quantize", str(folder), str(out), *options, "-q"])
+    assert result.exit_code == code, result.output
+    assert what in " ".join(result.stderr.replace("│", " ").split())
+    assert not out.exists()
+
+
+def test_a_file_of_another_model_is_no_example(folder, tmp_path):
+    other, out = tmp_path / "other.gguf", tmp_path / "out.gguf"
+    run("quantize", write_tiny(tmp_path / "m", "MixtralForCausalLM"), other, "--type", "F16", "-q")
+    result = CliRunner().invoke(app, ["quantize", str(folder), str(out), "--like", str(other), "-q"])
+    assert result.exit_code == _errors.INPUT
+    assert "same architecture" in result.stderr
