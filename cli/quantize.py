@@ -305,6 +305,7 @@ def quantize(
             profile=given_profile,
             target=target,
             rules=given_rules,
+            protected=protected,
         )
 
     if target is None and like is None:

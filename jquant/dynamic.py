@@ -207,9 +207,10 @@ def recipe(
     profile: Profile | None = None,
     target: Target | None = None,
     rules: Sequence[object] = (),
+    protected: Mapping[str, Sequence[tuple[int, int]]] | None = None,
 ) -> str:
     """How a file was made, as JSON for its header: enough to make it again."""
-    types = {e.name: e.type for e in plan.entries if e.type != e.source_type and len(e.shape) > 1}
+    types = {e.name: e.type for e in plan.entries if len(e.shape) > 1}
     about = {
         "jquant": version("jquant"),
         "file_type": plan.file_type,
@@ -218,6 +219,7 @@ def recipe(
         "rules": [str(rule) for rule in rules],
         "effort": effort,
         "imatrix_sha256": imatrix and digest(imatrix),
+        "protected": {name: [list(at) for at in places] for name, places in (protected or {}).items()},
         "types": types,
     }
     return json.dumps({key: value for key, value in about.items() if value}, separators=(",", ":"))
