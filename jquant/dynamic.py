@@ -209,8 +209,7 @@ def recipe(
     rules: Sequence[object] = (),
     protected: Mapping[str, Sequence[tuple[int, int]]] | None = None,
 ) -> str:
-    """How a file was made, as JSON for its header: enough to make it again."""
-    types = {e.name: e.type for e in plan.entries if len(e.shape) > 1}
+    """How a file was made, as JSON for its header; the types of its tensors stand there anyway."""
     about = {
         "jquant": version("jquant"),
         "file_type": plan.file_type,
@@ -220,7 +219,6 @@ def recipe(
         "effort": effort,
         "imatrix_sha256": imatrix and digest(imatrix),
         "protected": {name: [list(at) for at in places] for name, places in (protected or {}).items()},
-        "types": types,
     }
     return json.dumps({key: value for key, value in about.items() if value}, separators=(",", ":"))
 
