@@ -15,20 +15,15 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from peers import llama_quantize
-from record import record
+from scores import score
 
 from jquant import dynamic
-from jquant.comparison import Settings, compare, open_file
 from jquant.convert import Model, open_model, write_gguf
-from jquant.evaluate_report import record as figures
-from jquant.evaluate_report import table
 from jquant.io import imatrix as imatrix_file
-from jquant.io.samples import Text
 from jquant.plan import candidates, runtime_types, settle
 from jquant.weights import Weights
 
@@ -81,11 +76,6 @@ def by_command(args: argparse.Namespace, out: Path, size: int, by: str, record_f
         print(f"search at {size:,} bytes: {json.loads(done.stdout)['search']}", flush=True)
 
 
-def progress(name: str, task: str, share: float) -> None:
-    if share == 1:
-        print(name, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", type=Path, help="16-bit GGUF file")
@@ -118,14 +108,7 @@ def main() -> None:
                     by_command(args, ours, size, by, kept / name)
                 assert ours.stat().st_size <= size
                 files[ours] = f"{kind} {by}"
-        # Line ends as Python reads them, as in quality.py.
-        text = Text(args.text.name, args.text.read_text(encoding="utf-8").encode())
-        settings = Settings(engine="llama.cpp", chunks=args.chunks, threads=args.threads)
-        found = compare([open_file(path) for path in files], settings, text=text, progress=progress)
-        rows = [replace(row, name=files[path]) for path, row in zip(files, found.rows, strict=True)]
-        print(table(rows))
-    if args.json:
-        record(args, [figures(row) for row in rows])
+        score(args, files)
 
 
 if __name__ == "__main__":

@@ -12,23 +12,12 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from peers import llama_quantize
-from record import record
-
-from jquant.comparison import Settings, compare, open_file
-from jquant.evaluate_report import record as figures
-from jquant.evaluate_report import table
-from jquant.io.samples import Text
+from scores import score
 
 JQUANT = str(Path(sys.executable).with_name("jquant"))
-
-
-def progress(name: str, task: str, share: float) -> None:
-    if share == 1:
-        print(name, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -50,14 +39,7 @@ def main() -> None:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             llama_quantize(args.model, theirs, kind, args.threads, args.imatrix)
             files |= {ours: f"{kind} jquant", theirs: f"{kind} llama.cpp"}
-        # Line ends as Python reads them, so that figures stay comparable with earlier ones.
-        text = Text(args.text.name, args.text.read_text(encoding="utf-8").encode())
-        settings = Settings(engine="llama.cpp", chunks=args.chunks, threads=args.threads)
-        found = compare([open_file(path) for path in files], settings, text=text, progress=progress)
-        rows = [replace(row, name=files[path]) for path, row in zip(files, found.rows, strict=True)]
-        print(table(rows))
-    if args.json:
-        record(args, [figures(row) for row in rows])
+        score(args, files)
 
 
 if __name__ == "__main__":

@@ -267,6 +267,7 @@ def quantize(
     if out is not None and not dry_run and not max_shard_size:
         check_target(out, force=force or resume)
     runtime_types(runtime)
+    tensor_type(protection_type, "--protection-type")
     given_rules = _rules(rule, rules)
     importance = imatrix_file.read(imatrix) if imatrix else None
     path = hub.resolve(model, revision=revision)
@@ -289,7 +290,6 @@ def quantize(
     imatrix_name = str(imatrix or ("jquant quantize --analyze" if analyze else ""))
     spikes, protected = [], {}
     if protect_super_weights and data is not None:
-        tensor_type(protection_type, "--protection-type")
         spikes = protection.super_weights(opened, data)
         protected = protection.protected(spikes, opened.source.specs, protection_coverage)
         if target:  # what they take counts

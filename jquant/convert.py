@@ -148,8 +148,7 @@ def write_gguf(
 
 def _importance(model: Model, imatrix: Imatrix, name: str) -> dict[str, np.ndarray]:
     """The imatrix's entries for the tensors of this model: float32 [matrices, cols] each."""
-    specs = model.source.specs.values()
-    found = {spec.name: entry for spec in specs if (entry := imatrix.importance(spec)) is not None}
+    found = imatrix.by_tensor(model.source.specs.values())
     if not found:
         example = next(iter(imatrix.entries), "nothing")
         raise UserError(

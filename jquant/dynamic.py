@@ -100,10 +100,7 @@ def measured(
 
 def importance_of(model: Model, imatrix: Imatrix | None) -> dict[str, np.ndarray]:
     """The imatrix's entries for the tensors of this model, [matrices, cols] each."""
-    if imatrix is None:
-        return {}
-    specs = model.source.specs.values()
-    return {s.name: entry for s in specs if (entry := imatrix.importance(s)) is not None}
+    return {} if imatrix is None else imatrix.by_tensor(model.source.specs.values())
 
 
 def near(found: Candidates, bpw: float) -> Candidates:
@@ -142,10 +139,12 @@ def fit(
     def planned(budget: int) -> Plan:
         return allocated(specs, settled, found, by_type, budget=budget, has_imatrix=has_imatrix)
 
-    def overhead(plan: Plan) -> int:
+    def measure(plan: Plan) -> tuple[int, int]:
+        """Bytes of the file, and those of them that are not tensors."""
         metadata = output_metadata(model, plan, imatrix, imatrix_name, recipe=recipe(plan))
         padded = sum(-(-entry.nbytes // 32) * 32 for entry in plan.entries)
-        return io.file_bytes(metadata, plan.layout(), max_shard_bytes) - padded
+        size = io.file_bytes(metadata, plan.layout(), max_shard_bytes)
+        return size, size - padded
 
     if target.bpw is not None:
         weights = sum(spec.size for spec in specs.values())
@@ -158,7 +157,7 @@ def fit(
                 f"--target-bpw {np.ceil(1000 * least) / 1000:g}."
             ) from None
     assert target.nbytes is not None
-    budget = target.nbytes - overhead(planned(1 << 62))
+    budget = target.nbytes - measure(planned(1 << 62))[1]
     for _ in range(_ATTEMPTS):
         try:
             plan = planned(budget)
@@ -168,11 +167,10 @@ def fit(
                 f"{target.nbytes} bytes cannot be met: {error.binding}. The nearest possible target is "
                 f"--target-size {least}B ({human_size(least)})."
             ) from None
-        # The recipe in the header depends on the plan by some bytes.
-        excess = overhead(plan) + budget - target.nbytes
-        if overhead(plan) + sum(-(-e.nbytes // 32) * 32 for e in plan.entries) <= target.nbytes:
+        size, overhead = measure(plan)
+        if size <= target.nbytes:
             return plan
-        budget -= max(excess, 1)
+        budget -= max(overhead + budget - target.nbytes, 1)  # the header depends on the plan by some bytes
     raise UserError(f"{target.nbytes} bytes cannot be met; try {budget} bytes.")
 
 

@@ -16,7 +16,7 @@ Source: tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp and tools/quantize/
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,6 +64,10 @@ class Imatrix:
                 f"{n_mat * spec.cols}; the imatrix is of another model."
             )
         return entry.reshape(n_mat, spec.cols)
+
+    def by_tensor(self, specs: Iterable[TensorSpec]) -> dict[str, Float32[np.ndarray, "n_mat ne0"]]:
+        """`importance` of those of these tensors that have an entry."""
+        return {spec.name: entry for spec in specs if (entry := self.importance(spec)) is not None}
 
 
 def read(path: Path) -> Imatrix:
