@@ -80,6 +80,15 @@ def quantize(
             rich_help_panel=CALIBRATION,
         ),
     ] = False,
+    feedback: Annotated[
+        bool,
+        typer.Option(
+            "--feedback",
+            help="Fit each layer to the output of the original on --calibration, given what those before it "
+            "lost. Minutes instead of seconds; the same size with far less damage below 4 bits.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = False,
     calibration: _options.Calibration = None,
     samples: _options.Samples = 512,
     sequence_length: _options.SequenceLength = 512,
@@ -240,7 +249,7 @@ def quantize(
 
     from jquant import protection
     from jquant.analyze import as_json
-    from jquant.convert import open_model, write_gguf
+    from jquant.convert import Feedback, check_importance, open_model, write_gguf
     from jquant.dynamic import recipe
     from jquant.io import check_target, hub
     from jquant.io import imatrix as imatrix_file
@@ -274,7 +283,7 @@ def quantize(
     opened = open_model(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
     needs_text = bool(search_seconds) or weighting is _targets.By.gradients
     data = None
-    if analyze or protect_super_weights or (target and needs_text):
+    if analyze or feedback or protect_super_weights or (target and needs_text):
         data = _calibration.read(
             opened,
             calibration,
@@ -286,7 +295,7 @@ def quantize(
         )
     if target and analyze and data is not None:  # the types depend on it
         importance = _calibration.importance(opened, data, batch=batch, quiet=quiet)
-    has_imatrix = analyze or importance is not None
+    has_imatrix = analyze or feedback or importance is not None
     imatrix_name = str(imatrix or ("jquant quantize --analyze" if analyze else ""))
     spikes, protected = [], {}
     if protect_super_weights and data is not None:
@@ -354,12 +363,18 @@ def quantize(
             )
     if not dry_run:
         check_encodable(planned)
+    fed = None
+    if feedback and data is not None:
+        shown = _calibration.progress(data, quiet=quiet)
+        fed = Feedback(data, batch=batch, progress=shown)
     if protect_super_weights:
         planned = protect(planned, protected, protection_type)
         if not quiet:
             _show.remark(f"note: {protection.note(spikes, protected)}")
     if analyze and importance is None and data is not None and not dry_run:
         importance = _calibration.importance(opened, data, batch=batch, quiet=quiet)
+    if fed is not None and not dry_run:
+        check_importance(planned, protected, importance)
     if not quiet:
         for remark in remarks(planned, importance.entries if importance else None):
             _show.remark(f"note: {remark}")
@@ -380,6 +395,7 @@ def quantize(
             protected=protected,
             recipe=about(planned),
             effort=effort.value,
+            feedback=fed,
             max_shard_bytes=shard_bytes,
             threads=threads or _runtime.default_threads(),
             resume=resume,
@@ -398,6 +414,7 @@ def quantize(
         "search": searched,
         "files": [{"path": str(file), "bytes": file.stat().st_size} for file in written.paths],
         "quality": quality.report(),
+        **({"feedback": {name: one.error for name, one in written.fed.items()}} if feedback else {}),
         **({"super_weights": as_json(spikes)} if protect_super_weights else {}),
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory_bytes": _runtime.peak_memory(),

@@ -18,12 +18,15 @@ import gguf
 import jax
 import numpy as np
 
-from jquant import io, models
+from jquant import io, models, sequential
 from jquant.core import Effort, Metadata, MetadataValue, Source, UserError
+from jquant.formats import FORMATS
 from jquant.io import GgufSink, GgufSource, tokenizer
 from jquant.io.imatrix import Imatrix
+from jquant.io.samples import Samples
 from jquant.pipeline import Progress, run
-from jquant.plan import FILE_TYPES, Plan
+from jquant.plan import FILE_TYPES, Entry, Plan
+from jquant.weights import Weights
 
 RECIPE = "jquant.recipe"  # metadata key
 
@@ -91,9 +94,19 @@ def output_metadata(
     return {**kept, **added}
 
 
+class Feedback(NamedTuple):
+    """Error feedback on these samples: see `sequential`."""
+
+    samples: Samples
+    settings: sequential.Settings = sequential.Settings()
+    batch: int = 4
+    progress: sequential.Progress = lambda done, count: None
+
+
 class Written(NamedTuple):
     paths: list[Path]
     errors: dict[str, float]  # relative error by tensor: see pipeline.run
+    fed: dict[str, sequential.Fed]  # tensors that error feedback made, without their bytes
 
 
 def write_gguf(
@@ -106,6 +119,7 @@ def write_gguf(
     protected: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     recipe: str = "",
     effort: Effort = "fast",
+    feedback: Feedback | None = None,
     max_shard_bytes: int | None = None,
     threads: int = 2,
     resume: bool = False,
@@ -116,6 +130,8 @@ def write_gguf(
 
     The file appears under its final name when it is complete. A run that was killed leaves `OUT.partial`,
     which `resume` continues; the result has the same bytes as an undisturbed run.
+    feedback: the matrices of the model's blocks are quantized with error feedback, but those with protected
+    weights; all others as without.
     Raises OutputError where the output cannot be written, UserError where the input cannot be used.
     """
     importance = {} if imatrix is None else _importance(model, imatrix, imatrix_name)
@@ -126,10 +142,13 @@ def write_gguf(
         plan.layout(),
         max_shard_bytes=max_shard_bytes,
         resume=resume,
-        fingerprint=_fingerprint(model, plan, imatrix, protected or {}, effort),
+        fingerprint=_fingerprint(model, plan, imatrix, protected or {}, effort, feedback),
         force=force,
     )
     try:
+        fed = {}
+        if feedback is not None:
+            fed = _feed_back(model, fed_entries(plan, protected or {}), sink, feedback, threads)
         errors = run(
             model.source,
             plan,
@@ -141,9 +160,64 @@ def write_gguf(
             progress=progress,
         )
         sink.commit()
-        return Written(sink.paths, errors)
+        return Written(sink.paths, errors, fed)
     finally:
         sink.close()
+
+
+def fed_entries(plan: Plan, protected: Mapping[str, Sequence[tuple[int, int]]]) -> list[Entry]:
+    """The tensors that error feedback makes: matrices of blocks that change their type."""
+    return [
+        entry
+        for entry in plan.entries
+        if entry.name.startswith("blk.")
+        and entry.name.endswith(".weight")
+        and len(entry.shape) > 1
+        and entry.type != entry.source_type
+        and FORMATS[entry.type].block_size > 1
+        and entry.name not in protected
+    ]
+
+
+def check_importance(
+    plan: Plan, protected: Mapping[str, Sequence[tuple[int, int]]], imatrix: Imatrix | None
+) -> None:
+    """Raise UserError where a tensor that error feedback leaves alone needs importance that is not there."""
+    fed = {entry.name for entry in fed_entries(plan, protected)}
+    entries = {} if imatrix is None else imatrix.entries
+    for entry in plan.entries:
+        rest = entry.name not in fed and entry.name not in entries and entry.type != entry.source_type
+        if rest and FORMATS[entry.type].needs_importance:
+            raise UserError(
+                f"{entry.name}: {entry.type} needs importance; --feedback makes matrices of blocks only; "
+                f"add --imatrix FILE or --analyze, or give it another type: --rule '^{entry.name}$=Q4_K'."
+            )
+
+
+def _feed_back(
+    model: Model, entries: Sequence[Entry], sink: GgufSink, feedback: Feedback, threads: int
+) -> dict[str, sequential.Fed]:
+    """Write these tensors."""
+    decoder = models.decoder(Weights(model.source), model.metadata)
+    finished, found = set(sink.finished()), {}
+    blocks = sequential.feed_back(
+        decoder,
+        feedback.samples.tokens,
+        {entry.name: FORMATS[entry.type] for entry in entries},
+        lengths=feedback.samples.lengths,
+        settings=feedback.settings,
+        earlier=lambda name: sink.read(name) if name in finished else None,
+        batch=feedback.batch,
+        threads=threads,
+        progress=feedback.progress,
+    )
+    for block in blocks:
+        for name, fed in block.items():
+            if name not in finished:
+                sink.write(name, 0, fed.data)
+                sink.finish(name)
+            found[name] = fed._replace(data=fed.data[:0])
+    return found
 
 
 def _importance(model: Model, imatrix: Imatrix, name: str) -> dict[str, np.ndarray]:
@@ -164,8 +238,9 @@ def _fingerprint(
     imatrix: Imatrix | None,
     protected: Mapping[str, Sequence[tuple[int, int]]],
     effort: Effort,
+    feedback: Feedback | None,
 ) -> str:
-    """What the bytes depend on: input files, plan, importance, protection, effort, versions, device."""
+    """What the bytes depend on: input files, plan, importance, protection, effort, feedback, versions."""
     digest = hashlib.sha256()
     for file in model.files:
         stat = file.stat()
@@ -173,6 +248,9 @@ def _fingerprint(
     ours = f"{version('jquant')} {version('jax')} {version('jaxlib')} {jax.default_backend()}"
     kept = sorted((name, sorted(positions)) for name, positions in protected.items())
     digest.update(f"{ours}\n{plan.to_json()}\n{kept}\n{effort}\n".encode())
+    if feedback is not None:
+        digest.update(f"{feedback.settings} {feedback.batch}\n".encode())
+        digest.update(feedback.samples.tokens.tobytes() + feedback.samples.lengths.tobytes())
     for name, values in (imatrix.entries if imatrix else {}).items():
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(values).tobytes())

@@ -48,7 +48,9 @@ class Format:
 
     scales and codes are arrays, or tuples of arrays, whose last axis is n. Codes are integers, and
     codes[g] belongs to the weights [g · group_size, (g + 1) · group_size) where codes have one entry per
-    group. `importance` weighs the squared error, Σ w (x − x̂)²; None means that no importance is known.
+    group. Of a part of a block, whole groups [k · group_size, n] and of each scale that is [runs, n] the runs
+    they lie in, `assign` and `reconstruct` give the part of what they give of the whole.
+    `importance` weighs the squared error, Σ w (x − x̂)²; None means that no importance is known.
     A format without `fit` can be read but not yet written.
     """
 

@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "sensitivity": CORE | {"calibrate", "formats", "models", "transcode"},
     "search": CORE | {"formats", "models", "transcode", "weights"},
     "dynamic": CORE | {"convert", "io", "models", "plan", "search", "sensitivity", "text", "weights"},
-    "convert": CORE | {"formats", "io", "models", "pipeline", "plan"},
+    "sequential": CORE | {"calibrate", "transforms"},
+    "convert": CORE | {"formats", "io", "models", "pipeline", "plan", "sequential", "weights"},
 }
 SOURCES = sorted((ROOT / "jquant").rglob("*.py"))
 

@@ -32,7 +32,7 @@ from jquant.formats._codebook_scales import (
     to_lanes,
 )
 
-Blocks = Float[Array, "256 n"]
+Blocks = Float[Array, "B n"]
 Scales = tuple[Float[Array, " n"], Int[Array, "runs n"]]  # d, and s of each run
 Codes = tuple[Int[Array, "codewords n"], UInt8[Array, "lanes n"]]  # grid indices, sign bits of each lane
 

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int8
 
 from jquant.formats._blocks import F16_MAX, f16_round, zeros_along
 
-Scales = tuple[Float[Array, " n"], Int8[Array, "16 n"]]  # d, sc
+Scales = tuple[Float[Array, " n"], Int8[Array, "runs n"]]  # d, sc
 GROUP = 16  # weights that share an integer scale
 F16_TINY = 2.0**-24  # the smallest positive float16: a smaller d would erase its superblock
 SMALLEST = 1e-37  # its inverse is finite
@@ -158,16 +158,17 @@ def refine(x: Array, w: Array | None, d: Array, sc: Array, limits: Limits) -> Ar
     return at_largest(-errors, trials, axis=0)[1]
 
 
-def assign(blocks: Array, importance: Array | None, scales: Scales, limits: Limits) -> Int8[Array, "256 n"]:
+def assign(blocks: Array, importance: Array | None, scales: Scales, limits: Limits) -> Int8[Array, "B n"]:
     """Rounding to nearest is optimal for given scales, whatever the importance."""
     d, sc = scales
-    x, _ = grouped(blocks, None, limits)
+    reach = -F16_MAX * limits.sc_min * -limits.q_min
+    x = jnp.clip(blocks, -reach, reach).reshape(len(sc), -1, blocks.shape[-1])
     q = nearest_codes(x, d[None] * sc.astype(jnp.float32), limits)
     return q.astype(jnp.int8).reshape(blocks.shape)
 
 
-def reconstruct(codes: Int8[Array, "256 n"], scales: Scales) -> Float[Array, "256 n"]:
+def reconstruct(codes: Int8[Array, "B n"], scales: Scales) -> Float[Array, "B n"]:
     """d · sc · q, which has at most 24 significant bits: no rounding, in any order."""
     d, sc = scales
-    q = codes.astype(jnp.float32).reshape(-1, GROUP, codes.shape[-1])
+    q = codes.astype(jnp.float32).reshape(len(sc), -1, codes.shape[-1])
     return ((d[None] * sc.astype(jnp.float32))[:, None] * q).reshape(codes.shape)

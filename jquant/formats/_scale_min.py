@@ -29,8 +29,8 @@ from jaxtyping import Float, UInt8
 
 from jquant.formats._blocks import F16_MAX, f16_from_bytes, unit_of
 
-Blocks = Float[Array, "256 n"]
-Codes = UInt8[Array, "256 n"]
+Blocks = Float[Array, "B n"]
+Codes = UInt8[Array, "B n"]
 
 
 class Layout(NamedTuple):
@@ -257,7 +257,7 @@ def assign(blocks: Blocks, importance: Blocks | None, scales: Scales, layout: La
     """The nearest code: importance cannot change it. Where the scale is 0 so is the code."""
     s, dmin_m = _steps(scales)
     inverse = _inverse(s)
-    x = blocks.reshape(layout.groups, -1, blocks.shape[-1])
+    x = blocks.reshape(len(s), -1, blocks.shape[-1])
 
     def group(step: tuple[Array, Array, Array]) -> Array:
         x, inverse, zero = step

@@ -34,7 +34,7 @@ from jquant.formats._codebook_scales import (
     to_lanes,
 )
 
-Blocks = Float[Array, "256 n"]
+Blocks = Float[Array, "B n"]
 
 SHIFT = 0.125
 NEGATIVE = 16  # the bit above a codeword's code
@@ -184,8 +184,9 @@ def assign(
     """Grid index of each group, and 1 where its shift is negative; the better shift where none is given."""
     g, n = normalised(blocks, importance), blocks.shape[1]
     lanes = _lanes(g)
-    t = on_lanes(real_scales(*scales, g, layout), GROUPS * n)
-    fixed = None if negative is None else on_lanes(negative, GROUPS * n)
+    groups = len(blocks) // 8
+    t = on_lanes(real_scales(*scales, g, layout), groups * n)
+    fixed = None if negative is None else on_lanes(negative, groups * n)
     code = _better_shift(lanes, t) if fixed is None else _nearest(lanes, t, fixed)
     index = _codebook.grid_index(GRID, code & (1 << NEGATIVE) - 1, 1)
-    return index.reshape(GROUPS, n), (code >> NEGATIVE).reshape(GROUPS, n)
+    return index.reshape(groups, n), (code >> NEGATIVE).reshape(groups, n)

@@ -31,8 +31,8 @@ from jquant.formats._grids import (
 )
 from jquant.formats._shifted import SHIFT
 
-Codes = tuple[Int[Array, "32 n"], Int[Array, "32 n"]]  # grid index, and 1 where the group's shift is −⅛
-Scales = tuple[Float[Array, " n"], Int[Array, "16 n"]]  # d, and s of each 16 weights
+Codes = tuple[Int[Array, "groups n"], Int[Array, "groups n"]]  # grid index, and 1 where the shift is −⅛
+Scales = tuple[Float[Array, " n"], Int[Array, "runs n"]]  # d, and s of each 16 weights
 
 LAYOUT = _shifted.layout(runs=16)
 
@@ -43,18 +43,18 @@ def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None)
     return d, s
 
 
-def assign(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None, scales: Scales) -> Codes:
+def assign(blocks: Float[Array, "B n"], importance: Float[Array, "B n"] | None, scales: Scales) -> Codes:
     return _shifted.assign(blocks, importance, scales, LAYOUT)
 
 
-def reconstruct(codes: Codes, scales: Scales) -> Float[Array, "256 n"]:
+def reconstruct(codes: Codes, scales: Scales) -> Float[Array, "B n"]:
     """The sum and every product are exact: d has 11 significant bits, 2 s + 1 and 8 (grid ± ⅛) have 4."""
     index, negative = codes
     d, s = scales
     n = d.shape[0]
     shift = jnp.where(negative == 0, SHIFT, -SHIFT)
-    values = lookup("IQ1_M", index).reshape(32, 8, n) + shift[:, None]
-    return scaled(d[None] * (2 * s + 1).astype(jnp.float32), values.reshape(256, n))
+    values = lookup("IQ1_M", index).reshape(len(shift), -1, n) + shift[:, None]
+    return scaled(d[None] * (2 * s + 1).astype(jnp.float32), values.reshape(-1, n))
 
 
 def pack(codes: Codes, scales: Scales) -> UInt8[Array, "56 n"]:

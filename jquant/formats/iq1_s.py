@@ -30,9 +30,9 @@ from jquant.formats._grids import (
 )
 from jquant.formats._shifted import SHIFT
 
-Codes = Int[Array, "32 n"]  # grid index of each group
+Codes = Int[Array, "groups n"]  # grid index of each group
 # d; s of each 32 weights; and 1 where their shift is −⅛. The shift spans four groups, so it is a scale.
-Scales = tuple[Float[Array, " n"], Int[Array, "8 n"], Int[Array, "8 n"]]
+Scales = tuple[Float[Array, " n"], Int[Array, "runs n"], Int[Array, "runs n"]]
 
 LAYOUT = _shifted.layout(runs=8)
 
@@ -41,18 +41,18 @@ def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None)
     return _shifted.fit(blocks, importance, LAYOUT, shared=4)
 
 
-def assign(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None, scales: Scales) -> Codes:
+def assign(blocks: Float[Array, "B n"], importance: Float[Array, "B n"] | None, scales: Scales) -> Codes:
     d, s, negative = scales
     return _shifted.assign(blocks, importance, (d, s), LAYOUT, negative)[0]
 
 
-def reconstruct(codes: Codes, scales: Scales) -> Float[Array, "256 n"]:
+def reconstruct(codes: Codes, scales: Scales) -> Float[Array, "B n"]:
     """The sum and every product are exact: d has 11 significant bits, 2 s + 1 and 8 (grid ± ⅛) have 4."""
     d, s, negative = scales
     n = d.shape[0]
     shift = jnp.where(negative == 0, SHIFT, -SHIFT)
-    values = lookup("IQ1_S", codes).reshape(8, 32, n) + shift[:, None]
-    return scaled(d[None] * (2 * s + 1).astype(jnp.float32), values.reshape(256, n))
+    values = lookup("IQ1_S", codes).reshape(len(shift), -1, n) + shift[:, None]
+    return scaled(d[None] * (2 * s + 1).astype(jnp.float32), values.reshape(-1, n))
 
 
 def pack(codes: Codes, scales: Scales) -> UInt8[Array, "50 n"]:

@@ -25,13 +25,13 @@ from jquant.formats import _magnitudes
 from jquant.formats._blocks import f16_bytes, f16_from_bytes
 from jquant.formats._grids import bit_fields, join_fields, lookup, negate_where, scaled
 
-Codes = tuple[Int[Array, "32 n"], UInt8[Array, "32 n"]]  # grid index and 8 sign bits of each group
-Scales = tuple[Float[Array, " n"], Int[Array, "16 n"]]  # d, and s of each 16 weights
+Codes = tuple[Int[Array, "groups n"], UInt8[Array, "groups n"]]  # grid index and 8 sign bits of each group
+Scales = tuple[Float[Array, " n"], Int[Array, "runs n"]]  # d, and s of each 16 weights
 
 LAYOUT = _magnitudes.layout("IQ2_S", runs=16, unit=1 / 8, rms=(8.0, 45.0))
 
 
-def reconstruct(codes: Codes, scales: Scales) -> Float[Array, "256 n"]:
+def reconstruct(codes: Codes, scales: Scales) -> Float[Array, "B n"]:
     """Every product is exact: d has 11 significant bits, 2 s + 1 has 5, a magnitude has 6."""
     index, signs = codes
     d, s = scales

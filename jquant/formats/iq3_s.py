@@ -26,12 +26,12 @@ from jquant.formats._blocks import f16_bytes, f16_from_bytes
 from jquant.formats._grids import bit_fields, join_fields, lookup, negate_where, scaled
 
 Codes = tuple[Int[Array, "64 n"], UInt8[Array, "64 n"]]  # grid index and 4 sign bits of each group
-Scales = tuple[Float[Array, " n"], Int[Array, "8 n"]]  # d, and s of each 32 weights
+Scales = tuple[Float[Array, " n"], Int[Array, "runs n"]]  # d, and s of each 32 weights
 
 LAYOUT = _magnitudes.layout("IQ3_S", runs=8, unit=1.0, rms=(3.0, 12.0))
 
 
-def reconstruct(codes: Codes, scales: Scales) -> Float[Array, "256 n"]:
+def reconstruct(codes: Codes, scales: Scales) -> Float[Array, "B n"]:
     """Every product is exact: d has 11 significant bits, 2 s + 1 has 5, a magnitude has 4."""
     index, signs = codes
     d, s = scales

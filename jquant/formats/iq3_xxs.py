@@ -34,18 +34,18 @@ from jquant.formats._grids import (
     words_to_bytes,
 )
 
-Codes = tuple[Int[Array, "32 2 n"], UInt8[Array, "32 n"]]  # two grid indices and 8 sign bits of each group
-Scales = tuple[Float[Array, " n"], Int[Array, "8 n"]]  # d, and s of each 32 weights
+Codes = tuple[Int[Array, "groups 2 n"], UInt8[Array, "groups n"]]  # two grid indices and 8 sign bits
+Scales = tuple[Float[Array, " n"], Int[Array, "runs n"]]  # d, and s of each 32 weights
 
 LAYOUT = _magnitudes.layout("IQ3_XXS", runs=8, unit=1 / 4, rms=(12.0, 50.0))
 
 
-def assign(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None, scales: Scales) -> Codes:
+def assign(blocks: Float[Array, "B n"], importance: Float[Array, "B n"] | None, scales: Scales) -> Codes:
     index, signs = _magnitudes.assign(blocks, importance, scales, LAYOUT, even_signs=True)
-    return index.reshape(32, 2, -1), signs
+    return index.reshape(len(signs), 2, -1), signs
 
 
-def reconstruct(codes: Codes, scales: Scales) -> Float[Array, "256 n"]:
+def reconstruct(codes: Codes, scales: Scales) -> Float[Array, "B n"]:
     """Every product is exact: d has 11 significant bits, 2 s + 1 has 5, a magnitude has 5."""
     index, signs = codes
     d, s = scales

@@ -73,12 +73,12 @@ def fit_nl(blocks: Float[Array, "32 n"], importance: Float[Array, "32 n"] | None
 
 
 def assign_nl(
-    blocks: Float[Array, "32 n"], importance: Float[Array, "32 n"] | None, d: Float[Array, " n"]
-) -> Int[Array, "32 n"]:
+    blocks: Float[Array, "B n"], importance: Float[Array, "B n"] | None, d: Float[Array, " n"]
+) -> Int[Array, "B n"]:
     return nearest_code(blocks, d[None], LEVELS)
 
 
-def reconstruct_nl(codes: Int[Array, "32 n"], d: Float[Array, " n"]) -> Float[Array, "32 n"]:
+def reconstruct_nl(codes: Int[Array, "B n"], d: Float[Array, " n"]) -> Float[Array, "B n"]:
     """The product is exact: d has 11 significant bits, a level has 7."""
     return d[None] * level(codes)
 
@@ -91,7 +91,7 @@ def unpack_nl(data: UInt8[Array, "18 n"]) -> tuple[Int[Array, "32 n"], Float[Arr
     return halves_from_nibbles(data[2:], 32).astype(jnp.int32), f16_from_bytes(data[:2])
 
 
-Scales = tuple[Float[Array, " n"], Int[Array, "8 n"]]  # d, and s − 32 of each 32 weights
+Scales = tuple[Float[Array, " n"], Int[Array, "runs n"]]  # d, and s − 32 of each 32 weights
 
 
 def fit_xs(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None) -> Scales:
@@ -158,15 +158,15 @@ def superblock_scale(c: Array, s2: Array) -> Array:
 
 
 def assign_xs(
-    blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None, scales: Scales
-) -> Int[Array, "256 n"]:
+    blocks: Float[Array, "B n"], importance: Float[Array, "B n"] | None, scales: Scales
+) -> Int[Array, "B n"]:
     d, s = scales
     n = d.shape[0]
     run_scales = (d[None] * s.astype(jnp.float32))[:, None]  # [8, 1, n]
-    return nearest_code(blocks.reshape(8, 32, n), run_scales, LEVELS).reshape(256, n)
+    return nearest_code(blocks.reshape(len(s), -1, n), run_scales, LEVELS).reshape(-1, n)
 
 
-def reconstruct_xs(codes: Int[Array, "256 n"], scales: Scales) -> Float[Array, "256 n"]:
+def reconstruct_xs(codes: Int[Array, "B n"], scales: Scales) -> Float[Array, "B n"]:
     """Both products are exact: d has 11 significant bits, s − 32 has 5, a level has 7."""
     d, s = scales
     return scaled(d[None] * s.astype(jnp.float32), level(codes))

@@ -38,8 +38,8 @@ from jquant.formats._blocks import (
 from jquant.formats._least_squares import search_affine, search_scale
 from jquant.formats._tiny import LEAST, magnify, on_subnormal_grid
 
-Blocks = Float[Array, "32 n"]
-Codes = Integer[Array, "32 n"]
+Blocks = Float[Array, "B n"]
+Codes = Integer[Array, "B n"]
 
 
 class Scale(NamedTuple):

@@ -53,13 +53,13 @@ def fit(blocks: Float[Array, "32 n"], importance: Float[Array, "32 n"] | None) -
 
 
 def assign(
-    blocks: Float[Array, "32 n"], importance: Float[Array, "32 n"] | None, e: Int[Array, " n"]
-) -> Int[Array, "32 n"]:
+    blocks: Float[Array, "B n"], importance: Float[Array, "B n"] | None, e: Int[Array, " n"]
+) -> Int[Array, "B n"]:
     x = times_power_of_two(blocks, 127 - e[None])
     return nearest_code(x, jnp.ones_like(x[:1]))
 
 
-def reconstruct(codes: Int[Array, "32 n"], e: Int[Array, " n"]) -> Float[Array, "32 n"]:
+def reconstruct(codes: Int[Array, "B n"], e: Int[Array, " n"]) -> Float[Array, "B n"]:
     """2^(e − 127) times an E2M1 value, put together from its bits.
 
     The smallest products are subnormal, and multiplication may flush those to zero; bits do not.

@@ -65,14 +65,14 @@ def fit(blocks: Float[Array, "64 n"], importance: Float[Array, "64 n"] | None) -
 
 
 def assign(
-    blocks: Float[Array, "64 n"], importance: Float[Array, "64 n"] | None, scales: Int[Array, "4 n"]
-) -> Int[Array, "64 n"]:
+    blocks: Float[Array, "B n"], importance: Float[Array, "B n"] | None, scales: Int[Array, "runs n"]
+) -> Int[Array, "B n"]:
     n = blocks.shape[1]
     d = jnp.asarray(SCALES).at[scales].get(mode="promise_in_bounds")[:, None]
-    return nearest_code(blocks.reshape(4, 16, n), d).reshape(64, n)
+    return nearest_code(blocks.reshape(len(d), -1, n), d).reshape(-1, n)
 
 
-def reconstruct(codes: Int[Array, "64 n"], scales: Int[Array, "4 n"]) -> Float[Array, "64 n"]:
+def reconstruct(codes: Int[Array, "B n"], scales: Int[Array, "runs n"]) -> Float[Array, "B n"]:
     """scales are the file's bytes. The product is exact: 4 significant bits times 2."""
     d = jnp.asarray(SCALES).at[scales].get(mode="promise_in_bounds")
     return scaled(d, jnp.asarray(LEVELS).at[codes].get(mode="promise_in_bounds"))

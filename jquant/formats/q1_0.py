@@ -29,12 +29,12 @@ def fit(blocks: Float[Array, "128 n"], importance: Float[Array, "128 n"] | None)
 
 
 def assign(
-    blocks: Float[Array, "128 n"], importance: Float[Array, "128 n"] | None, d: Float[Array, " n"]
-) -> Int[Array, "128 n"]:
+    blocks: Float[Array, "B n"], importance: Float[Array, "B n"] | None, d: Float[Array, " n"]
+) -> Int[Array, "B n"]:
     return (blocks >= 0).astype(jnp.int32)
 
 
-def reconstruct(codes: Int[Array, "128 n"], d: Float[Array, " n"]) -> Float[Array, "128 n"]:
+def reconstruct(codes: Int[Array, "B n"], d: Float[Array, " n"]) -> Float[Array, "B n"]:
     return jnp.where(codes != 0, d[None], -d[None])
 
 

@@ -32,12 +32,12 @@ def fit(blocks: Float[Array, "64 n"], importance: Float[Array, "64 n"] | None) -
 
 
 def assign(
-    blocks: Float[Array, "64 n"], importance: Float[Array, "64 n"] | None, d: Float[Array, " n"]
-) -> Int[Array, "64 n"]:
+    blocks: Float[Array, "B n"], importance: Float[Array, "B n"] | None, d: Float[Array, " n"]
+) -> Int[Array, "B n"]:
     return nearest_code(blocks, d[None], LEVELS)
 
 
-def reconstruct(codes: Int[Array, "64 n"], d: Float[Array, " n"]) -> Float[Array, "64 n"]:
+def reconstruct(codes: Int[Array, "B n"], d: Float[Array, " n"]) -> Float[Array, "B n"]:
     """The product is exact: 11 significant bits times at most 2."""
     return d[None] * (codes - 1).astype(jnp.float32)
 

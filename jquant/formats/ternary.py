@@ -57,12 +57,12 @@ def fit(blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None)
 
 
 def assign(
-    blocks: Float[Array, "256 n"], importance: Float[Array, "256 n"] | None, d: Float[Array, " n"]
-) -> Int[Array, "256 n"]:
+    blocks: Float[Array, "B n"], importance: Float[Array, "B n"] | None, d: Float[Array, " n"]
+) -> Int[Array, "B n"]:
     return nearest_code(blocks, d[None], LEVELS)
 
 
-def reconstruct(codes: Int[Array, "256 n"], d: Float[Array, " n"]) -> Float[Array, "256 n"]:
+def reconstruct(codes: Int[Array, "B n"], d: Float[Array, " n"]) -> Float[Array, "B n"]:
     """The product is exact. Codes are 0, 1, 2; TQ2_0 could also hold 3, which a runtime reads as 2 d."""
     return d[None] * (codes - 1).astype(jnp.float32)
 

@@ -167,6 +167,14 @@ class GgufSink:
         with self._lock:
             self._rows_left[name] -= len(rows)
 
+    def read(self, name: str) -> UInt8[np.ndarray, "k b"]:
+        """The rows of a finished tensor, as they were written."""
+        spec = self._layout[name]
+        shard, fd, offset = self._where[name]
+        with _reporting(shard.partial):
+            data = os.pread(fd, spec.nbytes, offset)
+        return np.frombuffer(data, np.uint8).reshape(spec.rows, spec.row_bytes)
+
     def finish(self, name: str) -> None:
         """All rows of this tensor are written: remember it for a resumed run."""
         with self._lock:

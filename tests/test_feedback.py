@@ -1,0 +1,175 @@
+"""Error feedback: of one matrix, around every format, and through a whole model."""
+
+from __future__ import annotations
+
+import ggml
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import write_tiny
+
+from jquant import FORMATS, dequantize, quantize
+from jquant.analyze import load_samples
+from jquant.convert import Feedback, open_model, write_gguf
+from jquant.io.samples import Text
+from jquant.plan import plan
+from jquant.sequential import Settings
+from jquant.transforms.feedback import corrected, factor, feedback
+
+SLOW = {"IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"}  # to compile
+ENCODED = [
+    pytest.param(f, id=f.name, marks=[pytest.mark.slow] if f.name in SLOW else [])
+    for f in FORMATS.values()
+    if f.can_encode and f.block_size > 1
+]
+TEXT = Text(
+    "words", " ".join(f"the {n} cats sat on {n + 1} mats, and so did I." for n in range(400)).encode()
+)
+
+
+def hessian(cols, tokens=2000, seed=0):
+    """Of inputs whose columns go together, as activations do."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((tokens, cols)) @ (
+        np.eye(cols) + 2 * rng.standard_normal((cols, cols)) / cols**0.5
+    )
+    x *= np.exp(rng.standard_normal(cols))
+    return jnp.asarray(x.T @ x / tokens, jnp.float32)
+
+
+def matrix(rows, cols, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).standard_t(5, (rows, cols)), jnp.float32)
+
+
+def output_error(W, q, H):
+    rest = np.asarray(W, np.float64) - np.asarray(dequantize(q), np.float64)
+    return float(np.einsum("ri,ij,rj->", rest, np.asarray(H, np.float64), rest))
+
+
+@pytest.mark.parametrize("format", ENCODED)
+def test_a_part_of_a_block_is_coded_as_it_is_in_the_whole(format):
+    B, G = format.block_size, format.group_size
+    x, w = matrix(B, 16), jnp.abs(matrix(B, 16, seed=2)) + 0.1
+    scales = format.fit(x, w)
+    whole = format.reconstruct(format.assign(x, w, scales), scales)
+    start = B // 2
+
+    def own(a):
+        return a if a.ndim < 2 else a[start * len(a) // B :][: max(G * len(a) // B, 1)]
+
+    part = jax.tree.map(own, scales)
+    got = format.reconstruct(format.assign(x[start : start + G], w[start : start + G], part), part)
+    np.testing.assert_array_equal(got, whole[start : start + G])
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_the_factors_give_the_hessian_back(group):
+    H = hessian(64)
+    U, D = factor(H, group, damping=0.0)
+    U, D = np.asarray(U, np.float64) + np.eye(64), np.asarray(D, np.float64)
+    whole = np.zeros((64, 64))
+    for g, d in enumerate(D):
+        whole[g * group : (g + 1) * group, g * group : (g + 1) * group] = d
+    np.testing.assert_allclose(U @ whole @ U.T * float(jnp.trace(H)) / 64, H, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "IQ2_XXS", "Q4_0"])
+def test_without_correlations_it_is_quantization_with_importance(name):
+    W, importance = matrix(16, 512), jnp.exp(matrix(1, 512, seed=3)[0] / 2)
+    found = feedback(W, factor(jnp.diag(importance), FORMATS[name].group_size, damping=0.0), FORMATS[name])
+    plain = quantize(W, FORMATS[name], importance)
+    same = np.mean(np.all(dequantize(found) == dequantize(plain), axis=1))
+    assert same > 0.9  # the last bit of an importance may decide between two scales
+
+
+@pytest.mark.parametrize("format", ENCODED)
+def test_the_output_is_nearer_than_with_importance_alone(format):
+    W, H = matrix(32, 512), hessian(512)
+    fed = feedback(W, factor(H, format.group_size), format)
+    plain = quantize(W, format, jnp.diagonal(H))
+    assert output_error(W, fed, H) < 0.9 * output_error(W, plain, H)
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "IQ2_XXS", "TQ1_0"])
+def test_the_bytes_are_what_ggml_reads(name):
+    fed = feedback(matrix(32, 512), factor(hessian(512), FORMATS[name].group_size), FORMATS[name])
+    data = np.asarray(fed.parts["blocks"])
+    np.testing.assert_array_equal(ggml.decode(FORMATS[name].ggml_type, data), dequantize(fed))
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "IQ2_XXS"])
+@pytest.mark.parametrize("H", ["zero", "one token", "dead columns", "one column rules"])
+def test_a_hessian_without_inverse_does_no_harm(name, H):
+    x = np.asarray(matrix(1 if H == "one token" else 600, 512, seed=4)).copy()
+    if H == "zero":
+        x[:] = 0
+    if H == "dead columns":
+        x[:, ::2] = 0
+    if H == "one column rules":
+        x[:, 7] *= 1e4
+    W, products = matrix(8, 512), jnp.asarray(x.T @ x)
+    decoded = dequantize(feedback(W, factor(products, FORMATS[name].group_size), FORMATS[name]))
+    assert np.isfinite(decoded).all()
+    # However little the inputs say, weights remain near what they were.
+    assert float(jnp.mean((W - decoded) ** 2)) < float(jnp.mean(W * W))
+
+
+def test_the_correction_is_the_least_squares_fit_of_the_original_output():
+    rng = np.random.default_rng(5)
+    x0 = rng.standard_normal((400, 32))
+    x = x0 + 0.3 * rng.standard_normal((400, 32))
+    W = rng.standard_normal((8, 32))
+    best = np.linalg.lstsq(x, x0 @ W.T, rcond=None)[0].T
+    arrays = [jnp.asarray(a, jnp.float32) for a in (W, x.T @ x, x0.T @ x)]
+    np.testing.assert_allclose(corrected(*arrays, 1.0, 0.0), best, atol=1e-3)
+    np.testing.assert_array_equal(corrected(*arrays, 0.0, 0.0), arrays[0])
+
+
+def opened(tmp_path, name, **settings):
+    write_tiny(tmp_path / "model", name, hidden_size=256, intermediate_size=256, **settings)
+    model = open_model(tmp_path / "model")
+    return model, load_samples(model, TEXT, samples=6, sequence_length=64)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Phi3ForCausalLM", "MixtralForCausalLM"])
+def test_every_matrix_of_the_blocks_is_fed_back_and_decodes(tmp_path, name):
+    model, samples = opened(tmp_path, name)
+    planned = plan(model.source.specs, model.metadata, "Q2_K")
+    written = write_gguf(model, planned, tmp_path / "out.gguf", feedback=Feedback(samples))
+    matrices = [
+        n
+        for n, s in model.source.specs.items()
+        if n.startswith("blk.") and len(s.shape) > 1 and "inp" not in n
+    ]
+    assert sorted(written.fed) == sorted(matrices)
+    assert all(0 < fed.error < 0.5 for fed in written.fed.values())
+    assert open_model(tmp_path / "out.gguf").source.specs.keys() == model.source.specs.keys()
+
+
+def test_a_run_that_was_cut_short_goes_on_to_the_same_bytes(tmp_path):
+    model, samples = opened(tmp_path, "LlamaForCausalLM", num_hidden_layers=3)
+    planned = plan(model.source.specs, model.metadata, "Q2_K")
+    write_gguf(model, planned, tmp_path / "whole.gguf", feedback=Feedback(samples))
+
+    class CutError(Exception):
+        pass
+
+    def cut(done, count):
+        if done == 2:
+            raise CutError
+
+    with pytest.raises(CutError):
+        write_gguf(model, planned, tmp_path / "cut.gguf", feedback=Feedback(samples, progress=cut))
+    assert (tmp_path / "cut.gguf.partial").exists()
+    write_gguf(model, planned, tmp_path / "cut.gguf", feedback=Feedback(samples), resume=True)
+    assert (tmp_path / "cut.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_other_settings_do_not_continue_a_run(tmp_path):
+    from jquant.convert import _fingerprint
+
+    model, samples = opened(tmp_path, "LlamaForCausalLM")
+    planned = plan(model.source.specs, model.metadata, "Q2_K")
+    given = [None, Feedback(samples), Feedback(samples, settings=Settings(strength=0.5))]
+    assert len({_fingerprint(model, planned, None, {}, "fast", one) for one in given}) == 3
