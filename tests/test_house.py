@@ -27,6 +27,9 @@ MAY_IMPORT = {
     "transforms": CORE,
     "transcode": CORE,
     "weights": CORE | {"formats", "transcode"},
+    "activations": set(),
+    "schemes": CORE | {"formats"},
+    "compressed": CORE,
     "plan": CORE | {"formats", "text"},
     "quality": CORE | {"plan"},
     "report": CORE | {"formats", "plan", "text"},
@@ -38,7 +41,7 @@ MAY_IMPORT = {
     "evaluate": set(),
     "coherence": set(),
     "svg": set(),
-    "engines": CORE | {"calibrate", "convert", "io", "models", "weights"},
+    "engines": CORE | {"activations", "calibrate", "convert", "io", "models", "weights"},
     "scoring": CORE | {"coherence", "engines", "evaluate", "io"},
     "evaluate_report": CORE | {"coherence", "evaluate", "report", "text"},
     "evaluate_html": CORE | {"evaluate_report", "report", "svg", "text"},
@@ -46,7 +49,8 @@ MAY_IMPORT = {
     "sensitivity": CORE | {"calibrate", "formats", "models", "transcode"},
     "search": CORE | {"formats", "models", "transcode", "weights"},
     "dynamic": CORE | {"convert", "io", "models", "plan", "search", "sensitivity", "text", "weights"},
-    "convert": CORE | {"formats", "io", "models", "pipeline", "plan"},
+    "convert": CORE | {"compressed", "formats", "io", "models", "pipeline", "plan", "schemes"},
+    "folders": CORE | {"convert", "io", "models", "schemes", "transcode"},
 }
 SOURCES = sorted((ROOT / "jquant").rglob("*.py"))
 
