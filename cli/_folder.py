@@ -12,15 +12,16 @@ from . import _calibration, _runtime, _show
 from ._progress import ProgressBar
 
 if TYPE_CHECKING:
+    from jquant.calibrate import Progress
     from jquant.folders import Checkpoint, FolderPlan
 
 _PANEL = "Types"
 _SCHEMES = ("W8A8", "FP8", "W4A16")  # here too, for --help is not to wait for JAX
 # fmt: off
 _KNOWN = frozenset({
-    "model", "out", "type", "keep", "imatrix", "analyze", "calibration", "samples", "sequence_length", "seed",
-    "parse_special", "batch", "revision", "pre_tokenizer", "dry_run", "max_shard_size", "force", "json",
-    "quiet", "threads",
+    "model", "out", "type", "keep", "alpha", "no_smooth", "imatrix", "analyze", "calibration", "samples",
+    "sequence_length", "seed", "parse_special", "batch", "revision", "pre_tokenizer", "dry_run",
+    "max_shard_size", "force", "json", "quiet", "threads",
 })
 # fmt: on
 
@@ -31,6 +32,23 @@ Keep = Annotated[
         help="W8A8, FP8, W4A16: REGEX of weights to leave as they are, by their names in the folder. "
         "Repeatable.",
         rich_help_panel=_PANEL,
+    ),
+]
+
+Alpha = Annotated[
+    float | None,
+    typer.Option(
+        "--alpha",
+        min=0.0,
+        max=1.0,
+        help="W8A8: smooth all inputs with this alpha, rather than search the best factors.",
+        rich_help_panel=_PANEL,
+    ),
+]
+NoSmooth = Annotated[
+    bool,
+    typer.Option(
+        "--no-smooth", help="W8A8: leave outliers of inputs where they are.", rich_help_panel=_PANEL
     ),
 ]
 
@@ -46,6 +64,8 @@ def quantize(
     type: str,
     *,
     keep: list[str],
+    alpha: float | None,
+    no_smooth: bool,
     imatrix: Path | None,
     analyze: bool,
     calibration: str | None,
@@ -64,26 +84,38 @@ def quantize(
 ) -> None:
     """What `jquant quantize` does for these types."""
     _refuse_others(context, type)
+    type = type.upper()
+    if type != "W8A8" and (alpha is not None or no_smooth):
+        raise typer.BadParameter("is for W8A8", param_hint="--alpha, --no-smooth")
+    smooths = type == "W8A8" and not no_smooth
+    if smooths and (imatrix or analyze):
+        raise typer.BadParameter(
+            "is measured anyway where W8A8 is smoothed", param_hint="--imatrix, --analyze"
+        )
     start = time.monotonic()
     _runtime.start_jax()
 
+    from jquant.core import UserError
     from jquant.folders import open_checkpoint, plan_folder, write_folder
     from jquant.io import check_folder, hub
     from jquant.io import imatrix as imatrix_file
     from jquant.schemes import SCHEMES
+    from jquant.smooth_report import smoothing_report, smoothing_table
+    from jquant.w8a8 import smooth_model
 
     if out is not None and not dry_run:
         check_folder(out, force=force)
     importance = imatrix_file.read(imatrix) if imatrix else None
     path = hub.resolve(model, revision=revision)
     checkpoint = open_checkpoint(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
-    plan = plan_folder(checkpoint, SCHEMES[type.upper()], keep)
+    plan = plan_folder(checkpoint, SCHEMES[type], keep)
     if not quiet:
         _remark_groups(plan)
     if dry_run or out is None:
         _show.result_json(_plan_report(checkpoint, plan)) if json else _show.result(_plan_table(plan))
         return
-    if analyze:
+    data = smoothed = None
+    if analyze or smooths:
         data = _calibration.read(
             checkpoint.model,
             calibration,
@@ -93,18 +125,29 @@ def quantize(
             parse_special=parse_special,
             quiet=quiet,
         )
-        importance = _calibration.importance(checkpoint.model, data, batch=batch, quiet=quiet)
+        if analyze:
+            importance = _calibration.importance(checkpoint.model, data, batch=batch, quiet=quiet)
     weights = importance.by_tensor(checkpoint.model.source.specs.values()) if importance else {}
     if importance and not weights:
-        from jquant.core import UserError
-
         raise UserError(f"{imatrix}: none of its tensors is in {path}; it was made from another model.")
+    if smooths and data is not None:
+        smoothed = smooth_model(
+            checkpoint,
+            plan,
+            data,
+            alpha,
+            batch=batch,
+            progress=_calibration.progress(data, quiet=quiet),
+            searching=_searching(quiet),
+        )
+        weights = smoothed.importance
     total = sum(spec.nbytes for spec in checkpoint.source.specs.values())
     with ProgressBar(total, shown=not quiet) as progress:
         written = write_folder(
             checkpoint,
             plan,
             out,
+            factors=smoothed.factors if smoothed else None,
             importance=weights,
             max_shard_bytes=max_shard_bytes,
             force=force,
@@ -112,11 +155,17 @@ def quantize(
         )
     report = _plan_report(checkpoint, plan, written.errors) | {
         "model": model,
+        "smoothing": smoothing_report(smoothed.smoothing) if smoothed else None,
         "files": [{"path": str(file), "bytes": file.stat().st_size} for file in written.files],
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory_bytes": _runtime.peak_memory(),
     }
-    _show.result_json(report) if json else _show.result(_summary(out, checkpoint, plan, report))
+    if json:
+        _show.result_json(report)
+        return
+    if smoothed and not quiet:
+        _show.remark(smoothing_table(smoothed.smoothing))
+    _show.result(_summary(out, plan, report))
 
 
 def _refuse_others(context: typer.Context, type: str) -> None:
@@ -162,7 +211,17 @@ def _plan_table(plan: FolderPlan) -> str:
     return f"{tensors}\n\n{text_table(('type', 'tensors', 'size'), kinds, (1, 2))}"
 
 
-def _summary(out: Path, checkpoint: Checkpoint, plan: FolderPlan, report: dict) -> str:
+def _searching(quiet: bool) -> Progress:
+    """A line now and then while factors are searched."""
+
+    def show(done: int, count: int) -> None:
+        if not quiet and (done == count or done % max(count // 8, 1) == 0):
+            _show.remark(f"searched block {done} of {count}")
+
+    return show
+
+
+def _summary(out: Path, plan: FolderPlan, report: dict) -> str:
     from jquant.text import human_size
 
     size = sum(file["bytes"] for file in report["files"])

@@ -145,6 +145,8 @@ def quantize(
         typer.Option("--embedding-type", help="Type of token_embd.weight.", rich_help_panel=_TYPES),
     ] = None,
     keep: _folder.Keep = None,
+    alpha: _folder.Alpha = None,
+    no_smooth: _folder.NoSmooth = False,
     no_fallback: Annotated[
         bool,
         typer.Option(
@@ -245,6 +247,8 @@ def quantize(
             out,
             str(type),
             keep=keep or [],
+            alpha=alpha,
+            no_smooth=no_smooth,
             imatrix=imatrix,
             analyze=analyze,
             calibration=calibration,
@@ -264,6 +268,8 @@ def quantize(
         return
     if keep:
         raise typer.BadParameter("is for W8A8, FP8 and W4A16; see --rule", param_hint="--keep")
+    if alpha is not None or no_smooth:
+        raise typer.BadParameter("is for W8A8", param_hint="--alpha, --no-smooth")
     target = _targets.target(target_size, target_bpw, target_kld)
     if target and (type or pure or like):
         raise typer.BadParameter("a target chooses the types itself", param_hint="--type, --pure, --like")

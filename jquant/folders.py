@@ -23,7 +23,9 @@ from jquant.io import ModelFolder, SafetensorsSource
 from jquant.io.model_folder import files_beside
 from jquant.models import Weight
 from jquant.schemes import METHOD, Scheme, config_of, fitting
+from jquant.smoothing import Smoothing
 from jquant.transcode import FLOAT_DTYPES, slab_rows
+from jquant.transforms.smooth import Factors
 
 # Matrices that schemes quantize, by GGUF name: linear layers, without routers, embedding and output.
 _LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp)?)\.weight")
@@ -124,6 +126,7 @@ def write_folder(
     plan: FolderPlan,
     out: Path,
     *,
+    factors: Mapping[str, Factors] | None = None,
     importance: Mapping[str, np.ndarray] | None = None,
     max_shard_bytes: int | None = None,
     force: bool = False,
@@ -131,6 +134,7 @@ def write_folder(
 ) -> WrittenFolder:
     """Write the planned folder, a slab of rows at a time; it appears when it is complete.
 
+    factors: what smoothing multiplies tensors by, see `smoothing.factors`.
     importance: per GGUF tensor float32 [matrices, cols], where a stack of experts has one row for each.
     Raises OutputError where the folder cannot be written, UserError for weights that are no finite numbers.
     """
@@ -138,6 +142,7 @@ def write_folder(
         raise OutputError(f"{out}: is the model itself; give another name.")
     config = {**checkpoint.config, "quantization_config": config_of(plan.scheme, plan.ignore)}
     rows_of = _importance_by_part(checkpoint, importance or {})
+    by_part = factors_by_part(checkpoint, factors or {})
     chosen, errors = set(plan.quantized), {}
     sink = ModelFolder(
         out,
@@ -150,11 +155,12 @@ def write_folder(
     with sink:
         for spec in checkpoint.source.specs.values():
             if spec.name in chosen:
+                w, f = rows_of.get(spec.name), by_part.get(spec.name)
                 errors[spec.name] = _write_quantized(
-                    checkpoint.source, spec, plan.scheme, rows_of.get(spec.name), sink, progress
+                    checkpoint.source, spec, plan.scheme, w, f, sink, progress
                 )
             else:
-                _copy(checkpoint.source, spec, sink, progress)
+                _write(checkpoint.source, spec, by_part.get(spec.name), sink, progress)
         sink.commit()
     return WrittenFolder(sorted(out.iterdir()), errors)
 
@@ -171,9 +177,70 @@ def _importance_by_part(
     }
 
 
-def _copy(source: Source, spec: TensorSpec, sink: ModelFolder, progress: Progress) -> None:
+class PartFactors(NamedTuple):
+    """What a tensor of the checkpoint is multiplied by."""
+
+    rows: np.ndarray | None  # [rows], or of a vector each element
+    cols: np.ndarray | None
+    shift: float  # what the model adds to the tensor before it multiplies with it
+    vector: bool
+
+    def times(self, x: np.ndarray, start: int) -> np.ndarray:
+        """Rows of the tensor from `start`, or the vector [1, n], float32."""
+        x = x + np.float32(self.shift)
+        if self.rows is not None:
+            x = x * (self.rows[None] if self.vector else self.rows[start : start + len(x), None])
+        if self.cols is not None:
+            x = x * self.cols[None]
+        return x - np.float32(self.shift)
+
+
+def factors_by_part(checkpoint: Checkpoint, factors: Mapping[str, Factors]) -> dict[str, PartFactors]:
+    """The factors of each tensor of the checkpoint that has any, biases included."""
+    found = {}
+    for name, weight in checkpoint.weights.items():
+        module, _, kind = name.rpartition(".")
+        given = factors.get(module)
+        if given is None or (kind == "bias" and given.rows is None):
+            continue
+        for i, part in enumerate(weight.parts):
+            rows, cols = (
+                None if a is None else np.asarray(a[i] if a.ndim > 1 else a, np.float32) for a in given
+            )
+            vector = len(checkpoint.source.specs[part].shape) == 1
+            found[part] = PartFactors(rows, None if kind == "bias" else cols, weight.shift, vector)
+    return found
+
+
+def as_stored(checkpoint: Checkpoint, smoothing: Smoothing) -> Smoothing:
+    """The smoothing with the factors that norms have as they are stored: w / w′ for a norm w that becomes w′.
+    What 16 bits round, the matrices behind them take up."""
+    places = []
+    for place in smoothing.places:
+        weight = checkpoint.weights.get(f"blk.{place.block}.{place.name}.weight")
+        if weight is not None and place.name.endswith("norm"):
+            (part,) = weight.parts
+            dtype = FLOAT_DTYPES[checkpoint.source.specs[part].type]
+            w = checkpoint.source.read(part).view(dtype).astype(np.float32)[0]
+            made = PartFactors(1 / place.scales, None, weight.shift, True).times(w[None], 0)[0]
+            rounded = made.astype(dtype).astype(np.float32) + np.float32(weight.shift)
+            w = w + np.float32(weight.shift)
+            live = (w != 0) & (rounded != 0)
+            scales = np.where(live, w / np.where(live, rounded, 1), place.scales)
+            place = place._replace(scales=scales.astype(np.float32))
+        places.append(place)
+    return smoothing._replace(places=tuple(places))
+
+
+def _write(
+    source: Source, spec: TensorSpec, factors: PartFactors | None, sink: ModelFolder, progress: Progress
+) -> None:
     for start, stop in _slabs(spec):
-        sink.write(spec.name, start, source.read(spec.name, start, stop))
+        data = source.read(spec.name, start, stop)
+        if factors is not None:
+            dtype = FLOAT_DTYPES[spec.type]
+            data = factors.times(data.view(dtype).astype(np.float32), start).astype(dtype).view(np.uint8)
+        sink.write(spec.name, start, data)
         progress(spec.name, (stop - start) * spec.row_bytes)
 
 
@@ -182,6 +249,7 @@ def _write_quantized(
     spec: TensorSpec,
     scheme: Scheme,
     importance: np.ndarray | None,
+    factors: PartFactors | None,
     sink: ModelFolder,
     progress: Progress,
 ) -> float:
@@ -192,6 +260,7 @@ def _write_quantized(
     for start, stop in _slabs(spec):
         x = source.read(spec.name, start, stop).view(FLOAT_DTYPES[spec.type]).astype(np.float32)
         _check_finite(x, spec.name, start)
+        x = x if factors is None else factors.times(x, start)
         padded = np.pad(x, ((0, step - len(x)), (0, 0)))  # one shape, one compilation
         q = quantize(jnp.asarray(padded), format, w)
         rest = x - np.asarray(dequantize(q))[: len(x)]

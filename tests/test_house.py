@@ -50,7 +50,12 @@ MAY_IMPORT = {
     "search": CORE | {"formats", "models", "transcode", "weights"},
     "dynamic": CORE | {"convert", "io", "models", "plan", "search", "sensitivity", "text", "weights"},
     "convert": CORE | {"compressed", "formats", "io", "models", "pipeline", "plan", "schemes"},
-    "folders": CORE | {"convert", "io", "models", "schemes", "transcode"},
+    "smooth_report": CORE | {"smoothing", "text"},
+    "w8a8": CORE | {"calibrate", "folders", "io", "smooth_search", "smoothing", "transforms"},
+    "smoothing": CORE | {"calibrate", "convert", "io", "models", "ranges", "transforms", "weights"},
+    "smooth_search": CORE
+    | {"activations", "calibrate", "convert", "io", "models", "smoothing", "transforms"},
+    "folders": CORE | {"convert", "io", "models", "schemes", "smoothing", "transcode", "transforms"},
 }
 SOURCES = sorted((ROOT / "jquant").rglob("*.py"))
 
