@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "transcode": CORE,
     "weights": CORE | {"formats", "transcode"},
     "activations": set(),
+    "int8_matmul": CORE | {"activations"},
     "schemes": CORE | {"formats"},
     "compressed": CORE,
     "plan": CORE | {"formats", "text"},
