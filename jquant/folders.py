@@ -90,7 +90,15 @@ def plan_folder(checkpoint: Checkpoint, scheme: Scheme, keep: Sequence[str] = ()
                 f"--keep {pattern.pattern!r}: matches none of the {len(linear)} weights, such as {linear[0]}."
             )
     kept = [name for name in linear if any(pattern.search(name) for pattern in patterns)]
-    quantized = [name for name in linear if name not in set(kept)]
+    stays = set(kept)
+    for weight in checkpoint.weights.values():
+        some = [part for part in weight.parts if part in stays]
+        if some and len(some) < len(weight.parts):
+            raise UserError(
+                f"--keep: matches {some[0]} but not all {len(weight.parts)} experts of its stack, which "
+                "runtimes hold in one type; keep all or none."
+            )
+    quantized = [name for name in linear if name not in stays]
     scheme = fitting(scheme, [specs[name].cols for name in quantized])
     for name in quantized:
         if specs[name].type not in ("F32", "F16", "BF16"):

@@ -41,7 +41,11 @@ def model(tmp_path_factory) -> Path:
 
 def run(*arguments: object, code: int = 0) -> str:
     """Output of a command that ends with this exit code."""
-    result = CliRunner().invoke(app, ["quantize", *map(str, arguments)])
+    arguments = [*map(str, arguments)]
+    smooths = {"--alpha", "--no-smooth", "-c"} & {*arguments}
+    if "W8A8" in map(str.upper, arguments) and not smooths and code != 2:
+        arguments.append("--no-smooth")  # what these tests are about is the folder
+    result = CliRunner().invoke(app, ["quantize", *arguments])
     assert result.exit_code == code, result.output
     return result.output
 
@@ -284,6 +288,18 @@ def test_what_cannot_be_done_is_said(model, tmp_path, arguments, code, said):
     output = run(*[argument.format(**places) for argument in arguments], code=code)
     assert said in " ".join(output.replace("│", " ").split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stack_of_experts_is_kept_whole_or_not_at_all(tmp_path):
+    folder = write_tiny(tmp_path / "in", "MixtralForCausalLM")
+    output = run(
+        folder, tmp_path / "out", "--type", "W8A8", "-q", "--no-smooth", "--keep", "0.*experts.1.w1", code=3
+    )
+    assert "not all 4 experts" in output
+    run(folder, tmp_path / "out", "--type", "W8A8", "-q", "--no-smooth", "--keep", r"layers\.0.*experts")
+    tokens = np.arange(3, 20, dtype=np.int32)
+    (found,) = FlaxEngine(tmp_path / "out").logits([tokens], [0])
+    assert np.isfinite(found).all()
 
 
 def test_a_damaged_folder_is_named(model, tmp_path):
