@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import _calibration, _errors, _options, _runtime, _show, _targets
+from . import _calibration, _errors, _folder, _options, _runtime, _show, _targets
 from ._options import CALIBRATION, OUTPUT, REPORTING
 from ._progress import ProgressBar, TaskProgress
 from .profile import read_profile
@@ -28,35 +28,42 @@ class _Effort(Enum):
 
 
 def _complete_type(incomplete: str) -> list[tuple[str, str]]:
-    from jquant.plan import FILE_TYPES
-
     start = incomplete.upper()
-    return [(name, kind.about) for name, kind in FILE_TYPES.items() if name.startswith(start)]
+    return [(name, about) for name, about in _all_types() if name.startswith(start)]
+
+
+def _all_types() -> list[tuple[str, str]]:
+    from jquant.plan import FILE_TYPES
+    from jquant.schemes import SCHEMES
+
+    return [(name, kind.about) for name, kind in [*FILE_TYPES.items(), *SCHEMES.items()]]
 
 
 def _list_types(asked: bool) -> None:
     if asked:
-        from jquant.plan import FILE_TYPES
         from jquant.text import text_table
 
-        rows = [(name, kind.about) for name, kind in FILE_TYPES.items()]
-        _show.result(text_table(("type", "what it is; sizes for an 8 B Llama 3"), rows))
+        _show.result(text_table(("type", "what it is; sizes for an 8 B Llama 3"), _all_types()))
         raise typer.Exit
 
 
 @_errors.one_line_errors
 def quantize(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(help="Hugging Face folder, GGUF file (any architecture), or hub id such as org/name."),
     ],
-    out: Annotated[Path | None, typer.Argument(help="GGUF file to write. Not needed with --dry-run.")] = None,
+    out: Annotated[
+        Path | None, typer.Argument(help="GGUF file to write, or folder. Not needed with --dry-run.")
+    ] = None,
     type: Annotated[
         str | None,
         typer.Option(
             "--type",
             "-t",
-            help="llama.cpp's file type: Q4_K_M, Q8_0, Q2_K, F16, … Default: the profile's, else Q4_K_M.",
+            help="llama.cpp's file type: Q4_K_M, Q8_0, Q2_K, F16, …, or W8A8, FP8, W4A16 for a folder. "
+            "Default: the profile's, else Q4_K_M.",
             autocompletion=_complete_type,
         ),
     ] = None,
@@ -146,6 +153,9 @@ def quantize(
         str | None,
         typer.Option("--embedding-type", help="Type of token_embd.weight.", rich_help_panel=_TYPES),
     ] = None,
+    keep: _folder.Keep = None,
+    alpha: _folder.Alpha = None,
+    no_smooth: _folder.NoSmooth = False,
     no_fallback: Annotated[
         bool,
         typer.Option(
@@ -228,7 +238,7 @@ def quantize(
         typer.Option("--verbose", "-v", help="Show the type of every tensor.", rich_help_panel=REPORTING),
     ] = False,
 ) -> None:
-    """Quantize a model to a GGUF file.
+    """Quantize a model to a GGUF file, or with --type W8A8, FP8 or W4A16 to a folder for vLLM.
 
     jquant quantize SmolLM2-135M-Instruct smol-q4.gguf --type Q4_K_M
     """
@@ -239,6 +249,36 @@ def quantize(
             "measures what --imatrix would read; give one of them", param_hint="--analyze"
         )
     shard_bytes = _options.size_in_bytes(max_shard_size) if max_shard_size else None
+    if _folder.is_scheme(type):
+        _folder.quantize(
+            context,
+            model,
+            out,
+            str(type),
+            keep=keep or [],
+            alpha=alpha,
+            no_smooth=no_smooth,
+            imatrix=imatrix,
+            analyze=analyze,
+            calibration=calibration,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            parse_special=parse_special,
+            batch=batch,
+            revision=revision,
+            pre_tokenizer=pre_tokenizer,
+            dry_run=dry_run,
+            max_shard_bytes=shard_bytes,
+            force=force,
+            json=json,
+            quiet=quiet,
+        )
+        return
+    if keep:
+        raise typer.BadParameter("is for W8A8, FP8 and W4A16; see --rule", param_hint="--keep")
+    if alpha is not None or no_smooth:
+        raise typer.BadParameter("is for W8A8", param_hint="--alpha, --no-smooth")
     target = _targets.target(target_size, target_bpw, target_kld)
     if target and (type or pure or like):
         raise typer.BadParameter("a target chooses the types itself", param_hint="--type, --pure, --like")

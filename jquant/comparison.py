@@ -58,11 +58,7 @@ class File:
     tokens: list[str]
     token_types: tuple[int, ...]
     pre_tokenizer: str | None = None  # as `open_file` was given it
-
-    @property
-    def bpw(self) -> float:
-        """Bits per weight, headers not counted."""
-        return 8 * sum(spec.nbytes for spec in self.specs) / max(sum(spec.size for spec in self.specs), 1)
+    bpw: float = 0.0  # bits per weight, headers not counted
 
 
 def open_file(path: Path, *, pre_tokenizer: str | None = None) -> File:
@@ -80,6 +76,7 @@ def open_file(path: Path, *, pre_tokenizer: str | None = None) -> File:
         identity,
         *_vocabulary(model),
         pre_tokenizer,
+        8 * model.tensor_bytes / max(sum(spec.size for spec in model.source.specs.values()), 1),
     )
 
 

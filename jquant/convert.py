@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from jquant import io, models, sequential
+from jquant.compressed import Decompressed
 from jquant.core import Effort, Metadata, MetadataValue, Source, UserError
 from jquant.formats import FORMATS
 from jquant.io import GgufSink, GgufSource, tokenizer
@@ -26,9 +27,15 @@ from jquant.io.imatrix import Imatrix
 from jquant.io.samples import Samples
 from jquant.pipeline import Progress, run
 from jquant.plan import FILE_TYPES, Entry, Plan
+from jquant.schemes import METHOD, Activations, Scheme, scheme_of
 from jquant.weights import Weights
 
 RECIPE = "jquant.recipe"  # metadata key
+
+
+class Rounding(NamedTuple):
+    kind: Activations
+    tensors: frozenset[str]  # whose inputs are to be rounded
 
 
 class Model(NamedTuple):
@@ -38,10 +45,21 @@ class Model(NamedTuple):
     files: list[Path]  # that the tensors are made from
     source: Source  # tensors under GGUF names
     metadata: Metadata
+    rounding: Rounding | None = None  # of the inputs of some of its matrices
+    stored_bytes: int | None = None  # of its tensors, where `source` decodes them
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Of all tensors, as they are stored."""
+        if self.stored_bytes is not None:
+            return self.stored_bytes
+        return sum(spec.nbytes for spec in self.source.specs.values())
 
 
 def open_model(path: Path, *, name: str | None = None, pre_tokenizer: str | None = None) -> Model:
     """A GGUF file of any architecture, or a Hugging Face folder of one that we know. Reads headers only.
+
+    The folder may be one of compressed-tensors, in a scheme that we write: its weights are then float32.
 
     name: general.name of a model that has none of its own; default: the folder's.
     pre_tokenizer: GGUF's name for the way the tokenizer splits text, where it cannot be recognised.
@@ -51,15 +69,36 @@ def open_model(path: Path, *, name: str | None = None, pre_tokenizer: str | None
     if isinstance(source, GgufSource):
         return Model(path, source.files, source, source.metadata)
     folder = path if path.is_dir() else path.parent
-    config = _config(folder)
+    files = [*source.files, folder / "config.json"]  # rope_freqs follows from the configuration
+    config = read_config(folder)
+    rounding = stored_bytes = None
+    declared = config.get("quantization_config")
+    if isinstance(declared, dict) and declared.get("quant_method") == METHOD:
+        scheme = scheme_of(declared)
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+        stored_bytes = sum(spec.nbytes for spec in source.specs.values())
+        source = Decompressed(source, scheme.weights)
+        rounding = _rounding(config, scheme, source)
     architecture = models.for_config(config)
     metadata = architecture.metadata(config, name or folder.resolve().name)
     metadata |= tokenizer.metadata(folder, config, pre=pre_tokenizer)
-    files = [*source.files, folder / "config.json"]  # rope_freqs follows from the configuration
-    return Model(path, files, architecture.as_gguf(source, config), metadata)
+    return Model(path, files, architecture.as_gguf(source, config), metadata, rounding, stored_bytes)
 
 
-def _config(folder: Path) -> dict:
+def _rounding(config: dict, scheme: Scheme, source: Decompressed) -> Rounding | None:
+    """What the scheme says of the inputs of the weights that are stored as codes."""
+    if scheme.activations is None:
+        return None
+    architecture = models.for_config(config)
+    weights = architecture.named(architecture.read_config(config))
+    return Rounding(
+        scheme.activations,
+        frozenset(name for name, weight in weights.items() if weight.parts[0] in source.decoded),
+    )
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model's folder. Raises UserError where there is none."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

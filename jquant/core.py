@@ -1,4 +1,5 @@
-"""The nouns that all else is built from: Format, QuantizedTensor, TensorSpec, Source, Sink, BlockwiseModel.
+"""The nouns that all else is built from: Format, ScaledFormat, QuantizedTensor, TensorSpec, Source, Sink,
+BlockwiseModel.
 
 Axes. Inside a Format the **block index is the last axis**: weights run down, blocks run across. Every
 device vectorises along its last axis, and no step of a search mixes two blocks, so this layout needs no
@@ -79,20 +80,62 @@ class Format:
         return self.name
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScaledFormat:
+    """How rows are written as codes and scales, tensors of their own, as safetensors have them. Hashable.
+
+    A scale is shared by the `group_size` weights of a group, or by a whole row. Of n groups of g weights:
+
+        fit(groups [n, g], importance [n, g] | None) -> scales [n]     the search; what is stored is rounded
+        assign(groups [n, g], scales [n]) -> codes [n, g]              the nearest codes
+        reconstruct(codes [n, g], scales [n]) -> groups [n, g]         what a runtime computes
+        pack(codes [*rows, cols]) -> the stored tensor                 parts[part]
+        unpack(stored) -> codes [*rows, cols]
+    """
+
+    name: str
+    bits: int
+    group_size: int | None = None  # None: the whole row
+    part: str = "weight"  # what the codes are called behind the name of the module
+    type: str  # stored type of the codes, as safetensors call it
+    per_code: int = 1  # codes in one stored number
+    scale_type: Literal["F32", "F16", "BF16"] = "F32"
+    fit: Callable[..., Array] = field(repr=False)
+    assign: Callable[..., Array] = field(repr=False)
+    reconstruct: Callable[..., Array] = field(repr=False)
+    pack: Callable[[Array], Array] = field(repr=False)
+    unpack: Callable[[Array], Array] = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def groups(self, cols: int) -> int:
+        """Scales of a row."""
+        return 1 if self.group_size is None else cols // self.group_size
+
+
+SCALE_DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=("format",))
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Bytes of a tensor in a Format: a pytree whose only static part is the format.
+    """Bytes of a tensor in a Format, or its codes and scales: a pytree whose only static part is the format.
 
-    parts["blocks"] is uint8 [*rows, blocks per row · block_bytes]: what GGUF stores. The shape is derived
-    from the leaves, so it stays right under `vmap` and when a leading axis is sliced or stacked.
+    Of a Format parts["blocks"] is uint8 [*rows, blocks per row · block_bytes]: what GGUF stores. Of a
+    ScaledFormat parts[format.part] are the codes, [*rows, cols] where not packed, and parts["weight_scale"]
+    the scales, [*rows, groups]. The shape is derived from the leaves, so it stays right under `vmap` and when
+    a leading axis is sliced or stacked.
     """
 
     parts: dict[str, Any]  # arrays; while JAX transforms the tree, its placeholders
-    format: Format
+    format: Format | ScaledFormat
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if isinstance(self.format, ScaledFormat):
+            *rows, stored = self.parts[self.format.part].shape
+            return (*rows, stored * self.format.per_code)
         *rows, row_bytes = self.parts["blocks"].shape
         return (*rows, row_bytes // self.format.block_bytes * self.format.block_size)
 
@@ -248,9 +291,30 @@ def _decode(data: Array, format: Format) -> Array:
     return out.reshape(*rows, row_bytes // format.block_bytes * format.block_size)
 
 
+@partial(jax.jit, static_argnames="format")
+def _encode_scaled(x: Array, importance: Array | None, format: ScaledFormat) -> dict[str, Array]:
+    *rows, cols = x.shape
+    groups = format.groups(cols)
+
+    def grouped(a: Array) -> Array:
+        return jnp.broadcast_to(a, x.shape).astype(jnp.float32).reshape(-1, cols // groups)
+
+    found = format.fit(grouped(x), None if importance is None else grouped(importance))
+    stored = lax.optimization_barrier(found.astype(SCALE_DTYPES[format.scale_type]))
+    codes = format.assign(grouped(x), stored.astype(jnp.float32))
+    return {format.part: format.pack(codes.reshape(x.shape)), "weight_scale": stored.reshape(*rows, groups)}
+
+
+@partial(jax.jit, static_argnames="format")
+def _decode_scaled(parts: dict[str, Array], format: ScaledFormat) -> Array:
+    codes = format.unpack(parts[format.part])
+    scales = parts["weight_scale"].astype(jnp.float32).reshape(-1)
+    return format.reconstruct(codes.reshape(scales.size, -1), scales).reshape(codes.shape)
+
+
 def quantize(
     x: Float[Array, "*rows cols"],
-    format: Format,
+    format: Format | ScaledFormat,
     importance: Float[Array, "..."] | None = None,
     *,
     effort: Effort = "fast",
@@ -258,19 +322,21 @@ def quantize(
     """Encode `x`, whose last axis is a whole number of blocks.
 
     importance: weight of each weight's squared error, of x's shape or broadcast to it; [cols] is the
-    imatrix of the layer's inputs. effort: see `at_effort`. The bytes are the same eagerly and under `jit`,
-    `vmap`, `lax.map` and `shard_map`.
+    imatrix of the layer's inputs. effort: see `at_effort`; a ScaledFormat has one search. The bytes are the
+    same eagerly and under `jit`, `vmap`, `lax.map` and `shard_map`.
 
     Raises ValueError where the format cannot be encoded or the shapes do not fit.
     """
-    if not format.can_encode:
+    scaled = isinstance(format, ScaledFormat)
+    if not scaled and not format.can_encode:
         raise ValueError(f"{format.name} can be decoded but not encoded; choose another format.")
-    if x.ndim == 0 or x.shape[-1] % format.block_size:
+    block = format.group_size or 1 if scaled else format.block_size
+    if x.ndim == 0 or x.shape[-1] % block:
         raise ValueError(
-            f"{format.name} needs rows of a multiple of {format.block_size} weights; got shape {x.shape}. "
+            f"{format.name} needs rows of a multiple of {block} weights; got shape {x.shape}. "
             "Choose a format with a smaller block for this tensor, such as Q8_0, or F16."
         )
-    if importance is None and format.needs_importance:
+    if importance is None and not scaled and format.needs_importance:
         raise ValueError(f"{format.name} needs importance: pass the layer's imatrix, one value a column.")
     if importance is not None:
         try:
@@ -281,11 +347,15 @@ def quantize(
             raise ValueError(
                 f"importance of shape {importance.shape} does not fit {x.shape}; pass one value a column."
             )
+    if scaled:
+        return QuantizedTensor(_encode_scaled(x, importance, format), format)
     return QuantizedTensor({"blocks": _encode(x, importance, at_effort(format, effort))}, format)
 
 
 def dequantize(q: QuantizedTensor) -> Float[Array, "*rows cols"]:
-    """The float32 weights that a runtime sees, bit for bit what ggml computes."""
+    """The float32 weights that a runtime sees, of GGUF's formats bit for bit what ggml computes."""
+    if isinstance(q.format, ScaledFormat):
+        return _decode_scaled(q.parts, q.format)
     return _decode(q.parts["blocks"], q.format)
 
 

@@ -43,6 +43,24 @@ def _update(stats: Stats, x: Float[Array, "n width"], weight: Float[Array, " n"]
 RANGES = Calibrator(_init, _update, add_or_raise)
 
 
+def _init_extremes(width: int) -> Stats:
+    vectors = {name: jnp.zeros(width, jnp.float32) for name in ("absmax", "sum2")}
+    return {**vectors, "count": jnp.zeros((), jnp.int32)}
+
+
+def _update_extremes(stats: Stats, x: Float[Array, "n width"], weight: Float[Array, " n"]) -> Stats:
+    new = {
+        "absmax": jnp.max(jnp.abs(x) * weight[:, None], axis=0),
+        "sum2": jnp.einsum("ni,ni,n->i", x, x, weight),
+        "count": count_of(weight),
+    }
+    return add_or_raise(stats, new)
+
+
+# max |x| and Σ x², float32 [width]; the number of tokens.
+EXTREMES = Calibrator(_init_extremes, _update_extremes, add_or_raise)
+
+
 def quantile(stats: Mapping[str, Array | np.ndarray], q: float) -> Float[np.ndarray, "*stack width"]:
     """A bound b of the share q of each channel's magnitudes, from the statistics of RANGES.
 

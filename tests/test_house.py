@@ -27,6 +27,10 @@ MAY_IMPORT = {
     "transforms": CORE,
     "transcode": CORE,
     "weights": CORE | {"formats", "transcode"},
+    "activations": set(),
+    "int8_matmul": CORE | {"activations"},
+    "schemes": CORE | {"formats"},
+    "compressed": CORE,
     "plan": CORE | {"formats", "text"},
     "quality": CORE | {"plan"},
     "report": CORE | {"formats", "plan", "text"},
@@ -38,7 +42,7 @@ MAY_IMPORT = {
     "evaluate": set(),
     "coherence": set(),
     "svg": set(),
-    "engines": CORE | {"calibrate", "convert", "io", "models", "weights"},
+    "engines": CORE | {"activations", "calibrate", "convert", "io", "models", "weights"},
     "scoring": CORE | {"coherence", "engines", "evaluate", "io"},
     "evaluate_report": CORE | {"coherence", "evaluate", "report", "text"},
     "evaluate_html": CORE | {"evaluate_report", "report", "svg", "text"},
@@ -47,7 +51,14 @@ MAY_IMPORT = {
     "search": CORE | {"formats", "models", "transcode", "weights"},
     "dynamic": CORE | {"convert", "io", "models", "plan", "search", "sensitivity", "text", "weights"},
     "sequential": CORE | {"calibrate", "transforms"},
-    "convert": CORE | {"formats", "io", "models", "pipeline", "plan", "sequential", "weights"},
+    "convert": CORE
+    | {"compressed", "formats", "io", "models", "pipeline", "plan", "schemes", "sequential", "weights"},
+    "smooth_report": CORE | {"smoothing", "text"},
+    "w8a8": CORE | {"calibrate", "folders", "io", "smooth_search", "smoothing", "transforms"},
+    "smoothing": CORE | {"calibrate", "convert", "io", "models", "ranges", "transforms", "weights"},
+    "smooth_search": CORE
+    | {"activations", "calibrate", "convert", "io", "models", "smoothing", "transforms"},
+    "folders": CORE | {"convert", "io", "models", "schemes", "smoothing", "transcode", "transforms"},
 }
 SOURCES = sorted((ROOT / "jquant").rglob("*.py"))
 

@@ -1,6 +1,7 @@
 """Our own forward pass, block by block: any size of model in the memory of one block and of the activations.
 
-Weights are decoded as a runtime decodes them and multiplied in float32. Activations of all sequences lie in
+Weights are decoded as a runtime decodes them and multiplied in float32. Inputs of matrices are rounded where
+the model's folder says so. Activations of all sequences lie in
 memory or, where they are large, in a temporary file.
 """
 
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from jquant import models
+from jquant.activations import ROUNDINGS
 from jquant.calibrate import Scratch
 from jquant.convert import open_model
 from jquant.core import UserError
@@ -41,6 +43,9 @@ class FlaxEngine:
                 "llama-cpp-python (pip install 'jquant[llama]') and use --engine llama.cpp."
             )
         self._decoder = models.decoder(Weights(model.source), model.metadata)
+        if model.rounding is not None:
+            kind, tensors = model.rounding
+            self._decoder = self._decoder.rounded(ROUNDINGS[kind], tensors)
         self._tokenizer = token_ids.from_metadata(model.metadata)
         self.vocab = self._decoder.vocab
         self.bos = self._tokenizer.bos

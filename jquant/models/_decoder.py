@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, cast, runtime_checkable
 
@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32, Int
 
 from jquant.core import Metadata, TensorSpec, UserError
 
-from ._layers import PRECISION, Block, rms_norm
+from ._layers import PRECISION, Block, Rounding, rms_norm
 from ._rope import Rotary, angles
 
 SLAB_WEIGHTS = 1 << 24  # weights of an embedding that are decoded at once
@@ -66,6 +66,14 @@ class Decoder:
     eps: float
     embedding_scale: float
     final_softcap: float
+
+    def rounded(self, rounding: Rounding, names: Collection[str]) -> Decoder:
+        """The decoder whose matrices of these GGUF names are given what `rounding` makes of their inputs."""
+        blocks = []
+        for i, block in enumerate(self.blocks):
+            here = {n.split(".")[2] for n in names if n.startswith(f"blk.{i}.")}
+            blocks.append(block.clone(rounding=rounding, rounded=frozenset(here)))
+        return replace(self, blocks=tuple(blocks))
 
     def embed(self, tokens: Int[np.ndarray, "s t"]) -> Float32[np.ndarray, "s t width"]:
         """The input of the first block. The embedding is decoded a slab of rows at a time."""

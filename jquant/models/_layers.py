@@ -8,6 +8,7 @@ A matrix `blk.3.attn_q.weight` of the file is the parameter attn_q/weight of blo
 
 Every product with a matrix goes through Linear or Experts, which show what they are given in the collection
 "inputs": `block.apply(variables, x, angles, mutable="inputs")`. Nothing is stored unless that is asked for.
+A matrix in `Block.rounded` is multiplied by what `Block.rounding` makes of its input; shown is the input.
 What the collection "nudges" has for them, {"attn_q": {"y": …}}, is added to their outputs: the gradient with
 respect to an output is that with respect to its nudge.
 
@@ -17,6 +18,7 @@ Terms. s: samples. t: tokens of a sample. g: groups of heads that share a key. r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -33,6 +35,7 @@ SMALLEST_SUM = (
 )
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+Rounding = Callable[[Array], Array]  # of the inputs of a matrix, [*n, width]
 
 
 class Linear(nn.Module):
@@ -40,10 +43,12 @@ class Linear(nn.Module):
 
     shape: tuple[int, ...]
     bias: bool = False
+    rounding: Rounding | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n in"]) -> Float[Array, "*n out"]:
         _show(self, x=x)
+        x = x if self.rounding is None else self.rounding(x)
         weight = self.param("weight", nn.initializers.lecun_normal(), self.shape)
         y = lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=PRECISION)
         if self.bias:
@@ -58,6 +63,7 @@ class Experts(nn.Module):
     """
 
     shape: tuple[int, ...]  # [experts, out, in]
+    rounding: Rounding | None = None
 
     @nn.compact
     def __call__(
@@ -67,6 +73,7 @@ class Experts(nn.Module):
         token: Int[Array, "tiles tile"],
     ) -> Float[Array, "tiles tile out"]:
         _show(self, x=x, expert=expert, token=token)
+        x = x if self.rounding is None else self.rounding(x)
         weight = self.param("weight", nn.initializers.lecun_normal(batch_axis=(0,)), self.shape)
         y = lax.map(lambda tile: jnp.dot(tile[0], weight[tile[1]].T, precision=PRECISION), (x, expert))
         return _nudged(self, y)
@@ -119,6 +126,8 @@ class Block(nn.Module):
     gelu: bool = False  # else SiLU
     experts_used: int = 0
     experts_normalized: bool = True  # the weights of the experts in use sum to one
+    rounding: Rounding | None = None
+    rounded: frozenset[str] = frozenset()  # matrices, such as "attn_q"
 
     @nn.compact
     def __call__(
@@ -136,7 +145,14 @@ class Block(nn.Module):
 
     def _linear(self, name: str) -> Linear:
         shapes = dict(self.shapes)
-        return Linear(_matrix(shapes[f"{name}.weight"]), f"{name}.bias" in shapes, name=name)
+        shape, bias = _matrix(shapes[f"{name}.weight"]), f"{name}.bias" in shapes
+        return Linear(shape, bias, self._rounding_of(name), name=name)
+
+    def _experts_of(self, name: str) -> Experts:
+        return Experts(dict(self.shapes)[f"{name}.weight"], self._rounding_of(name), name=name)
+
+    def _rounding_of(self, name: str) -> Rounding | None:
+        return self.rounding if name in self.rounded else None
 
     def _norm(self, name: str, x: Array) -> Array:
         return RMSNorm(self.eps, name=name)(x)
@@ -195,12 +211,9 @@ class Block(nn.Module):
         shapes = dict(self.shapes)
         expert, token, slot = tiles_of_experts(chosen, shapes["ffn_up_exps.weight"][0])
         x = jnp.where(token[..., None] >= 0, flat[jnp.maximum(token, 0)], 0.0)  # [tile, row, width]
-        gate, up = (
-            Experts(shapes[f"{name}.weight"], name=name)(x, expert, token)
-            for name in ("ffn_gate_exps", "ffn_up_exps")
-        )
+        gate, up = (self._experts_of(name)(x, expert, token) for name in ("ffn_gate_exps", "ffn_up_exps"))
         hidden = self._activate(gate) * up
-        y = Experts(shapes["ffn_down_exps.weight"], name="ffn_down_exps")(hidden, expert, token)
+        y = self._experts_of("ffn_down_exps")(hidden, expert, token)
         out = jnp.sum(y.reshape(-1, width)[slot] * p[..., None], axis=1).reshape(m.shape)
         if self._has("ffn_up_shexp"):
             shared = self._feed_forward(m, "_shexp")

@@ -7,7 +7,7 @@ wrong shape can be traced to a line of config.json.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -184,18 +184,25 @@ class Architecture:
         Raises UserError for a tensor that is missing, unexpected, or not of the shape the config says.
         """
         checked = self.read_config(config)
-        weights = list(self.weights(checked))
-        _check_names(self.name, source, weights, tied=checked.flag("tie_word_embeddings"))
-        names = gguf.get_tensor_name_map(self.gguf, checked.size("num_hidden_layers"))
+        weights = self.named(checked)
+        _check_names(self.name, source, weights.values(), tied=checked.flag("tie_word_embeddings"))
         made: dict[str, _Made] = {}
         for name, data in _rope_tensors(checked.rope, checked.size("head_dim")).items():
             made[name] = _Made(TensorSpec(name, data.shape, "F32"), data=data.view(np.uint8)[None])
-        for entry in weights:
-            name = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
-            assert name is not None, f"gguf has no name for {entry.name}; upgrade the package"
+        for name, entry in weights.items():
             heads = checked.size(entry.rotary) if entry.rotary else 0
             made[name] = _Made(_spec(name, entry, source, checked), entry.parts, heads, entry.shift)
         return _GgufView(source, made)
+
+    def named(self, config: Config) -> dict[str, Weight]:
+        """How each tensor of the GGUF file is made, by its name there."""
+        names = gguf.get_tensor_name_map(self.gguf, config.size("num_hidden_layers"))
+        found = {}
+        for entry in self.weights(config):
+            name = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
+            assert name is not None, f"gguf has no name for {entry.name}; upgrade the package"
+            found[name] = entry
+        return found
 
     def metadata(self, config: Mapping[str, object], name: str | None = None) -> dict[str, MetadataValue]:
         """The header's description of the model, with llama.cpp's names and types; `name` is for people."""
@@ -264,7 +271,7 @@ def _rope_metadata(rope: Rope) -> dict[str, MetadataValue]:
     return out
 
 
-def _check_names(architecture: str, source: Source, weights: list[Weight], *, tied: bool) -> None:
+def _check_names(architecture: str, source: Source, weights: Collection[Weight], *, tied: bool) -> None:
     """Refuse a checkpoint whose tensors are not exactly those that the config implies."""
     expected = dict.fromkeys(part for entry in weights for part in entry.parts)
     missing = [name for name in expected if name not in source.specs]

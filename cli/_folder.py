@@ -1,0 +1,239 @@
+"""`jquant quantize MODEL OUTDIR --type W8A8`: a folder in a scheme of compressed-tensors."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import _calibration, _runtime, _show
+from ._progress import ProgressBar
+
+if TYPE_CHECKING:
+    from jquant.calibrate import Progress
+    from jquant.folders import Checkpoint, FolderPlan
+
+_PANEL = "Types"
+_SCHEMES = ("W8A8", "FP8", "W4A16")  # here too, for --help is not to wait for JAX
+# fmt: off
+_KNOWN = frozenset({
+    "model", "out", "type", "keep", "alpha", "no_smooth", "imatrix", "analyze", "calibration", "samples",
+    "sequence_length", "seed", "parse_special", "batch", "revision", "pre_tokenizer", "dry_run",
+    "max_shard_size", "force", "json", "quiet", "threads",
+})
+# fmt: on
+
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep",
+        help="W8A8, FP8, W4A16: REGEX of weights to leave as they are, by their names in the folder. "
+        "Repeatable.",
+        rich_help_panel=_PANEL,
+    ),
+]
+
+Alpha = Annotated[
+    float | None,
+    typer.Option(
+        "--alpha",
+        min=0.0,
+        max=1.0,
+        help="W8A8: smooth all inputs with this alpha, rather than search the best factors.",
+        rich_help_panel=_PANEL,
+    ),
+]
+NoSmooth = Annotated[
+    bool,
+    typer.Option(
+        "--no-smooth", help="W8A8: leave outliers of inputs where they are.", rich_help_panel=_PANEL
+    ),
+]
+
+
+def is_scheme(type: str | None) -> bool:
+    return type is not None and type.upper() in _SCHEMES
+
+
+def quantize(
+    context: typer.Context,
+    model: str,
+    out: Path | None,
+    type: str,
+    *,
+    keep: list[str],
+    alpha: float | None,
+    no_smooth: bool,
+    imatrix: Path | None,
+    analyze: bool,
+    calibration: str | None,
+    samples: int,
+    sequence_length: int,
+    seed: int | None,
+    parse_special: bool,
+    batch: int,
+    revision: str | None,
+    pre_tokenizer: str | None,
+    dry_run: bool,
+    max_shard_bytes: int | None,
+    force: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """What `jquant quantize` does for these types."""
+    _refuse_others(context, type)
+    type = type.upper()
+    if type != "W8A8" and (alpha is not None or no_smooth):
+        raise typer.BadParameter("is for W8A8", param_hint="--alpha, --no-smooth")
+    smooths = type == "W8A8" and not no_smooth
+    if smooths and (imatrix or analyze):
+        raise typer.BadParameter(
+            "is measured anyway where W8A8 is smoothed", param_hint="--imatrix, --analyze"
+        )
+    start = time.monotonic()
+    _runtime.start_jax()
+
+    from jquant.core import UserError
+    from jquant.folders import open_checkpoint, plan_folder, write_folder
+    from jquant.io import check_folder, hub
+    from jquant.io import imatrix as imatrix_file
+    from jquant.schemes import SCHEMES
+    from jquant.smooth_report import smoothing_report, smoothing_table
+    from jquant.w8a8 import smooth_model
+
+    if out is not None and not dry_run:
+        check_folder(out, force=force)
+    importance = imatrix_file.read(imatrix) if imatrix else None
+    path = hub.resolve(model, revision=revision)
+    checkpoint = open_checkpoint(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
+    plan = plan_folder(checkpoint, SCHEMES[type], keep)
+    if not quiet:
+        _remark_groups(plan)
+    if dry_run or out is None:
+        _show.result_json(_plan_report(checkpoint, plan)) if json else _show.result(_plan_table(plan))
+        return
+    data = smoothed = None
+    if analyze or smooths:
+        data = _calibration.read(
+            checkpoint.model,
+            calibration,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            parse_special=parse_special,
+            quiet=quiet,
+        )
+        if analyze:
+            importance = _calibration.importance(checkpoint.model, data, batch=batch, quiet=quiet)
+    weights = importance.by_tensor(checkpoint.model.source.specs.values()) if importance else {}
+    if importance and not weights:
+        raise UserError(f"{imatrix}: none of its tensors is in {path}; it was made from another model.")
+    if smooths and data is not None:
+        smoothed = smooth_model(
+            checkpoint,
+            plan,
+            data,
+            alpha,
+            batch=batch,
+            progress=_calibration.progress(data, quiet=quiet),
+            searching=_searching(quiet),
+        )
+        weights = smoothed.importance
+    total = sum(spec.nbytes for spec in checkpoint.source.specs.values())
+    with ProgressBar(total, shown=not quiet) as progress:
+        written = write_folder(
+            checkpoint,
+            plan,
+            out,
+            factors=smoothed.factors if smoothed else None,
+            importance=weights,
+            max_shard_bytes=max_shard_bytes,
+            force=force,
+            progress=progress,
+        )
+    report = _plan_report(checkpoint, plan, written.errors) | {
+        "model": model,
+        "smoothing": smoothing_report(smoothed.smoothing) if smoothed else None,
+        "files": [{"path": str(file), "bytes": file.stat().st_size} for file in written.files],
+        "seconds": round(time.monotonic() - start, 3),
+        "peak_memory_bytes": _runtime.peak_memory(),
+    }
+    if json:
+        _show.result_json(report)
+        return
+    if smoothed and not quiet:
+        _show.remark(smoothing_table(smoothed.smoothing))
+    _show.result(_summary(out, plan, report))
+
+
+def _refuse_others(context: typer.Context, type: str) -> None:
+    """Options that say something of GGUF files only."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in _KNOWN and source is not None and source.name == "COMMANDLINE":
+            hint = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"says nothing of {type.upper()}, which has --keep", param_hint=hint)
+
+
+def _remark_groups(plan: FolderPlan) -> None:
+    group = plan.scheme.weights.group_size
+    if group not in (None, 128):
+        _show.remark(f"note: groups of {group} weights, for rows here are no multiple of 128.")
+
+
+def _plan_report(
+    checkpoint: Checkpoint, plan: FolderPlan, errors: dict[str, float] | None = None
+) -> dict[str, object]:
+    from jquant.report import by_type
+
+    return {
+        "scheme": plan.scheme.name,
+        "group_size": plan.scheme.weights.group_size,
+        "ignore": list(plan.ignore),
+        "source_tensor_bytes": sum(spec.nbytes for spec in checkpoint.source.specs.values()),
+        "tensor_bytes": sum(spec.nbytes for spec in plan.layout),
+        "types": [{"type": t, "tensors": n, "bytes": b} for t, n, b in by_type(plan.layout)],
+        "tensors": [
+            {"name": name, "error": None if errors is None else errors[name]} for name in plan.quantized
+        ],
+    }
+
+
+def _plan_table(plan: FolderPlan) -> str:
+    from jquant.report import by_type
+    from jquant.text import human_shape, human_size, text_table
+
+    rows = [(spec.name, human_shape(spec.shape), spec.type, human_size(spec.nbytes)) for spec in plan.layout]
+    kinds = [(t, str(n), human_size(b)) for t, n, b in by_type(plan.layout)]
+    tensors = text_table(("tensor", "shape", "type", "size"), rows, (3,))
+    return f"{tensors}\n\n{text_table(('type', 'tensors', 'size'), kinds, (1, 2))}"
+
+
+def _searching(quiet: bool) -> Progress:
+    """A line now and then while factors are searched."""
+
+    def show(done: int, count: int) -> None:
+        if not quiet and (done == count or done % max(count // 8, 1) == 0):
+            _show.remark(f"searched block {done} of {count}")
+
+    return show
+
+
+def _summary(out: Path, plan: FolderPlan, report: dict) -> str:
+    from jquant.text import human_size
+
+    size = sum(file["bytes"] for file in report["files"])
+    worst = max(report["tensors"], key=lambda t: t["error"], default=None)
+    lines = [
+        f"{out}",
+        f"  {plan.scheme.name}, {human_size(size)}, "
+        f"{report['tensor_bytes'] / max(report['source_tensor_bytes'], 1):.1%} of the source's weights",
+        f"  {len(plan.quantized)} weights quantized, {len(plan.ignore)} linear layers left as they are",
+    ]
+    if worst is not None:
+        lines.append(f"  largest relative error {worst['error']:.2e}: {worst['name']}")
+    memory = human_size(report["peak_memory_bytes"])
+    lines.append(f"  {report['seconds']:.1f} s, peak memory {memory}")
+    return "\n".join(lines)

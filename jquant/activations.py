@@ -1,0 +1,63 @@
+"""Inputs of matrices as 8-bit numbers, each token (row) with a scale of its own.
+
+    int8  s = max|x| / 127.5, q = round(x / s) in [−128, 127]
+    fp8   s = max|x| / 448,   q = x / s as e4m3
+
+Source: compressed-tensors, compute_dynamic_scales_and_zp; vLLM divides by 127 instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+
+class Quantized(NamedTuple):
+    codes: Array  # [*n, width]
+    scale: Array  # float32 [*n, 1]
+
+
+def int8(x: Float[Array, "*n width"]) -> Quantized:
+    """Bit for bit what Torch computes: −max|x| comes to −127.5, and the last bit decides on −127 or −128."""
+    scale = _scale(x, 127.5)
+    codes = jnp.clip(jnp.round(_divided(x.astype(jnp.float32), scale)), -128, 127)
+    return Quantized(codes.astype(jnp.int8), scale)
+
+
+def fp8(x: Float[Array, "*n width"]) -> Quantized:
+    scale = _scale(x, 448.0)
+    codes = jnp.clip(_divided(x.astype(jnp.float32), scale), -448, 448)  # beyond them e4m3 knows only NaN
+    return Quantized(codes.astype(jnp.float8_e4m3fn), scale)
+
+
+def _scale(x: Array, largest: float) -> Float[Array, "*n 1"]:
+    """1 for a row of zeros."""
+    absmax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    return jnp.where(absmax > 0, _divided(absmax, jnp.full_like(absmax, largest)), 1.0)
+
+
+def _divided(x: Array, y: Float[Array, "*n 1"]) -> Array:
+    """x / y, rounded once. XLA is apt to multiply by 1 / y, which rounds twice."""
+    y = lax.optimization_barrier(jnp.broadcast_to(y, x.shape))
+    return lax.optimization_barrier(x / y)
+
+
+QUANTIZERS: Mapping[str, Callable[[Array], Quantized]] = {"int8": int8, "fp8": fp8}
+
+
+def _rounding(quantize: Callable[[Array], Quantized]) -> Callable[[Array], Array]:
+    def rounded(x: Float[Array, "*n width"]) -> Float[Array, "*n width"]:
+        """x as these numbers have it. Its gradient is that of x itself (straight-through)."""
+        codes, scale = quantize(lax.stop_gradient(x))
+        return x + lax.stop_gradient(codes.astype(jnp.float32) * scale - x)
+
+    return rounded
+
+
+ROUNDINGS: Mapping[str, Callable[[Array], Array]] = {
+    name: _rounding(quantize) for name, quantize in QUANTIZERS.items()
+}

@@ -1,0 +1,46 @@
+"""INT8: each row has a scale, w ≈ s q with q in [−127, 127]. What W8A8 multiplies as integers.
+
+    weight int8 [rows, cols] | weight_scale [rows, 1]
+
+Source: compressed-tensors, format int-quantized, strategy channel, symmetric.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int8
+
+from jquant.core import ScaledFormat
+
+from ._clip import divided, fit_scale
+
+LARGEST = 127.0
+CLIPS = tuple(np.linspace(0.6, 1.0, 41).tolist())
+
+
+def assign(groups: Float[Array, "n g"], scales: Float[Array, " n"]) -> Int8[Array, "n g"]:
+    return jnp.clip(jnp.round(divided(groups, scales)), -LARGEST, LARGEST).astype(jnp.int8)
+
+
+def reconstruct(codes: Int8[Array, "n g"], scales: Float[Array, " n"]) -> Float[Array, "n g"]:
+    return codes.astype(jnp.float32) * scales[:, None]
+
+
+def _as_it_is(codes: Array) -> Array:
+    return codes
+
+
+INT8 = ScaledFormat(
+    name="INT8",
+    bits=8,
+    type="I8",
+    fit=partial(fit_scale, clips=CLIPS, largest=LARGEST, assign=assign),
+    assign=assign,
+    reconstruct=reconstruct,
+    pack=_as_it_is,
+    unpack=_as_it_is,
+)

@@ -1,0 +1,163 @@
+"""Factors that smooth a whole model: of one alpha, from the extremes of inputs on samples of text.
+
+stats = measure(model, samples)
+smoothing = fixed(model, stats, 0.5)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jquant import models
+from jquant.calibrate import Progress, Stats, collect
+from jquant.convert import Model
+from jquant.core import UserError
+from jquant.io.samples import Samples
+from jquant.models import Decoder
+from jquant.ranges import EXTREMES
+from jquant.transforms import smooth
+from jquant.transforms.smooth import Coupling
+from jquant.weights import Weights
+
+
+class Place(NamedTuple):
+    """What smoothing did to one input of a block."""
+
+    block: int
+    name: str  # of the coupling
+    consumers: tuple[str, ...]
+    scales: np.ndarray  # s: float32 [*stack, channels]
+    alpha: float | None  # None: searched channel by channel, or left as it was
+    before: float  # largest channel's maximum by the median channel's
+    after: float
+
+
+class Smoothing(NamedTuple):
+    places: tuple[Place, ...]
+    # Where searched: relative output error of each block, weights and inputs rounded, as it was and smoothed.
+    errors: tuple[tuple[float, float], ...] = ()
+
+    def scales(self, block: int) -> dict[str, np.ndarray]:
+        return {place.name: place.scales for place in self.places if place.block == block}
+
+
+def open_decoder(model: Model) -> Decoder:
+    return models.decoder(Weights(model.source), model.metadata)
+
+
+def measure(
+    model: Model,
+    samples: Samples,
+    *,
+    batch: int = 4,
+    progress: Progress = lambda done, count: None,
+) -> dict[str, Stats]:
+    """Absolute maxima and second moments of the inputs of every matrix, by GGUF name."""
+    return collect(
+        open_decoder(model),
+        samples.tokens,
+        EXTREMES,
+        lengths=samples.lengths,
+        batch=batch,
+        progress=progress,
+    )
+
+
+def maxima(coupling: Coupling, block: int, stats: Mapping[str, Stats]) -> Array:
+    """max|x| of each channel: float32 [*stack, channels]. The router, where there is one, sees all tokens.
+
+    Raises UserError where the inputs were not measured.
+    """
+    routers = [name for name in coupling.consumers if name.endswith("gate_inp")]
+    name = f"blk.{block}.{(routers or coupling.consumers)[0]}.weight"
+    if name not in stats:
+        raise UserError(f"{name}: nothing is known of its inputs; measure them on this model.")
+    return smooth.of_channels(coupling, jnp.asarray(stats[name]["absmax"]))
+
+
+def fixed(decoder: Decoder, stats: Mapping[str, Stats], alpha: float) -> Smoothing:
+    """The plain method: one alpha for all. Raises UserError where it is not between 0 and 1."""
+    if not 0 <= alpha <= 1:
+        raise UserError(f"alpha {alpha:g}: must be between 0 and 1; 0.5 suits most models.")
+    places: list[Place] = []
+    for i, block in enumerate(decoder.blocks):
+        params = decoder.load_block(i)
+        found = smooth.couplings(block)
+        logs = {}
+        for coupling in found:
+            weights = smooth.weight_maxima(coupling, params)
+            logs[coupling.name] = smooth.smooth(maxima(coupling, i, stats), weights, alpha)
+        places += described(i, found, stats, logs, dict.fromkeys(logs, alpha))
+    return Smoothing(tuple(places))
+
+
+def described(
+    block: int,
+    found: Sequence[Coupling],
+    stats: Mapping[str, Stats],
+    logs: Mapping[str, Array],
+    alphas: Mapping[str, float | None],
+) -> list[Place]:
+    """What is to be said of these factors, exp(logs)."""
+    places = []
+    for coupling in found:
+        x, s = np.asarray(maxima(coupling, block, stats)), np.exp(np.asarray(logs[coupling.name]))
+        places.append(
+            Place(
+                block,
+                coupling.name,
+                coupling.consumers,
+                s.astype(np.float32),
+                alphas[coupling.name],
+                outlier_ratio(x),
+                outlier_ratio(x / s),
+            )
+        )
+    return places
+
+
+def outlier_ratio(maxima: np.ndarray) -> float:
+    """The largest channel's maximum by the median of those that are not 0; of a stack the worst expert's."""
+    ratios = [1.0]
+    for row in np.atleast_2d(maxima):
+        seen = row[row > 0]
+        if seen.size:
+            ratios.append(float(seen.max() / np.median(seen)))
+    return max(ratios)
+
+
+def importance(
+    decoder: Decoder, stats: Mapping[str, Stats], smoothing: Smoothing | None
+) -> dict[str, np.ndarray]:
+    """Mean squares of the inputs of each matrix as it will be: float32 [matrices, cols], by GGUF name."""
+    found: dict[str, np.ndarray] = {}
+    for name, s in stats.items():
+        sums = np.atleast_2d(np.asarray(s["sum2"], np.float64))
+        count = np.maximum(np.asarray(s["count"], np.float64).reshape(-1, 1), 1)
+        # An expert that no token reached takes its stack's mean.
+        mean = np.where(sums.any(-1, keepdims=True), sums / count, (sums / count).mean(0))
+        found[name] = mean
+    if smoothing is not None:
+        for i, block in enumerate(decoder.blocks):
+            scales = {name: jnp.asarray(s) for name, s in smoothing.scales(i).items()}
+            for tensor, factors in smooth.factors_of(block, scales).items():
+                name = f"blk.{i}.{tensor}.weight"
+                if factors.cols is not None and name in found:
+                    found[name] = found[name] / np.square(np.asarray(factors.cols, np.float64))
+    return {name: value.astype(np.float32) for name, value in found.items() if (value > 0).any()}
+
+
+def factors(decoder: Decoder, smoothing: Smoothing) -> dict[str, smooth.Factors]:
+    """What each tensor of the model is multiplied by, NumPy, by GGUF name without ".weight"."""
+    found = {}
+    for i, block in enumerate(decoder.blocks):
+        scales = {name: jnp.asarray(s) for name, s in smoothing.scales(i).items()}
+        made = jax.device_get(smooth.factors_of(block, scales))
+        found |= {f"blk.{i}.{tensor}": value for tensor, value in made.items()}
+    return found

@@ -1,0 +1,111 @@
+"""Folders as transformers and compressed-tensors load them. Needs pip install 'jquant[interop]'.
+
+Rounding inputs amplifies the last bit: a model that differs from itself by 1e-7 in its embedding rounds a few
+numbers otherwise, and after some blocks the two differ as much as rounding makes them differ from the
+original. So weights and rounding are compared to the bit each, and the whole with what Torch keeps to itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_decoder import divergence
+from test_folders import WIDE, run
+from tiny_models import write_tiny
+
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'jquant[interop]'")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+compressed_tensors = pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize  # noqa: E402
+
+from jquant.activations import QUANTIZERS  # noqa: E402
+from jquant.engines import FlaxEngine  # noqa: E402
+from jquant.engines._flax import FlaxEngine as Engine  # noqa: E402
+
+# Both packages say a good deal that is no concern of ours.
+pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
+SCHEMES = ("W8A8", "FP8", "W4A16")
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM")
+STORIES = Path(__file__).resolve().parents[2] / "shared/data/models/stories260K"
+TOKENS = np.random.default_rng(7).integers(3, 350, (2, 60)).astype(np.int32)
+
+
+def loaded(folder: Path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():  # weights are decoded in the first forward pass
+        model(torch.tensor(TOKENS[:1, :2], dtype=torch.long))
+    return model
+
+
+def logits(model, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()[:, :-1]
+
+
+def round_inputs(model, wanted: bool) -> None:
+    for module in model.modules():
+        module.quantization_enabled = wanted
+
+
+def ours(engine: Engine, tokens: np.ndarray) -> np.ndarray:
+    return np.stack(list(engine.logits(list(tokens), [0] * len(tokens))))
+
+
+def weights_alone(folder: Path) -> Engine:
+    engine = FlaxEngine(folder)
+    engine._decoder = engine._decoder.rounded(lambda x: x, ())
+    return engine
+
+
+@every_scheme
+@pytest.mark.parametrize("architecture", DENSE)
+def test_transformers_reads_the_weights_that_we_read(architecture, scheme, tmp_path):
+    overrides = {"head_dim": 32} if architecture == "MistralForCausalLM" else {}
+    # The default of Phi-3's class is a token that tiny vocabularies lack.
+    overrides |= {"pad_token_id": 0} if architecture == "Phi3ForCausalLM" else {}
+    folder = write_tiny(tmp_path / "in", architecture, **WIDE, **overrides)
+    run(folder, tmp_path / "out", "--type", scheme, "-q")
+    model = loaded(tmp_path / "out")
+    round_inputs(model, False)
+    found, wanted = ours(weights_alone(tmp_path / "out"), TOKENS), logits(model, TOKENS)
+    np.testing.assert_allclose(found, wanted, atol=2e-4)
+    assert (found.argmax(-1) == wanted.argmax(-1)).mean() >= 0.999
+    original = loaded(folder)
+    assert divergence(logits(original, TOKENS), wanted) > 100 * divergence(wanted, found)
+
+
+@pytest.mark.parametrize(("scheme", "kind"), [("W8A8", "int8"), ("FP8", "fp8")])
+def test_inputs_are_rounded_to_the_same_bits(scheme, kind, tmp_path):
+    folder = write_tiny(tmp_path / "in", "LlamaForCausalLM", **WIDE)
+    run(folder, tmp_path / "out", "--type", scheme, "-q")
+    layer = loaded(tmp_path / "out").model.layers[0].mlp.up_proj
+    x = np.random.default_rng(1).standard_normal((3, 50, 128)).astype(np.float32)
+    x[..., 7] -= 30
+    x[1, 2] = 0
+    x[2, 3] *= 1e-20
+    wanted = forward_quantize(layer, torch.tensor(x), "input", layer.quantization_scheme.input_activations)
+    codes, scale = QUANTIZERS[kind](jnp.asarray(x))
+    np.testing.assert_array_equal(np.asarray(codes).astype(np.float32) * np.asarray(scale), wanted.numpy())
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "FP8"])
+def test_predictions_agree_as_nearly_as_torch_agrees_with_itself(scheme, tmp_path):
+    if not STORIES.is_dir():
+        pytest.skip(f"{STORIES}: not here")
+    run(STORIES, tmp_path / "out", "--type", scheme, "-q")
+    tokens = np.random.default_rng(3).integers(3, 500, (8, 120)).astype(np.int32)
+    model, original = loaded(tmp_path / "out"), loaded(STORIES)
+    wanted = logits(model, tokens)
+    found = ours(FlaxEngine(tmp_path / "out"), tokens)
+    with torch.no_grad():
+        weight = model.model.embed_tokens.weight
+        weight.mul_(1 + 1e-6 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    itself = divergence(wanted, logits(model, tokens))
+    away = divergence(logits(original, tokens), wanted)
+    assert divergence(wanted, found) < max(2 * itself, 0.1 * away)
+    assert (found.argmax(-1) == wanted.argmax(-1)).mean() > 0.97

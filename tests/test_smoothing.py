@@ -1,0 +1,234 @@
+"""Smoothing of whole models: the same predictions before rounding, better ones after it with outliers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import forward
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from test_decoder import divergence, logits
+from test_folders import WIDE, config_of, decoded, read, run
+from tiny_models import DTYPES, LINES, open_tiny, write_tiny
+
+from jquant import smooth_search, smoothing
+from jquant.analyze import load_samples
+from jquant.core import UserError
+from jquant.engines import FlaxEngine
+from jquant.folders import as_stored, factors_by_part, open_checkpoint
+from jquant.io.samples import Text
+from jquant.models import ARCHITECTURES
+from jquant.smooth_report import advice, smoothing_report
+from jquant.smooth_search import Search, search
+from jquant.smoothing import Place, Smoothing, outlier_ratio
+from jquant.transforms import smooth
+
+TOKENS = np.random.default_rng(7).integers(3, 350, (3, 40)).astype(np.int32)
+QUICK = Search(alphas=(0.3, 0.5, 0.7), samples=2, checked=2, tokens=48, steps=20)
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def calibration(model) -> object:
+    return load_samples(model, Text("lines", "\n".join(LINES * 12).encode()), samples=6, sequence_length=48)
+
+
+def with_outliers(folder: Path, factor: float = 100.0) -> Path:
+    """The same function, with inputs that 8 bits cannot hold."""
+    tensors = open_tiny(folder).tensors
+    for name, tensor in tensors.items():
+        if name.split(".")[-2] in NORMS:
+            tensor[3:6] *= factor
+        if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+            tensor[:, 3:6] /= factor
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    return with_outliers(write_tiny(folder, "LlamaForCausalLM", **WIDE))
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(LINES * 12))
+    return file
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_smoothed_checkpoint_predicts_the_same(architecture, tmp_path):
+    """The factors as the folder's writer applies them, against the oracle in float64."""
+    folder = write_tiny(tmp_path, architecture)
+    checkpoint = open_checkpoint(folder)
+    decoder, rng = smoothing.open_decoder(checkpoint.model), np.random.default_rng(0)
+    places = tuple(
+        Place(i, c.name, c.consumers, np.exp(rng.standard_normal(c.shape)).astype(np.float32), None, 1.0, 1.0)
+        for i, block in enumerate(decoder.blocks)
+        for c in smooth.couplings(block)
+    )
+    by_part = factors_by_part(checkpoint, smoothing.factors(decoder, Smoothing(places)))
+    tensors = dict(open_tiny(folder).tensors)
+    for name, factors in by_part.items():
+        x = tensors[name]
+        tensors[name] = factors.times(x.reshape(-1, x.shape[-1]), 0).reshape(x.shape)
+    config, tokens = config_of(folder), TOKENS[0].tolist()
+    wanted = forward.logits(config, open_tiny(folder).tensors, tokens)
+    np.testing.assert_allclose(forward.logits(config, tensors, tokens), wanted, atol=1e-4, rtol=1e-4)
+    changed = sum(not np.array_equal(tensors[name], x) for name, x in open_tiny(folder).tensors.items())
+    assert changed >= 0.6 * len(tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma2ForCausalLM"])
+def test_what_a_stored_norm_rounds_the_factors_take_up(architecture, dtype, tmp_path):
+    checkpoint = open_checkpoint(write_tiny(tmp_path, architecture, torch_dtype=dtype))
+    decoder, rng = smoothing.open_decoder(checkpoint.model), np.random.default_rng(0)
+    places = tuple(
+        Place(0, c.name, c.consumers, np.exp(rng.standard_normal(c.shape)).astype(np.float32), None, 1.0, 1.0)
+        for c in smooth.couplings(decoder.blocks[0])
+    )
+    stored = as_stored(checkpoint, Smoothing(places))
+    for before, after in zip(places, stored.places, strict=True):
+        np.testing.assert_allclose(after.scales, before.scales, rtol=2e-2)
+        if not before.name.endswith("norm"):
+            continue
+        (part,) = checkpoint.weights[f"blk.0.{before.name}.weight"].parts
+        shift = checkpoint.weights[f"blk.0.{before.name}.weight"].shift
+        w = open_tiny(tmp_path).tensors[part].astype(np.float32)
+        # Divided by the factor that is declared, the norm is the one that can be stored.
+        made = (w + shift) / after.scales - shift
+        rounded = made.astype(DTYPES[dtype]).astype(np.float32)
+        np.testing.assert_allclose(made, rounded, rtol=1e-5, atol=2e-6)
+
+
+def test_extremes_are_those_of_the_inputs(model):
+    checkpoint = open_checkpoint(model)
+    samples = calibration(checkpoint.model)
+    stats = smoothing.measure(checkpoint.model, samples)
+    decoder = smoothing.open_decoder(checkpoint.model)
+    x = jnp.asarray(decoder.embed(samples.tokens))
+    params, angles = decoder.load_block(0), jnp.asarray(decoder.angles(0, 48))
+    shown = decoder.blocks[0].apply({"params": params}, x, angles, mutable="inputs")[1]["inputs"]
+    given = np.abs(np.asarray(shown["attn_q"]["x"])).reshape(-1, 128)
+    np.testing.assert_allclose(stats["blk.0.attn_q.weight"]["absmax"], given.max(0), rtol=1e-5)
+    np.testing.assert_allclose(stats["blk.0.attn_q.weight"]["sum2"], (given**2).sum(0), rtol=1e-4)
+    assert outlier_ratio(given.max(0)) > 50
+
+
+def test_one_alpha_takes_outliers_away_and_brings_the_predictions_back(model, text, tmp_path):
+    for name, options in {"plain": ["--no-smooth"], "half": ["--alpha", "0.5", "-c", text]}.items():
+        run(model, tmp_path / name, "--type", "W8A8", "-q", *options)
+    wanted = logits(smoothing.open_decoder(open_checkpoint(model).model), TOKENS)[:, :-1]
+    plain, half = (
+        divergence(wanted, np.stack(list(FlaxEngine(tmp_path / name).logits(list(TOKENS), [0] * 3))))
+        for name in ("plain", "half")
+    )
+    assert plain > 0.1
+    assert half < plain / 20
+
+
+def test_the_search_is_never_worse_than_any_alpha_on_the_samples_that_decide(model):
+    checkpoint = open_checkpoint(model)
+    decoder, samples = smoothing.open_decoder(checkpoint.model), calibration(checkpoint.model)
+    stats = smoothing.measure(checkpoint.model, samples)
+    quantized = frozenset(n for n in stats if "gate_inp" not in n)
+    found = search(decoder, samples, stats, quantized, settings=QUICK)
+    tokens, x = samples.tokens[:4, :48], jnp.asarray(decoder.embed(samples.tokens[:4, :48]))
+    for i, block in enumerate(decoder.blocks):
+        params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, tokens.shape[1]))
+        y = block.apply({"params": params}, x, angles)
+        data = smooth_search._Data(x[2:], y[2:], jnp.ones(2 * 48))
+        here = frozenset(n.split(".")[2] for n in quantized if n.startswith(f"blk.{i}."))
+
+        def error(scales, params=params, block=block, data=data, angles=angles, here=here) -> float:
+            logs = {name: jnp.log(jnp.asarray(s)) for name, s in scales.items()}
+            return float(smooth_search.error(block, here, params, logs, data, angles))
+
+        none = error({c.name: np.ones(c.shape, np.float32) for c in smooth.couplings(block)})
+        fixed = [error(smoothing.fixed(decoder, stats, alpha).scales(i)) for alpha in QUICK.alphas]
+        assert found.errors[i] == pytest.approx((none, error(found.scales(i))), rel=2e-2)
+        assert found.errors[i][1] <= min(none, *fixed) * 1.02
+        assert found.errors[i][1] < 0.2 * none
+        x = y
+
+
+def test_factors_of_their_own_fit_samples_better_than_any_alpha(model):
+    checkpoint = open_checkpoint(model)
+    decoder, samples = smoothing.open_decoder(checkpoint.model), calibration(checkpoint.model)
+    stats = smoothing.measure(checkpoint.model, samples)
+    block, params = decoder.blocks[0], decoder.load_block(0)
+    x, angles = jnp.asarray(decoder.embed(samples.tokens[:3, :48])), jnp.asarray(decoder.angles(0, 48))
+    data = smooth_search._Data(x, block.apply({"params": params}, x, angles), jnp.ones(3 * 48))
+    here = frozenset({"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"})
+    inputs = {c.name: smoothing.maxima(c, 0, stats) for c in smooth.couplings(block)}
+    found = smooth_search.search_block(block, here, params, inputs, data, data, angles, Search())
+    assert set(found.alphas.values()) == {None}
+    assert found.after < 0.95 * found.alpha < found.alpha < 0.2 * found.before
+
+
+def test_gradients_of_the_search_point_downhill(model):
+    """Rounding hides the slope of a single channel, not that of a step along the gradient."""
+    checkpoint = open_checkpoint(model)
+    decoder, samples = smoothing.open_decoder(checkpoint.model), calibration(checkpoint.model)
+    block, params = decoder.blocks[0], decoder.load_block(0)
+    x, angles = jnp.asarray(decoder.embed(samples.tokens[:3, :48])), jnp.asarray(decoder.angles(0, 48))
+    data = smooth_search._Data(x, block.apply({"params": params}, x, angles), jnp.ones(3 * 48))
+    here = frozenset({"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"})
+    logs = {c.name: jnp.zeros(c.shape) for c in smooth.couplings(block)}
+
+    def loss(logs):
+        return jnp.log(smooth_search.error(block, here, params, logs, data, angles))
+
+    gradient = jax.grad(loss)(logs)
+    length = float(np.sqrt(sum(float(jnp.sum(g**2)) for g in gradient.values())))
+    step = 0.5
+    moved = jax.tree.map(lambda a, g: a - step / length * g, logs, gradient)
+    fallen = float(loss(logs) - loss(moved))
+    assert fallen == pytest.approx(step * length, rel=0.5)
+
+
+def test_the_command_searches_and_reports_every_place(model, text, tmp_path):
+    output = run(model, tmp_path / "out", "--type", "W8A8", "--json", "-q", "-c", text, "--samples", "6",
+                 "--sequence-length", "48")  # fmt: skip
+    report = json.loads(output)["smoothing"]
+    assert [row["place"] for row in report[:4]] == ["attn_norm", "attn_v", "ffn_norm", "ffn_up"]
+    assert len(report) == 8
+    for row in report:
+        assert row["smoothed_block_error"] < 0.2 * row["block_error"]
+    norms = [row for row in report if row["place"].endswith("norm")]
+    assert all(row["outlier_ratio"] > 50 > 10 > row["smoothed_outlier_ratio"] for row in norms)
+    wanted = logits(smoothing.open_decoder(open_checkpoint(model).model), TOKENS)[:, :-1]
+    found = np.stack(list(FlaxEngine(tmp_path / "out").logits(list(TOKENS), [0] * 3)))
+    assert divergence(wanted, found) < 0.02
+    # The rest of the folder is the model's own.
+    assert decoded(tmp_path / "out", "INT8").keys() == read(model).keys()
+
+
+def test_a_bad_alpha_is_refused(model, text, tmp_path):
+    for alpha in ("-0.1", "1.5", "nan"):
+        run(model, tmp_path / "out", "--type", "W8A8", "--alpha", alpha, "-c", text, "-q", code=2)
+    run(model, tmp_path / "out", "--type", "FP8", "--alpha", "0.5", code=2)
+    run(model, tmp_path / "out", "--type", "W8A8", "--analyze", code=2)
+    assert not (tmp_path / "out").exists()
+    decoder = smoothing.open_decoder(open_checkpoint(model).model)
+    with pytest.raises(UserError, match="between 0 and 1"):
+        smoothing.fixed(decoder, {}, 1.01)
+    with pytest.raises(UserError, match=r"blk\.0\.attn_q\.weight: nothing is known"):
+        smoothing.fixed(decoder, {}, 0.5)
+
+
+def test_blocks_that_stand_out_get_advice():
+    place = Place(2, "ffn_norm", ("ffn_up",), np.ones(4, np.float32), 0.5, 500.0, 60.0)
+    quiet = place._replace(block=0, after=2.0)
+    errors = ((1e-3, 1e-4),) * 2 + ((1e-1, 1e-2),) + ((1e-3, 1e-4),) * 2
+    assert "--keep" in advice(Smoothing((quiet, place), errors), place)
+    assert advice(Smoothing((quiet, place), errors), quiet) == ""
+    assert advice(Smoothing((quiet, place)), place) == "higher alpha"
+    report = smoothing_report(Smoothing((quiet, place._replace(alpha=None)), errors))
+    assert [row["alpha"] for row in report] == [0.5, None]
