@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from jquant.io.samples import Samples
 from jquant.pipeline import Progress, run
 from jquant.plan import FILE_TYPES, Entry, Plan
 from jquant.schemes import METHOD, Activations, Scheme, scheme_of
+from jquant.transcode import LOW_BPW
 from jquant.weights import Weights
 
 RECIPE = "jquant.recipe"  # metadata key
@@ -144,7 +146,7 @@ class Feedback(NamedTuple):
 
 class Written(NamedTuple):
     paths: list[Path]
-    errors: dict[str, float]  # relative error by tensor: see pipeline.run
+    errors: dict[str, float]  # relative error by tensor: see pipeline.run; with feedback that of the output
     fed: dict[str, sequential.Fed]  # tensors that error feedback made, without their bytes
 
 
@@ -199,6 +201,8 @@ def write_gguf(
             progress=progress,
         )
         sink.commit()
+        low = {entry.name for entry in plan.entries if FORMATS[entry.type].bpw <= LOW_BPW}
+        errors |= {name: f.error for name, f in fed.items() if name in low and math.isfinite(f.error)}
         return Written(sink.paths, errors, fed)
     finally:
         sink.close()

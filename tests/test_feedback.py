@@ -144,6 +144,7 @@ def test_every_matrix_of_the_blocks_is_fed_back_and_decodes(tmp_path, name):
     ]
     assert sorted(written.fed) == sorted(matrices)
     assert all(0 < fed.error < 0.5 for fed in written.fed.values())
+    assert written.errors.keys() >= {e.name for e in planned.entries if e.type == "Q2_K"}
     assert open_model(tmp_path / "out.gguf").source.specs.keys() == model.source.specs.keys()
 
 

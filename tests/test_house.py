@@ -52,7 +52,8 @@ MAY_IMPORT = {
     "dynamic": CORE | {"convert", "io", "models", "plan", "search", "sensitivity", "text", "weights"},
     "sequential": CORE | {"calibrate", "transforms"},
     "convert": CORE
-    | {"compressed", "formats", "io", "models", "pipeline", "plan", "schemes", "sequential", "weights"},
+    | {"compressed", "formats", "io", "models", "pipeline", "plan", "schemes", "sequential", "transcode"}
+    | {"weights"},
     "smooth_report": CORE | {"smoothing", "text"},
     "w8a8": CORE | {"calibrate", "folders", "io", "smooth_search", "smoothing", "transforms"},
     "smoothing": CORE | {"calibrate", "convert", "io", "models", "ranges", "transforms", "weights"},
