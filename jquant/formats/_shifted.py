@@ -180,7 +180,7 @@ def assign(
     scales: tuple[Float[Array, " n"], Int[Array, "runs n"]],
     layout: Layout,
     negative: Int[Array, "runs n"] | None = None,
-) -> tuple[Int[Array, "32 n"], Int[Array, "32 n"]]:
+) -> tuple[Int[Array, "groups n"], Int[Array, "groups n"]]:
     """Grid index of each group, and 1 where its shift is negative; the better shift where none is given."""
     g, n = normalised(blocks, importance), blocks.shape[1]
     lanes = _lanes(g)

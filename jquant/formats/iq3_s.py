@@ -25,7 +25,7 @@ from jquant.formats import _magnitudes
 from jquant.formats._blocks import f16_bytes, f16_from_bytes
 from jquant.formats._grids import bit_fields, join_fields, lookup, negate_where, scaled
 
-Codes = tuple[Int[Array, "64 n"], UInt8[Array, "64 n"]]  # grid index and 4 sign bits of each group
+Codes = tuple[Int[Array, "groups n"], UInt8[Array, "groups n"]]  # grid index and 4 sign bits of each group
 Scales = tuple[Float[Array, " n"], Int[Array, "runs n"]]  # d, and s of each 32 weights
 
 LAYOUT = _magnitudes.layout("IQ3_S", runs=8, unit=1.0, rms=(3.0, 12.0))
