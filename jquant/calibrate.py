@@ -265,7 +265,7 @@ def _through_block(
     """All samples x [s, t, width] through block i, into y where wanted; its statistics, on the host."""
     block, host = model.blocks[i], jax.devices("cpu")[0]
     params, angles = model.load_block(i), jnp.asarray(model.angles(i, x.shape[1]))
-    distinct = {first.split(".", 2)[2].removesuffix(".weight") for first in shared_inputs(model, i).values()}
+    distinct = {within_block(first) for first in shared_inputs(model, i).values()}
     made = init_all(block, lambda shape: calibrator.init(shape[-1]))
     stats = empty = {name: made[name] for name in made if name in distinct}
     for start in range(0, len(x), batch):
@@ -280,6 +280,25 @@ def _through_block(
         if y is not None:
             y[part] = out[: part.stop - start]
     return {f"blk.{i}.{name}.weight": jax.device_put(s, host) for name, s in stats.items()}
+
+
+def run_through(
+    block: Block, params: Mapping, angles: Array, x: np.ndarray, y: np.ndarray, batch: int
+) -> None:
+    """All samples x [s, t, width] through a block, into y, which may be x."""
+    for start in range(0, len(x), batch):
+        part = slice(start, min(start + batch, len(x)))
+        y[part] = _output(block, params, padded(x[part], batch), angles)[: part.stop - start]
+
+
+@partial(jax.jit, static_argnums=0)
+def _output(block: Block, params: Mapping, x: Array, angles: Array) -> Array:
+    return block.apply({"params": params}, x, angles, mutable="inputs")[0]
+
+
+def within_block(name: str) -> str:
+    """What a block calls one of its matrices: attn_q for blk.3.attn_q.weight."""
+    return name.split(".", 2)[2].removesuffix(".weight")
 
 
 def padded(part: np.ndarray, batch: int) -> Array:

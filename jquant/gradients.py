@@ -42,6 +42,7 @@ from jquant.calibrate import (
     init_all,
     padded,
     real_tokens,
+    run_through,
     scratch,
     weights_of,
 )
@@ -274,16 +275,9 @@ def _forward(
     for i in range(max(complete - 1, 0), n):
         x, y = tape.activations(i, shape), tape.activations(i + 1, shape)
         params, angles = model.load_block(i), jnp.asarray(model.angles(i, shape[1]))
-        for start in range(0, len(x), batch):
-            part = slice(start, min(start + batch, len(x)))
-            y[part] = _run(model.blocks[i], params, padded(x[part], batch), angles)[: part.stop - start]
+        run_through(model.blocks[i], params, angles, x, y, batch)
         tape.keep(i + 1)
         progress(i + 1, 2 * n)
-
-
-@partial(jax.jit, static_argnums=0)
-def _run(block: Block, params: Mapping, x: Array, angles: Array) -> Array:
-    return block.apply({"params": params}, x, angles, mutable="inputs")[0]
 
 
 def _into_head(

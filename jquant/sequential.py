@@ -40,12 +40,14 @@ from jquant.calibrate import (
     embed_into,
     padded,
     real_tokens,
+    run_through,
     scratch,
     shared_inputs,
     weights_of,
+    within_block,
 )
 from jquant.core import Block, BlockwiseModel, Format, QuantizedTensor, UserError, dequantize
-from jquant.transforms.feedback import DAMPING, ROWS, Factor, corrected, factor, feedback_rows
+from jquant.transforms.feedback import DAMPING, Factor, corrected, factor, feedback_rows, tiles_of
 
 CAP = 4.0
 # Experts' statistics weigh their stack's mean as this many tokens a column.
@@ -104,7 +106,8 @@ def feed_back(
     for i in range(count):
         block, original = model.blocks[i], model.load_block(i)
         angles = jnp.asarray(model.angles(i, length))
-        names = [name for name in shared_inputs(model, i) if name in formats]
+        shared = shared_inputs(model, i)
+        names = [name for name in shared if name in formats]
         known = {name: data for name in names if (data := earlier(name)) is not None}
         run = _Run(
             block, original, dict(original), angles, streams[0], streams[1], real, batch, settings, threads
@@ -112,18 +115,13 @@ def feed_back(
         if len(known) == len(names):
             done = {name: Fed(data, float("nan")) for name, data in known.items()}
             for name, fed in done.items():
-                run.replace(_short(name), fed.data, formats[name])
+                run.replace(within_block(name), fed.data, formats[name])
         else:
-            done = run.quantize({_short(name): formats[name] for name in names}, i, shared_inputs(model, i))
+            done = run.quantize({within_block(name): formats[name] for name in names}, i, shared)
         if i < count - 1:
             run.advance()
         progress(i + 1, count)
         yield done
-
-
-def _short(name: str) -> str:
-    """ "blk.3.attn_q.weight" → "attn_q"."""
-    return name.split(".", 2)[2].removesuffix(".weight")
 
 
 def _stage(name: str) -> int:
@@ -149,7 +147,7 @@ class _Run:
     threads: int
 
     def quantize(self, formats: Mapping[str, Format], i: int, shared: Mapping[str, str]) -> dict[str, Fed]:
-        first = {_short(name): _short(one) for name, one in shared.items()}
+        first = {within_block(name): within_block(one) for name, one in shared.items()}
         found: dict[str, Fed] = {}
         for _, stage in groupby(sorted(formats, key=lambda name: (_stage(name), name)), key=_stage):
             members = list(stage)
@@ -169,10 +167,7 @@ class _Run:
     def advance(self) -> None:
         """Both streams through the block."""
         for params, x in ((self.original, self.x0), (self.quantized, self.x)):
-            for start in range(0, len(x), self.batch):
-                part = slice(start, min(start + self.batch, len(x)))
-                out = _output(self.block, params, padded(x[part], self.batch), self.angles)
-                x[part] = out[: part.stop - start]
+            run_through(self.block, params, self.angles, x, x, self.batch)
 
     def _gather(self, inputs: tuple[str, ...], i: int) -> dict[str, Stats]:
         stats: dict[str, Stats] = {}
@@ -219,25 +214,18 @@ class _Run:
 
     def _rows(self, W: Array, factors: Factor, format: Format) -> np.ndarray:
         """Tiles of rows, as many at once as there are threads."""
-        rows = len(W)
-        tiles = jnp.pad(W, ((0, -rows % ROWS), (0, 0))).reshape(-1, ROWS, W.shape[1])
 
         def encode(tile: Array) -> np.ndarray:
             return np.asarray(feedback_rows(tile, factors, format))
 
         with ThreadPoolExecutor(self.threads) as pool:
-            return np.concatenate(list(pool.map(encode, tiles)))[:rows]
+            return np.concatenate(list(pool.map(encode, tiles_of(W))))[: len(W)]
 
 
 @jax.jit
 def _quadratic(a: Array, H: Array) -> Array:
     """tr a H aᵀ."""
     return jnp.sum(jnp.matmul(a, H, precision=lax.Precision.HIGHEST) * a)
-
-
-@partial(jax.jit, static_argnums=0)
-def _output(block: Block, params: Params, x: Array, angles: Array) -> Array:
-    return block.apply({"params": params}, x, angles, mutable="inputs")[0]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -258,30 +246,20 @@ def _add_batch(
     out = {}
     for name, before in stats.items():
         inputs = shown[name]
-        if "C" in before:
-            out[name] = _add_products(before, inputs["x"], shown0[name]["x"], counted)
-        else:
-            out[name] = add_rows(_add_own, before, inputs, (inputs["x"],), counted)
+        rows = (inputs["x"], shown0[name]["x"]) if "C" in before else (inputs["x"],)
+        out[name] = add_rows(_add_products, before, inputs, rows, counted)
     return out
 
 
-def _add_products(stats: Stats, x: Array, x0: Array, counted: Float[Array, " n"]) -> Stats:
-    x, x0 = (a.reshape(len(counted), -1) for a in (x, x0))
+def _add_products(stats: Stats, x: Float[Array, "n width"], *more: Array) -> Stats:
+    """more: x₀ [n, width] where the statistics have C, then the weight [n], 0 for what is no token."""
+    *original, counted = more
     xw = x * _capped(x, counted)[:, None]
-    return add(
-        stats,
-        {
-            "H": jnp.matmul(x.T, xw, precision=lax.Precision.HIGHEST),
-            "C": jnp.matmul(x0.T, xw, precision=lax.Precision.HIGHEST),
-            "count": count_of(counted),
-        },
-    )
-
-
-def _add_own(stats: Stats, x: Float[Array, "n width"], counted: Float[Array, " n"]) -> Stats:
-    xw = x * _capped(x, counted)[:, None]
-    H = jnp.matmul(x.T, xw, precision=lax.Precision.HIGHEST)
-    return add(stats, {"H": H, "count": count_of(counted)})
+    products = {
+        name: jnp.matmul(a.T, xw, precision=lax.Precision.HIGHEST)
+        for name, a in zip("HC", (x, *original), strict=False)
+    }
+    return add(stats, {**products, "count": count_of(counted)})
 
 
 def _capped(x: Float[Array, "n width"], counted: Float[Array, " n"]) -> Float[Array, " n"]:

@@ -213,7 +213,9 @@ METHODS = {"hessian": "safetensors", "ranges": "safetensors", "fisher": "gguf"}
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_stops_anywhere_continues_to_the_same_bytes(method, llama, text, tmp_path, monkeypatch):
     """Killed at each step that is left, again and again, until it is done."""
-    module = "jquant.gradients" if method == "fisher" else "jquant.calibrate"
+    steps = [("jquant.calibrate", "_step")]
+    if method == "fisher":
+        steps = [("jquant.gradients", "_step"), ("jquant.calibrate", "_output")]
     whole, out, folder = (tmp_path / f"{name}.{METHODS[method]}" for name in ("whole", "out", "checkpoint"))
     run("analyze", llama, "-c", text, "-o", whole, "-m", method, *SMALL)
     arguments = ("analyze", llama, "-c", text, "-o", out, "-m", method, *SMALL, "--checkpoint-dir", folder)
@@ -229,7 +231,7 @@ def test_a_run_that_stops_anywhere_continues_to_the_same_bytes(method, llama, te
 
         return step
 
-    for name in ("_step", "_run") if method == "fisher" else ("_step",):
+    for module, name in steps:
         monkeypatch.setattr(f"{module}.{name}", stopping(getattr(sys.modules[module], name)))
     resume: tuple[str, ...] = ()
     kills = 0

@@ -1,4 +1,4 @@
-"""The search for the scale of a group whose codes are spread about zero: clip, round, refit, compare.
+"""Groups with one scale, w ≈ s q, and its search where codes lie about zero: clip, round, refit, compare.
 
 With a scale s and codes q the error is Σ w (x − s q)². For given codes the best scale is Σ w x q / Σ w q²,
 and for a given scale the best codes are the nearest; the search tries a row of scales max|x| · c / Q, where Q
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 Assign = Callable[[Array, Array], Array]
 
@@ -54,3 +54,12 @@ def fit_scale(
 def divided(x: Float[Array, "n g"], scale: Float[Array, " n"]) -> Float[Array, "n g"]:
     """x / scale, as runtimes divide; 0 where the scale is 0."""
     return jnp.where(scale[:, None] > 0, x / jnp.where(scale > 0, scale, 1.0)[:, None], 0.0)
+
+
+def reconstruct(codes: Shaped[Array, "n g"], scales: Float[Array, " n"]) -> Float[Array, "n g"]:
+    return codes.astype(jnp.float32) * scales[:, None]
+
+
+def as_it_is(codes: Array) -> Array:
+    """How codes are packed that have a type of their own, and unpacked."""
+    return codes

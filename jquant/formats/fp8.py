@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from jquant.core import ScaledFormat
 
-from ._clip import divided, fit_scale
+from ._clip import as_it_is, divided, fit_scale, reconstruct
 
 LARGEST = 448.0
 CLIPS = tuple(np.exp2(-np.arange(32) / 32).tolist())
@@ -29,14 +29,6 @@ def assign(groups: Float[Array, "n g"], scales: Float[Array, " n"]) -> Float[Arr
     return q.astype(jnp.float8_e4m3fn)
 
 
-def reconstruct(codes: Array, scales: Float[Array, " n"]) -> Float[Array, "n g"]:
-    return codes.astype(jnp.float32) * scales[:, None]
-
-
-def _as_it_is(codes: Array) -> Array:
-    return codes
-
-
 FP8 = ScaledFormat(
     name="FP8",
     bits=8,
@@ -44,6 +36,6 @@ FP8 = ScaledFormat(
     fit=partial(fit_scale, clips=CLIPS, largest=LARGEST, assign=assign),
     assign=assign,
     reconstruct=reconstruct,
-    pack=_as_it_is,
-    unpack=_as_it_is,
+    pack=as_it_is,
+    unpack=as_it_is,
 )

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int8, Int32
 
 from jquant.core import ScaledFormat
 
-from ._clip import divided, fit_scale
+from ._clip import divided, fit_scale, reconstruct
 
 SMALLEST, LARGEST, CODES = -8.0, 7.0, 8
 # Scales from which the largest weight is clipped, to those that leave room for it.
@@ -26,10 +26,6 @@ CLIPS = tuple(np.linspace(0.6, 1.1, 51).tolist())
 
 def assign(groups: Float[Array, "n g"], scales: Float[Array, " n"]) -> Int8[Array, "n g"]:
     return jnp.clip(jnp.round(divided(groups, scales)), SMALLEST, LARGEST).astype(jnp.int8)
-
-
-def reconstruct(codes: Int8[Array, "n g"], scales: Float[Array, " n"]) -> Float[Array, "n g"]:
-    return codes.astype(jnp.float32) * scales[:, None]
 
 
 def pack(codes: Int8[Array, "*rows cols"]) -> Int32[Array, "*rows cols/8"]:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int8
 
 from jquant.core import ScaledFormat
 
-from ._clip import divided, fit_scale
+from ._clip import as_it_is, divided, fit_scale, reconstruct
 
 LARGEST = 127.0
 CLIPS = tuple(np.linspace(0.6, 1.0, 41).tolist())
@@ -26,14 +26,6 @@ def assign(groups: Float[Array, "n g"], scales: Float[Array, " n"]) -> Int8[Arra
     return jnp.clip(jnp.round(divided(groups, scales)), -LARGEST, LARGEST).astype(jnp.int8)
 
 
-def reconstruct(codes: Int8[Array, "n g"], scales: Float[Array, " n"]) -> Float[Array, "n g"]:
-    return codes.astype(jnp.float32) * scales[:, None]
-
-
-def _as_it_is(codes: Array) -> Array:
-    return codes
-
-
 INT8 = ScaledFormat(
     name="INT8",
     bits=8,
@@ -41,6 +33,6 @@ INT8 = ScaledFormat(
     fit=partial(fit_scale, clips=CLIPS, largest=LARGEST, assign=assign),
     assign=assign,
     reconstruct=reconstruct,
-    pack=_as_it_is,
-    unpack=_as_it_is,
+    pack=as_it_is,
+    unpack=as_it_is,
 )

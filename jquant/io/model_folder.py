@@ -8,12 +8,11 @@ All of it is made in OUT.partial, which `commit` renames.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from jquant.core import OutputError, TensorSpec, block_and_bytes
+from jquant.io._reporting import reporting
 from jquant.io.safetensors import INDEX, SINGLE
 from jquant.space import reserve
 
@@ -84,10 +84,10 @@ class ModelFolder:
         self._open: list[BinaryIO] = []
         self._where: dict[str, tuple[BinaryIO, int]] = {}
         self._closed = False
-        with _reporting(self._partial):
+        with reporting(self._partial):
             self._mark = _claim(self._partial)
         try:
-            with _reporting(self._partial):
+            with reporting(self._partial):
                 self._begin(config, copied, max_shard_bytes or SHARD_BYTES)
         except BaseException:
             self.close()
@@ -123,7 +123,7 @@ class ModelFolder:
         row = nbytes(spec) // max(spec.rows, 1)
         if rows.shape[1:] != (row,) or not 0 <= start <= start + len(rows) <= spec.rows:
             raise ValueError(f"{name}: rows {rows.shape} at {start} do not fit {spec}.")
-        with _reporting(self._partial):
+        with reporting(self._partial):
             file.seek(offset + start * row)
             file.write(np.ascontiguousarray(rows).data)
         self._rows_left[name] -= len(rows)
@@ -133,7 +133,7 @@ class ModelFolder:
         missing = [name for name, left in self._rows_left.items() if left]
         if missing:
             raise ValueError(f"{self.path}: {missing[0]} was not written whole.")
-        with _reporting(self.path):
+        with reporting(self.path):
             for file in self._open:
                 file.flush()
                 os.fsync(file.fileno())
@@ -219,13 +219,3 @@ def _shard(path: Path, specs: Sequence[TensorSpec]) -> _Shard:
     data = 8 + len(text)
     head = len(text).to_bytes(8, "little") + text
     return _Shard(path, head, {name: data + at for name, at in offsets.items()}, data + end)
-
-
-@contextlib.contextmanager
-def _reporting(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror}; free some space or name another folder."
-        ) from error

@@ -11,16 +11,16 @@ whose statistics it has too.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from jquant.core import OutputError, TensorSpec, UserError, block_and_bytes
+from jquant.core import TensorSpec, UserError, block_and_bytes
+from jquant.io._reporting import reporting
 from jquant.io._rows import read_rows
 from jquant.io.gguf_sink import check_target
 from jquant.io.safetensors import parse
@@ -64,7 +64,7 @@ class StatisticsSink:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8
         self._data, self._missing = 8 + len(text), set(self._where)
-        with _reporting(self._partial):
+        with reporting(self._partial):
             self._file = self._partial.open("wb")
             try:
                 reserve(self._file, self._data + end)
@@ -84,7 +84,7 @@ class StatisticsSink:
         offset, spec = self._where[name]
         if array.shape != spec.shape or TYPES.get(array.dtype) != spec.type:
             raise ValueError(f"{name}: has shape {array.shape} of {array.dtype}; the layout says {spec}.")
-        with _reporting(self._partial):
+        with reporting(self._partial):
             self._file.seek(self._data + offset)
             self._file.write(np.ascontiguousarray(array, DTYPES[spec.type]).data)
         self._missing.discard(name)
@@ -93,7 +93,7 @@ class StatisticsSink:
         """Make the file appear under its final name. ValueError where a tensor was not written."""
         if self._missing:
             raise ValueError(f"{self.path}: {min(self._missing)} was not written.")
-        with _reporting(self._partial):
+        with reporting(self._partial):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -104,16 +104,6 @@ class StatisticsSink:
         if not self._file.closed:
             self._file.close()
             self._partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _reporting(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror}; free some space or name another folder."
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -94,11 +94,13 @@ def feedback(W: Float[Array, "rows cols"], factors: Factor, format: Format) -> Q
     factors: `factor` of the Hessian of W's inputs, for the format's `group_size`. cols is a multiple of the
     format's block.
     """
-    rows = len(W)
-    tiles = -(-rows // ROWS)
-    padded = jnp.pad(W, ((0, tiles * ROWS - rows), (0, 0))).reshape(tiles, ROWS, -1)
-    data = [feedback_rows(tile, factors, format) for tile in padded]
-    return QuantizedTensor({"blocks": jnp.concatenate(data)[:rows]}, format)
+    data = [feedback_rows(tile, factors, format) for tile in tiles_of(W)]
+    return QuantizedTensor({"blocks": jnp.concatenate(data)[: len(W)]}, format)
+
+
+def tiles_of(W: Float[Array, "rows cols"]) -> Float[Array, "tiles tile cols"]:
+    """ROWS at a time, the last ones filled up with zeros: one shape, one compilation."""
+    return jnp.pad(W, ((0, -len(W) % ROWS), (0, 0))).reshape(-1, ROWS, W.shape[1])
 
 
 @partial(jax.jit, static_argnames="format")
