@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from . import _show
 
 if TYPE_CHECKING:
+    from jquant import tuning
     from jquant.calibrate import Progress
     from jquant.convert import Model
     from jquant.io.imatrix import Imatrix
@@ -81,9 +82,31 @@ def progress(data: Samples, *, quiet: bool) -> Progress:
         elapsed = time.monotonic() - start
         left = elapsed / here * (count - done)
         text = f"block {done} of {count}, {tokens * here / count / elapsed:.0f} tokens/s, {left:.0f} s left"
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{text}", end="\n" if done == count else "", file=sys.stderr, flush=True)
-        elif done == count or done % max(count // 8, 1) == 0:
-            _show.remark(text)
+        _over_last_line(text, last=done == count, often=done % max(count // 8, 1) == 0)
 
     return show
+
+
+def tuning_progress(*, quiet: bool) -> tuning.Progress:
+    """A line for each step, over the last one on a terminal. The first call is for none."""
+    start = None
+
+    def show(done: int, count: int, divergence: float) -> None:
+        nonlocal start
+        now = time.monotonic()
+        start = now if start is None else start
+        if quiet:
+            return
+        left = f", {(now - start) / done * (count - done):.0f} s left" if done else ""
+        text = f"tuning: step {done} of {count}, KL divergence {divergence:.4f}{left}"
+        _over_last_line(text, last=done == count, often=done % max(count // 8, 1) == 0)
+
+    return show
+
+
+def _over_last_line(text: str, *, last: bool, often: bool) -> None:
+    """On a terminal; in a log a line where it is the last one or due."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="\n" if last else "", file=sys.stderr, flush=True)
+    elif last or often:
+        _show.remark(text)

@@ -88,14 +88,16 @@ def quantize(
         ),
     ] = False,
     feedback: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--feedback",
+            "--feedback/--no-feedback",
             help="Fit each layer to the output of the original on --calibration, given what those before it "
-            "lost. Minutes instead of seconds; the same size with far less damage below 4 bits.",
+            "lost. Minutes instead of seconds; the same size with far less damage below 4 bits. "
+            "Default: with --analyze, where matrices have fewer than 4 bits.",
+            show_default=False,
             rich_help_panel=CALIBRATION,
         ),
-    ] = False,
+    ] = None,
     calibration: _options.Calibration = None,
     samples: _options.Samples = 512,
     sequence_length: _options.SequenceLength = 512,
@@ -193,7 +195,8 @@ def quantize(
         _Effort,
         typer.Option(
             "--effort",
-            help="fast, or best: some five times as long for up to 1% less error.",
+            help="fast, or best: some five times as long for up to 1% less error. With --feedback, best also "
+            "tunes the whole file to the original's predictions, which takes several times longer again.",
             rich_help_panel=_TYPES,
         ),
     ] = _Effort.fast,
@@ -287,10 +290,11 @@ def quantize(
     start = time.monotonic()
     _runtime.start_jax()
 
-    from jquant import protection
+    from jquant import protection, tuning
     from jquant.analyze import as_json
-    from jquant.convert import Feedback, check_importance, open_model, write_gguf
+    from jquant.convert import open_model, write_gguf
     from jquant.dynamic import recipe
+    from jquant.fitting import Feedback, check_importance, pays
     from jquant.io import check_target, hub
     from jquant.io import imatrix as imatrix_file
     from jquant.plan import (
@@ -335,7 +339,7 @@ def quantize(
         )
     if target and analyze and data is not None:  # the types depend on it
         importance = _calibration.importance(opened, data, batch=batch, quiet=quiet)
-    has_imatrix = analyze or feedback or importance is not None
+    has_imatrix = analyze or bool(feedback) or importance is not None
     imatrix_name = str(imatrix or ("jquant quantize --analyze" if analyze else ""))
     spikes, protected = [], {}
     if protect_super_weights and data is not None:
@@ -403,10 +407,22 @@ def quantize(
             )
     if not dry_run:
         check_encodable(planned)
+    if feedback is None:
+        feedback = analyze and pays(planned, protected)
+        if feedback and not quiet:
+            _show.remark(
+                "note: below 4 bits, layers are fitted with error feedback; the first block shows the time "
+                "that it takes, --no-feedback does without."
+            )
     fed = None
     if feedback and data is not None:
-        shown = _calibration.progress(data, quiet=quiet)
-        fed = Feedback(data, batch=batch, progress=shown)
+        fed = Feedback(
+            data,
+            batch=batch,
+            tuning=tuning.Settings() if effort is _Effort.best else None,
+            progress=_calibration.progress(data, quiet=quiet),
+            tuning_progress=_calibration.tuning_progress(quiet=quiet),
+        )
     if protect_super_weights:
         planned = protect(planned, protected, protection_type)
         if not quiet:
@@ -442,6 +458,8 @@ def quantize(
             force=force,
             progress=progress,
         )
+    if written.tuned and not quiet:
+        _show.remark(f"note: {written.tuned}")
     quality = assess(planned, written.errors, has_imatrix=importance is not None)
     if not quiet:
         for note in quality.notes:
@@ -455,6 +473,7 @@ def quantize(
         "files": [{"path": str(file), "bytes": file.stat().st_size} for file in written.paths],
         "quality": quality.report(),
         **({"feedback": {name: one.error for name, one in written.fed.items()}} if feedback else {}),
+        **({"tuning": written.tuned._asdict()} if written.tuned else {}),
         **({"super_weights": as_json(spikes)} if protect_super_weights else {}),
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory_bytes": _runtime.peak_memory(),

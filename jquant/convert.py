@@ -19,18 +19,17 @@ import gguf
 import jax
 import numpy as np
 
-from jquant import io, models, sequential
+from jquant import fitting, io, models, sequential, tuning
 from jquant.compressed import Decompressed
 from jquant.core import Effort, Metadata, MetadataValue, Source, UserError
+from jquant.fitting import Feedback
 from jquant.formats import FORMATS
 from jquant.io import GgufSink, GgufSource, tokenizer
 from jquant.io.imatrix import Imatrix
-from jquant.io.samples import Samples
 from jquant.pipeline import Progress, run
-from jquant.plan import FILE_TYPES, Entry, Plan
+from jquant.plan import FILE_TYPES, Plan
 from jquant.schemes import METHOD, Activations, Scheme, scheme_of
 from jquant.transcode import LOW_BPW
-from jquant.weights import Weights
 
 RECIPE = "jquant.recipe"  # metadata key
 
@@ -135,19 +134,11 @@ def output_metadata(
     return {**kept, **added}
 
 
-class Feedback(NamedTuple):
-    """Error feedback on these samples: see `sequential`."""
-
-    samples: Samples
-    settings: sequential.Settings = sequential.Settings()
-    batch: int = 4
-    progress: sequential.Progress = lambda done, count: None
-
-
 class Written(NamedTuple):
     paths: list[Path]
     errors: dict[str, float]  # relative error by tensor: see pipeline.run; with feedback that of the output
     fed: dict[str, sequential.Fed]  # tensors that error feedback made, without their bytes
+    tuned: tuning.Gain | None  # where the file was tuned
 
 
 def write_gguf(
@@ -172,24 +163,26 @@ def write_gguf(
     The file appears under its final name when it is complete. A run that was killed leaves `OUT.partial`,
     which `resume` continues; the result has the same bytes as an undisturbed run.
     feedback: the matrices of the model's blocks are quantized with error feedback, but those with protected
-    weights; all others as without.
+    weights; all others as without. Where it says so, the whole file is then tuned.
     Raises OutputError where the output cannot be written, UserError where the input cannot be used.
     """
     importance = {} if imatrix is None else _importance(model, imatrix, imatrix_name)
     metadata = output_metadata(model, plan, imatrix, imatrix_name, recipe=recipe)
+    fingerprint = _fingerprint(model, plan, imatrix, protected or {}, effort, feedback)
     sink = GgufSink(
         out,
         metadata,
         plan.layout(),
         max_shard_bytes=max_shard_bytes,
         resume=resume,
-        fingerprint=_fingerprint(model, plan, imatrix, protected or {}, effort, feedback),
+        fingerprint=fingerprint,
         force=force,
     )
     try:
         fed = {}
-        if feedback is not None:
-            fed = _feed_back(model, fed_entries(plan, protected or {}), sink, feedback, threads)
+        if feedback is not None and not sink.renaming:
+            entries = fitting.fed_entries(plan, protected or {})
+            fed = fitting.feed_back(model.source, model.metadata, entries, sink, feedback, threads)
         errors = run(
             model.source,
             plan,
@@ -200,67 +193,16 @@ def write_gguf(
             threads=threads,
             progress=progress,
         )
+        tuned = None
+        if feedback is not None and feedback.tuning is not None and not sink.renaming:
+            tuned = fitting.tune(model.source, model.metadata, plan.layout(), sink, feedback, fingerprint)
         sink.commit()
+        fitting.forget(out)
         low = {entry.name for entry in plan.entries if FORMATS[entry.type].bpw <= LOW_BPW}
         errors |= {name: f.error for name, f in fed.items() if name in low and math.isfinite(f.error)}
-        return Written(sink.paths, errors, fed)
+        return Written(sink.paths, errors, fed, tuned)
     finally:
         sink.close()
-
-
-def fed_entries(plan: Plan, protected: Mapping[str, Sequence[tuple[int, int]]]) -> list[Entry]:
-    """The tensors that error feedback makes: matrices of blocks that change their type."""
-    return [
-        entry
-        for entry in plan.entries
-        if entry.name.startswith("blk.")
-        and entry.name.endswith(".weight")
-        and len(entry.shape) > 1
-        and entry.type != entry.source_type
-        and FORMATS[entry.type].block_size > 1
-        and entry.name not in protected
-    ]
-
-
-def check_importance(
-    plan: Plan, protected: Mapping[str, Sequence[tuple[int, int]]], imatrix: Imatrix | None
-) -> None:
-    """Raise UserError where a tensor that error feedback leaves alone needs importance that is not there."""
-    fed = {entry.name for entry in fed_entries(plan, protected)}
-    entries = {} if imatrix is None else imatrix.entries
-    for entry in plan.entries:
-        rest = entry.name not in fed and entry.name not in entries and entry.type != entry.source_type
-        if rest and FORMATS[entry.type].needs_importance:
-            raise UserError(
-                f"{entry.name}: {entry.type} needs importance; --feedback makes matrices of blocks only; "
-                f"add --imatrix FILE or --analyze, or give it another type: --rule '^{entry.name}$=Q4_K'."
-            )
-
-
-def _feed_back(
-    model: Model, entries: Sequence[Entry], sink: GgufSink, feedback: Feedback, threads: int
-) -> dict[str, sequential.Fed]:
-    """Write these tensors."""
-    decoder = models.decoder(Weights(model.source), model.metadata)
-    finished, found = set(sink.finished()), {}
-    blocks = sequential.feed_back(
-        decoder,
-        feedback.samples.tokens,
-        {entry.name: FORMATS[entry.type] for entry in entries},
-        lengths=feedback.samples.lengths,
-        settings=feedback.settings,
-        earlier=lambda name: sink.read(name) if name in finished else None,
-        batch=feedback.batch,
-        threads=threads,
-        progress=feedback.progress,
-    )
-    for block in blocks:
-        for name, fed in block.items():
-            if name not in finished:
-                sink.write(name, 0, fed.data)
-                sink.finish(name)
-            found[name] = fed._replace(data=fed.data[:0])
-    return found
 
 
 def _importance(model: Model, imatrix: Imatrix, name: str) -> dict[str, np.ndarray]:
@@ -292,7 +234,7 @@ def _fingerprint(
     kept = sorted((name, sorted(positions)) for name, positions in protected.items())
     digest.update(f"{ours}\n{plan.to_json()}\n{kept}\n{effort}\n".encode())
     if feedback is not None:
-        digest.update(f"{feedback.settings} {feedback.batch}\n".encode())
+        digest.update(f"{feedback.settings} {feedback.batch} {feedback.tuning}\n".encode())
         digest.update(feedback.samples.tokens.tobytes() + feedback.samples.lengths.tobytes())
     for name, values in (imatrix.entries if imatrix else {}).items():
         digest.update(name.encode())

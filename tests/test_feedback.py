@@ -11,7 +11,8 @@ from tiny_models import write_tiny
 
 from jquant import FORMATS, dequantize, quantize
 from jquant.analyze import load_samples
-from jquant.convert import Feedback, open_model, write_gguf
+from jquant.convert import open_model, write_gguf
+from jquant.fitting import Feedback
 from jquant.io.samples import Text
 from jquant.plan import plan
 from jquant.sequential import Settings

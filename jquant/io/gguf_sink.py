@@ -156,6 +156,15 @@ class GgufSink:
 
         Raises OutputError where the disk does not take them; what was finished stays for a resumed run.
         """
+        self._put(name, start, rows)
+        with self._lock:
+            self._rows_left[name] -= len(rows)
+
+    def rewrite(self, name: str, rows: UInt8[np.ndarray, "k b"]) -> None:
+        """Put other rows in place of all of a finished tensor. A resumed run finds these, or some of them."""
+        self._put(name, 0, rows)
+
+    def _put(self, name: str, start: int, rows: np.ndarray) -> None:
         spec = self._layout[name]
         if not 0 <= start <= start + len(rows) <= spec.rows or rows.shape[1] != spec.row_bytes:
             raise ValueError(
@@ -164,8 +173,6 @@ class GgufSink:
         shard, fd, offset = self._where[name]
         with _reporting(shard.partial):
             _write_at(fd, np.ascontiguousarray(rows).data, offset + start * spec.row_bytes)
-        with self._lock:
-            self._rows_left[name] -= len(rows)
 
     def read(self, name: str) -> UInt8[np.ndarray, "k b"]:
         """The rows of a finished tensor, as they were written."""
@@ -193,6 +200,11 @@ class GgufSink:
         """Tensors that need no writing any more: those of an interrupted run, then those of this one."""
         with self._lock:
             return tuple(self._finished)
+
+    @property
+    def renaming(self) -> bool:
+        """An earlier run was stopped within its commit: nothing can be read or written, only committed."""
+        return self._renaming
 
     @property
     def paths(self) -> list[Path]:

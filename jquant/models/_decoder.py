@@ -123,9 +123,15 @@ class Decoder:
         """Ranges of rows of the output matrix that are decoded at once."""
         return self._slabs(self.output_name)
 
-    def project(self, rows: Float[Array, "n width"], x: Float[Array, "s t width"]) -> Float[Array, "s t n"]:
-        """The part of the logits that these rows of the output matrix make."""
-        norm = jnp.asarray(self.tensors.tensor("output_norm.weight"))
+    def project(
+        self,
+        rows: Float[Array, "n width"],
+        x: Float[Array, "s t width"],
+        norm: Float[Array, " width"] | None = None,
+    ) -> Float[Array, "s t n"]:
+        """The part of the logits that these rows of the output matrix make; norm: in place of the model's."""
+        if norm is None:
+            norm = jnp.asarray(self.tensors.tensor("output_norm.weight"))
         return _project(norm, rows, x, self.eps, self.final_softcap)
 
     def _slabs(self, name: str) -> list[tuple[int, int]]:
