@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from . import _show
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from jquant.convert import Model
     from jquant.io.imatrix import Imatrix
     from jquant.io.samples import Samples
+    from jquant.sequential import Fed
 
 _NAMED = 8  # experts in a line
 
@@ -67,6 +69,19 @@ def unreached(found: Imatrix, *, quiet: bool) -> dict[str, list[int]]:
                 "they have their stack's mean."
             )
     return guessed
+
+
+def starved(fed: Mapping[str, Fed], *, quiet: bool) -> dict[str, list[int]]:
+    """Experts that error feedback fitted with fewer tokens than they have columns, by tensor; an example is
+    named."""
+    found = {name: list(one.starved) for name, one in fed.items() if one.starved}
+    if found and not quiet:
+        name, experts = max(found.items(), key=lambda item: len(item[1]))
+        _show.remark(
+            f"note: in {len(found)} tensors experts saw fewer tokens than they have columns, most in {name}: "
+            f"{experts[:_NAMED]}; they lean on their stack's mean. More --samples help."
+        )
+    return found
 
 
 def progress(data: Samples, *, quiet: bool) -> Progress:

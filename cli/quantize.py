@@ -458,6 +458,7 @@ def quantize(
             force=force,
             progress=progress,
         )
+    starved = _calibration.starved(written.fed, quiet=quiet)
     if written.tuned and not quiet:
         _show.remark(f"note: {written.tuned}")
     quality = assess(planned, written.errors, has_imatrix=importance is not None)
@@ -473,6 +474,7 @@ def quantize(
         "files": [{"path": str(file), "bytes": file.stat().st_size} for file in written.paths],
         "quality": quality.report(),
         **({"feedback": {name: one.error for name, one in written.fed.items()}} if feedback else {}),
+        **({"starved_experts": starved} if starved else {}),
         **({"tuning": written.tuned._asdict()} if written.tuned else {}),
         **({"super_weights": as_json(spikes)} if protect_super_weights else {}),
         "seconds": round(time.monotonic() - start, 3),
