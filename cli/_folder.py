@@ -21,7 +21,7 @@ _SCHEMES = ("W8A8", "FP8", "W4A16")  # here too, for --help is not to wait for J
 _KNOWN = frozenset({
     "model", "out", "type", "keep", "alpha", "no_smooth", "imatrix", "analyze", "calibration", "samples",
     "sequence_length", "seed", "parse_special", "batch", "revision", "pre_tokenizer", "dry_run",
-    "max_shard_size", "force", "json", "quiet", "threads",
+    "max_shard_size", "force", "json", "quiet", "threads", "feedback",
 })
 # fmt: on
 
@@ -68,6 +68,7 @@ def quantize(
     no_smooth: bool,
     imatrix: Path | None,
     analyze: bool,
+    feedback: bool | None,
     calibration: str | None,
     samples: int,
     sequence_length: int,
@@ -87,6 +88,8 @@ def quantize(
     type = type.upper()
     if type != "W8A8" and (alpha is not None or no_smooth):
         raise typer.BadParameter("is for W8A8", param_hint="--alpha, --no-smooth")
+    if type != "W4A16" and feedback:
+        raise typer.BadParameter("is for W4A16, and for the types of GGUF files", param_hint="--feedback")
     smooths = type == "W8A8" and not no_smooth
     if smooths and (imatrix or analyze):
         raise typer.BadParameter(
@@ -96,6 +99,8 @@ def quantize(
     _runtime.start_jax()
 
     from jquant.core import UserError
+    from jquant.fitting import Feedback
+    from jquant.folder_feedback import feed_back
     from jquant.folders import open_checkpoint, plan_folder, write_folder
     from jquant.io import check_folder, hub
     from jquant.io import imatrix as imatrix_file
@@ -115,7 +120,7 @@ def quantize(
         _show.result_json(_plan_report(checkpoint, plan)) if json else _show.result(_plan_table(plan))
         return
     data = smoothed = None
-    if analyze or smooths:
+    if analyze or smooths or feedback:
         data = _calibration.read(
             checkpoint.model,
             calibration,
@@ -141,6 +146,10 @@ def quantize(
             searching=_searching(quiet),
         )
         weights = smoothed.importance
+    fed = ()
+    if feedback and data is not None:
+        shown = _calibration.progress(data, quiet=quiet)
+        fed = feed_back(checkpoint, plan, Feedback(data, batch=batch, progress=shown))
     total = sum(spec.nbytes for spec in checkpoint.source.specs.values())
     with ProgressBar(total, shown=not quiet) as progress:
         written = write_folder(
@@ -149,6 +158,7 @@ def quantize(
             out,
             factors=smoothed.factors if smoothed else None,
             importance=weights,
+            fed=fed,
             max_shard_bytes=max_shard_bytes,
             force=force,
             progress=progress,

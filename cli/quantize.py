@@ -263,6 +263,7 @@ def quantize(
             no_smooth=no_smooth,
             imatrix=imatrix,
             analyze=analyze,
+            feedback=feedback,
             calibration=calibration,
             samples=samples,
             sequence_length=sequence_length,

@@ -8,7 +8,7 @@ write_folder(checkpoint, plan, Path("smol-w8a8"))
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,16 @@ import numpy as np
 
 from jquant import models
 from jquant.convert import Model, open_model, read_config
-from jquant.core import OutputError, Source, TensorSpec, UserError, dequantize, quantize
+from jquant.core import (
+    OutputError,
+    QuantizedTensor,
+    ScaledFormat,
+    Source,
+    TensorSpec,
+    UserError,
+    dequantize,
+    quantize,
+)
 from jquant.io import ModelFolder, SafetensorsSource
 from jquant.io.model_folder import files_beside
 from jquant.models import Weight
@@ -54,7 +63,15 @@ class FolderPlan(NamedTuple):
 
 class WrittenFolder(NamedTuple):
     files: list[Path]
-    errors: dict[str, float]  # Σ (x − x̂)² / Σ x² of each quantized weight
+    errors: dict[str, float]  # Σ (x − x̂)² / Σ x² of each quantized weight; of one that was fed, its own
+
+
+class FedWeight(NamedTuple):
+    """A weight of the checkpoint that error feedback has made."""
+
+    name: str
+    quantized: QuantizedTensor
+    error: float  # tr ΔHΔᵀ / tr WHWᵀ of the matrix, or the stack of experts, that it belongs to
 
 
 def open_checkpoint(path: Path, *, name: str | None = None, pre_tokenizer: str | None = None) -> Checkpoint:
@@ -136,6 +153,7 @@ def write_folder(
     *,
     factors: Mapping[str, Factors] | None = None,
     importance: Mapping[str, np.ndarray] | None = None,
+    fed: Iterable[FedWeight] = (),
     max_shard_bytes: int | None = None,
     force: bool = False,
     progress: Progress = lambda name, done: None,
@@ -144,6 +162,7 @@ def write_folder(
 
     factors: what smoothing multiplies tensors by, see `smoothing.factors`.
     importance: per GGUF tensor float32 [matrices, cols], where a stack of experts has one row for each.
+    fed: weights that are quantized already, see `folder_feedback`.
     Raises OutputError where the folder cannot be written, UserError for weights that are no finite numbers.
     """
     if out.exists() and out.samefile(checkpoint.folder):
@@ -161,7 +180,14 @@ def write_folder(
         force=force,
     )
     with sink:
+        for one in fed:
+            spec = checkpoint.source.specs[one.name]
+            _put(one.quantized, spec, 0, spec.rows, sink)
+            errors[one.name] = one.error
+            progress(spec.name, spec.nbytes)
         for spec in checkpoint.source.specs.values():
+            if spec.name in errors:
+                continue
             if spec.name in chosen:
                 w, f = rows_of.get(spec.name), by_part.get(spec.name)
                 errors[spec.name] = _write_quantized(
@@ -261,7 +287,7 @@ def _write_quantized(
     sink: ModelFolder,
     progress: Progress,
 ) -> float:
-    format, module = replace(scheme.weights, scale_type=spec.type), spec.name.removesuffix(".weight")
+    format = stored_format(scheme, spec)
     w = None if importance is None else jnp.asarray(importance, jnp.float32)
     loss = total = 0.0
     step = min(slab_rows(spec.cols), spec.rows)
@@ -274,14 +300,25 @@ def _write_quantized(
         rest = x - np.asarray(dequantize(q))[: len(x)]
         loss += float(np.sum(np.square(rest, dtype=np.float64)))
         total += float(np.sum(np.square(x, dtype=np.float64)))
-        for part, value in q.parts.items():
-            rows = np.asarray(value)[: len(x)]
-            sink.write(f"{module}.{part}", start, rows.view(np.uint8).reshape(len(x), -1))
+        _put(q, spec, start, len(x), sink)
         progress(spec.name, (stop - start) * spec.row_bytes)
-    if format.per_code > 1:
+    return loss / total if total else 0.0
+
+
+def stored_format(scheme: Scheme, spec: TensorSpec) -> ScaledFormat:
+    """The scheme's format for a weight of the checkpoint: its scales have the weight's own type."""
+    return replace(scheme.weights, scale_type=spec.type)
+
+
+def _put(q: QuantizedTensor, spec: TensorSpec, start: int, count: int, sink: ModelFolder) -> None:
+    """The first `count` rows of q, which are the weight's from `start`; with the last ones its shape."""
+    module = spec.name.removesuffix(".weight")
+    for part, value in q.parts.items():
+        rows = np.asarray(value)[:count]
+        sink.write(f"{module}.{part}", start, rows.view(np.uint8).reshape(count, -1))
+    if start + count == spec.rows and isinstance(q.format, ScaledFormat) and q.format.per_code > 1:
         shape = np.array([spec.shape], np.int64)
         sink.write(f"{module}.weight_shape", 0, shape.view(np.uint8))
-    return loss / total if total else 0.0
 
 
 def _slabs(spec: TensorSpec) -> list[tuple[int, int]]:

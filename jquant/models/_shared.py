@@ -194,6 +194,13 @@ class Architecture:
             made[name] = _Made(_spec(name, entry, source, checked), entry.parts, heads, entry.shift)
         return _GgufView(source, made)
 
+    def as_stored(self, config: Config, weight: Weight, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Rows of a whole GGUF matrix, or stack, as the tensors of the checkpoint have them: `as_gguf` turned
+        round."""
+        heads = config.size(weight.rotary) if weight.rotary else 0
+        for part, own in zip(weight.parts, np.split(rows, len(weight.parts)), strict=True):
+            yield part, _unpair(own, len(own) // heads) if heads else own
+
     def named(self, config: Config) -> dict[str, Weight]:
         """How each tensor of the GGUF file is made, by its name there."""
         names = gguf.get_tensor_name_map(self.gguf, config.size("num_hidden_layers"))
@@ -380,3 +387,9 @@ def _pair(rows: np.ndarray, head: int) -> np.ndarray:
     """[heads · head, bytes]: the two halves of each head, interleaved row by row."""
     halves = rows.reshape(-1, 2, head // 2, rows.shape[-1])  # [head, half, i, bytes]
     return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _unpair(rows: np.ndarray, head: int) -> np.ndarray:
+    """What `_pair` was given."""
+    pairs = rows.reshape(-1, head // 2, 2, rows.shape[-1])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -1,0 +1,98 @@
+"""Error feedback for folders: the matrices of a model's blocks in a ScaledFormat, fitted block by block.
+
+`sequential` and `feedback` know formats by blocks with their scale among the bytes. A ScaledFormat is one of
+these where its groups are the blocks; what comes out is taken apart again into codes and scales, and given
+the names and the order of rows that the checkpoint has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jquant import models, sequential
+from jquant.core import SCALE_DTYPES, Format, QuantizedTensor, ScaledFormat
+from jquant.fitting import Feedback
+from jquant.folders import Checkpoint, FedWeight, FolderPlan, stored_format
+from jquant.weights import Weights
+
+SCALE_BYTES = 4
+
+
+def feed_back(checkpoint: Checkpoint, plan: FolderPlan, feedback: Feedback) -> Iterator[FedWeight]:
+    """The weights that the plan quantizes, block by block."""
+    model, chosen = checkpoint.model, set(plan.quantized)
+    architecture = models.for_config(checkpoint.config)
+    config = architecture.read_config(checkpoint.config)
+    formats = {
+        name: stored_format(plan.scheme, checkpoint.source.specs[weight.parts[0]])
+        for name, weight in checkpoint.weights.items()
+        if chosen.issuperset(weight.parts)
+    }
+    blocks = sequential.feed_back(
+        models.decoder(Weights(model.source), model.metadata),
+        feedback.samples.tokens,
+        {name: by_groups(format) for name, format in formats.items()},
+        lengths=feedback.samples.lengths,
+        settings=feedback.settings,
+        batch=feedback.batch,
+        progress=feedback.progress,
+    )
+    for block in blocks:
+        for name, fed in block.items():
+            for part, rows in architecture.as_stored(config, checkpoint.weights[name], fed.data):
+                yield FedWeight(part, _taken_apart(rows, formats[name]), fed.error)
+
+
+@cache
+def by_groups(format: ScaledFormat) -> Format:
+    """The format whose blocks are the groups: int8 codes, then the scale as float32."""
+    size = format.group_size
+    assert size is not None, f"{format}: a scale for a whole row is no block"
+    return Format(
+        name=format.name,
+        ggml_type=None,
+        block_size=size,
+        block_bytes=size + SCALE_BYTES,
+        fit=partial(_fit, format),
+        assign=partial(_assign, format),
+        reconstruct=partial(_reconstruct, format),
+        pack=_pack,
+        unpack=_unpack,
+    )
+
+
+def _fit(format: ScaledFormat, blocks: Array, importance: Array | None = None) -> Array:
+    scales = format.fit(blocks.T, None if importance is None else importance.T)
+    return scales.astype(SCALE_DTYPES[format.scale_type]).astype(jnp.float32)
+
+
+def _assign(format: ScaledFormat, blocks: Array, importance: Array | None, scales: Array) -> Array:
+    return format.assign(blocks.T, scales).T
+
+
+def _reconstruct(format: ScaledFormat, codes: Array, scales: Array) -> Array:
+    return format.reconstruct(codes.T, scales).T
+
+
+def _pack(codes: Array, scales: Array) -> Array:
+    bytes_ = lax.bitcast_convert_type(scales, jnp.uint8).T
+    return jnp.concatenate([lax.bitcast_convert_type(codes, jnp.uint8), bytes_])
+
+
+def _unpack(data: Array) -> tuple[Array, Array]:
+    codes = lax.bitcast_convert_type(data[:-SCALE_BYTES], jnp.int8)
+    return codes, lax.bitcast_convert_type(data[-SCALE_BYTES:].T, jnp.float32)
+
+
+def _taken_apart(rows: np.ndarray, format: ScaledFormat) -> QuantizedTensor:
+    """rows: uint8 [rows, groups · block bytes] of `by_groups`."""
+    codes, scales = jax.device_get(_unpack(jnp.asarray(rows.reshape(-1, by_groups(format).block_bytes).T)))
+    stored = jnp.asarray(scales.reshape(len(rows), -1), SCALE_DTYPES[format.scale_type])
+    packed = format.pack(jnp.asarray(codes.T.reshape(len(rows), -1)))
+    return QuantizedTensor({format.part: packed, "weight_scale": stored}, format)
