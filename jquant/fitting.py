@@ -84,6 +84,8 @@ def feed_back(
     threads: int,
 ) -> dict[str, sequential.Fed]:
     """Write these tensors of a model."""
+    if feedback.aside >= len(feedback.samples.tokens):
+        raise UserError("tuning needs two samples or more: one to learn from, one to judge; got 1.")
     finished, found = set(sink.finished()), {}
     learned = slice(len(feedback.samples.tokens) - feedback.aside)
     blocks = sequential.feed_back(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ggml
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from tiny_models import write_tiny
 from jquant import FORMATS, models, moving, quantize, tuning
 from jquant.analyze import load_samples
 from jquant.convert import open_model, write_gguf
+from jquant.core import UserError
 from jquant.fitting import Feedback
 from jquant.io.samples import Text
 from jquant.plan import plan
@@ -201,3 +204,12 @@ def test_a_run_cut_short_while_it_changes_the_file_ends_with_the_same_bytes(tmp_
     write_gguf(model, planned, tmp_path / "cut.gguf", feedback=feedback, resume=True)
     assert (tmp_path / "cut.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_one_sample_cannot_be_learned_from_and_judged(tmp_path, quantized):
+    model, _, samples = quantized
+    one = replace(samples, tokens=samples.tokens[:1], lengths=samples.lengths[:1])
+    feedback = Feedback(one, tuning=tuning.Settings())
+    with pytest.raises(UserError, match="two samples"):
+        write_gguf(model, plan(model.source.specs, model.metadata, "Q2_K"), tmp_path / "x", feedback=feedback)
+    assert not list(tmp_path.iterdir())
