@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "quality": CORE | {"plan"},
     "report": CORE | {"formats", "plan", "text"},
     "pipeline": CORE | {"formats", "plan", "transcode"},
+    "mesh": CORE,
     "figures": set(),
     "analyze": CORE | {"calibrate", "convert", "figures", "io", "models", "text", "transforms", "weights"},
     "protection": CORE | {"convert", "gradients", "io", "models", "text", "transforms", "weights"},
