@@ -26,6 +26,19 @@ def start_jax() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def join(coordinator: str | None, processes: int | None, process: int | None) -> bool:
+    """Join the other processes of this run, and say whether this is the one that reports."""
+    from jquant import mesh
+
+    if coordinator is not None:
+        # Libraries in C++ print to descriptor 1 what is no result.
+        results = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="backslashreplace")
+        os.dup2(2, 1)
+        sys.stdout = results
+    mesh.join(coordinator, processes, process)
+    return mesh.is_first()
+
+
 def default_threads() -> int:
     """The processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -165,9 +165,14 @@ def _who(explicit: tuple[int, int] | None) -> str:
     return f"process {process} of {processes}"
 
 
+def several() -> bool:
+    """Whether this process has joined others."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1  # the second asks for all devices
+
+
 def is_first() -> bool:
     """Whether this process is the one that reports, and writes what there is one of."""
-    return jax.process_index() == 0
+    return not several() or jax.process_index() == 0
 
 
 def exchange(text: str = "") -> list[str]:
@@ -185,7 +190,7 @@ def agree(facts: Mapping[str, str]) -> None:
     """
     told = [json.loads(text) for text in exchange(json.dumps(dict(facts)))]
     for process, found in enumerate(told):
-        for name in told[0].keys() | found.keys():
+        for name in told[0] | found:
             ours, theirs = told[0].get(name), found.get(name)
             if ours != theirs:
                 raise SharedError(
@@ -212,7 +217,7 @@ def together() -> Iterator[None]:
 
 
 def _exchange(message: dict[str, object]) -> list[str]:
-    if jax.process_count() == 1:
+    if not several():
         return [str(message.get("said", ""))]
     data = np.frombuffer(json.dumps(message).encode(), np.uint8)
     try:

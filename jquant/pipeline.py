@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.core import Effort, QuantizedTensor, Sink, Source, UserError, at_effort, dequantize
+from jquant.core import Effort, QuantizedTensor, Source, UserError, Writer, at_effort, dequantize
 from jquant.formats import FORMATS
 from jquant.plan import Entry, Plan
 from jquant.transcode import FLOAT_DTYPES, LOW_BPW, slab_rows, transcode
@@ -42,7 +42,7 @@ class Job(NamedTuple):
 def run(
     source: Source,
     plan: Plan,
-    sink: Sink,
+    sink: Writer,
     *,
     importance: Mapping[str, np.ndarray] | None = None,
     protected: Mapping[str, Sequence[tuple[int, int]]] | None = None,

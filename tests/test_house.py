@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "report": CORE | {"formats", "plan", "text"},
     "pipeline": CORE | {"formats", "plan", "transcode"},
     "mesh": CORE,
+    "hosts": CORE | {"convert", "formats", "io", "mesh", "pipeline", "plan"},
     "figures": set(),
     "analyze": CORE | {"calibrate", "convert", "figures", "io", "models", "text", "transforms", "weights"},
     "protection": CORE | {"convert", "gradients", "io", "models", "text", "transforms", "weights"},

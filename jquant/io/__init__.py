@@ -2,7 +2,7 @@
 
 from jquant.io._shards import file_bytes
 from jquant.io.gguf import GgufSource
-from jquant.io.gguf_sink import GgufPart, GgufSink, check_target
+from jquant.io.gguf_sink import GgufPart, GgufSink, check_target, headers_digest
 from jquant.io.model_folder import ModelFolder, check_folder
 from jquant.io.safetensors import SafetensorsSource
 from jquant.io.sources import open_source
@@ -16,5 +16,6 @@ __all__ = [
     "check_folder",
     "check_target",
     "file_bytes",
+    "headers_digest",
     "open_source",
 ]

@@ -312,8 +312,14 @@ def _journal_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial.jsonl")
 
 
+def headers_digest(
+    path: Path, metadata: Metadata, layout: Sequence[TensorSpec], max_shard_bytes: int | None
+) -> str:
+    """Of all headers that this output would have: metadata, names, types and places."""
+    return _digest(shards(path, metadata, layout, max_shard_bytes))
+
+
 def _digest(shards: Sequence[Shard]) -> str:
-    """Of all headers: metadata, names, types and places."""
     return hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
 
 
