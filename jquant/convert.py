@@ -26,6 +26,7 @@ from jquant.formats import FORMATS
 from jquant.io import GgufSink, GgufSource, tokenizer
 from jquant.io.imatrix import Imatrix
 from jquant.io.samples import Samples
+from jquant.mesh import local_devices
 from jquant.pipeline import Progress, run
 from jquant.plan import FILE_TYPES, Entry, Plan
 from jquant.schemes import METHOD, Activations, Scheme, scheme_of
@@ -200,6 +201,7 @@ def write_gguf(
             protected=protected,
             effort=effort,
             threads=threads,
+            devices=local_devices(),
             progress=progress,
         )
         sink.commit()

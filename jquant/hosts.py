@@ -20,7 +20,7 @@ from jquant.core import Effort
 from jquant.formats import FORMATS
 from jquant.io import GgufPart, GgufSink, headers_digest
 from jquant.io.imatrix import Imatrix
-from jquant.mesh import agree, exchange, is_first
+from jquant.mesh import agree, exchange, is_first, local_devices
 from jquant.pipeline import Progress, run
 from jquant.plan import Entry, Plan
 
@@ -115,6 +115,7 @@ def write_gguf(
                 protected=protected,
                 effort=effort,
                 threads=threads,
+                devices=local_devices(),
                 progress=progress,
             )
         if part is not None:

@@ -88,6 +88,12 @@ def make_mesh(asked: Mapping[str, int] | None = None, devices: Sequence[Device] 
     return Mesh(rows, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def local_devices() -> Mesh | None:
+    """This process's devices along one axis, "rows"; None where it has one."""
+    found = np.asarray(jax.local_devices())
+    return Mesh(found, ("rows",), axis_types=(AxisType.Auto,)) if found.size > 1 else None
+
+
 def join(
     coordinator: str | None = None,
     processes: int | None = None,

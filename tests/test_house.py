@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "ranges": CORE | {"calibrate"},
     "gradients": CORE | {"calibrate"},
     "transforms": CORE,
-    "transcode": CORE,
+    "sharding": set(),
+    "transcode": CORE | {"sharding"},
     "weights": CORE | {"formats", "transcode"},
     "activations": set(),
     "int8_matmul": CORE | {"activations"},
@@ -54,7 +55,18 @@ MAY_IMPORT = {
     "dynamic": CORE | {"convert", "io", "models", "plan", "search", "sensitivity", "text", "weights"},
     "sequential": CORE | {"calibrate", "transforms"},
     "convert": CORE
-    | {"compressed", "formats", "io", "models", "pipeline", "plan", "schemes", "sequential", "transcode"}
+    | {
+        "compressed",
+        "formats",
+        "io",
+        "mesh",
+        "models",
+        "pipeline",
+        "plan",
+        "schemes",
+        "sequential",
+        "transcode",
+    }
     | {"weights"},
     "smooth_report": CORE | {"smoothing", "text"},
     "w8a8": CORE | {"calibrate", "folders", "io", "smooth_search", "smoothing", "transforms"},

@@ -1,0 +1,19 @@
+"""One function on the parts that several devices have of its arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+
+def shard_map(function: Callable, mesh: Mesh, in_specs: PyTree, out_specs: PyTree) -> Callable:
+    """jax.shard_map, which JAX before 0.7 has elsewhere, without its check of what is alike on all devices:
+    loops here begin with constants, and end with what differs."""
+    if hasattr(jax, "shard_map"):
+        return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    from jax.experimental.shard_map import shard_map as before
+
+    return before(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_rep=False)
