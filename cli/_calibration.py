@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from . import _show
+from . import _runtime, _show
 
 if TYPE_CHECKING:
     from jquant.calibrate import Progress
@@ -45,10 +45,11 @@ def read(
 
 
 def importance(model: Model, data: Samples, *, batch: int, quiet: bool) -> Imatrix:
-    """The importance matrix, measured."""
+    """The importance matrix, measured on all devices."""
     from jquant import analyze
 
-    found = analyze.importance(model, data, batch=batch, progress=progress(data, quiet=quiet))
+    shown = progress(data, quiet=quiet)
+    found = analyze.importance(model, data, batch=batch, mesh=_runtime.mesh(None), progress=shown)
     unreached(found, quiet=quiet)
     return found
 

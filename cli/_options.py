@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 INPUT, CALIBRATION, OUTPUT, REPORTING = "Input", "Calibration", "Output", "Reporting"
-PROCESSES = "Several processes"
+PROCESSES = "Several devices and processes"
 
 Revision = Annotated[
     str | None,
@@ -58,6 +58,14 @@ Batch = Annotated[
     int, typer.Option("--batch", min=1, help="Samples on the device at a time.", rich_help_panel=CALIBRATION)
 ]
 
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh",
+        help="data=N,model=M: samples over N, weights of a block over M devices. Default: all along data.",
+        rich_help_panel=PROCESSES,
+    ),
+]
 Coordinator = Annotated[
     str | None,
     typer.Option(

@@ -6,6 +6,10 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 def user_cache_dir() -> Path:
@@ -37,6 +41,16 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         sys.stdout = results
     mesh.join(coordinator, processes, process)
     return mesh.is_first()
+
+
+def mesh(asked: str | None) -> Mesh | None:
+    """The mesh to calibrate on, as the user asks for it; None where there is one device and nothing asked."""
+    import jax
+
+    from jquant.mesh import make_mesh, parse_mesh
+
+    sizes = parse_mesh(asked) if asked else None
+    return make_mesh(sizes) if sizes or jax.device_count() > 1 else None
 
 
 def default_threads() -> int:

@@ -38,8 +38,11 @@ MAY_IMPORT = {
     "pipeline": CORE | {"formats", "plan", "transcode"},
     "mesh": CORE,
     "hosts": CORE | {"convert", "formats", "io", "mesh", "pipeline", "plan"},
+    "parallel": CORE | {"calibrate", "mesh", "sharding"},
     "figures": set(),
-    "analyze": CORE | {"calibrate", "convert", "figures", "io", "models", "text", "transforms", "weights"},
+    "analyze": CORE
+    | {"calibrate", "convert", "figures", "io", "mesh", "models", "parallel", "text", "transforms"}
+    | {"weights"},
     "protection": CORE | {"convert", "gradients", "io", "models", "text", "transforms", "weights"},
     "methods": CORE | {"analyze", "calibrate", "convert", "gradients", "io", "models", "ranges", "weights"},
     "evaluate": set(),
