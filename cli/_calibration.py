@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from . import _show
+from . import _runtime, _show
 
 if TYPE_CHECKING:
     from jquant import tuning
@@ -48,10 +48,11 @@ def read(
 
 
 def importance(model: Model, data: Samples, *, batch: int, quiet: bool) -> Imatrix:
-    """The importance matrix, measured."""
+    """The importance matrix, measured on all devices."""
     from jquant import analyze
 
-    found = analyze.importance(model, data, batch=batch, progress=progress(data, quiet=quiet))
+    shown = progress(data, quiet=quiet)
+    found = analyze.importance(model, data, batch=batch, mesh=_runtime.mesh(None), progress=shown)
     unreached(found, quiet=quiet)
     return found
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 INPUT, CALIBRATION, OUTPUT, REPORTING = "Input", "Calibration", "Output", "Reporting"
+PROCESSES = "Several devices and processes"
 
 Revision = Annotated[
     str | None,
@@ -55,6 +56,34 @@ ParseSpecial = Annotated[
 ]
 Batch = Annotated[
     int, typer.Option("--batch", min=1, help="Samples on the device at a time.", rich_help_panel=CALIBRATION)
+]
+
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh",
+        help="data=N,model=M: samples over N, weights of a block over M devices. Default: all along data.",
+        rich_help_panel=PROCESSES,
+    ),
+]
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        "--coordinator",
+        help="HOST:PORT of process 0, the same for all; or auto: what Cloud TPU, SLURM, Open MPI or "
+        "Kubernetes say.",
+        rich_help_panel=PROCESSES,
+    ),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option("--processes", min=1, help="How many share the work.", rich_help_panel=PROCESSES),
+]
+Process = Annotated[
+    int | None,
+    typer.Option(
+        "--process", min=0, help="Which of them this is, from 0; that one reports.", rich_help_panel=PROCESSES
+    ),
 ]
 
 Force = Annotated[

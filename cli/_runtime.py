@@ -6,6 +6,10 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 def user_cache_dir() -> Path:
@@ -24,6 +28,29 @@ def start_jax() -> None:
     jax.config.update("jax_compilation_cache_dir", str(user_cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def join(coordinator: str | None, processes: int | None, process: int | None) -> bool:
+    """Join the other processes of this run, and say whether this is the one that reports."""
+    from jquant import mesh
+
+    if coordinator is not None:
+        # Libraries in C++ print to descriptor 1 what is no result.
+        results = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="backslashreplace")
+        os.dup2(2, 1)
+        sys.stdout = results
+    mesh.join(coordinator, processes, process)
+    return mesh.is_first()
+
+
+def mesh(asked: str | None) -> Mesh | None:
+    """The mesh to calibrate on, as the user asks for it; None where there is one device and nothing asked."""
+    import jax
+
+    from jquant.mesh import make_mesh, parse_mesh
+
+    sizes = parse_mesh(asked) if asked else None
+    return make_mesh(sizes) if sizes or jax.device_count() > 1 else None
 
 
 def default_threads() -> int:

@@ -90,6 +90,10 @@ def analyze(
         ),
     ] = None,
     force: _options.Force = False,
+    mesh: _options.Mesh = None,
+    coordinator: _options.Coordinator = None,
+    processes: _options.Processes = None,
+    process: _options.Process = None,
     json: _options.Json = False,
     quiet: _options.Quiet = False,
 ) -> None:
@@ -111,6 +115,8 @@ def analyze(
         )
     start = time.monotonic()
     _runtime.start_jax()
+    reports = _runtime.join(coordinator, processes, process)
+    quiet = quiet or not reports
 
     from jquant import analyze as analysis
     from jquant import methods, protection
@@ -120,6 +126,7 @@ def analyze(
     from jquant.io import imatrix as imatrix_file
     from jquant.io.samples import check
 
+    devices = _runtime.mesh(mesh)
     # Slips of the command line show before a download, and those that need the model before the calibration.
     if output is not None:
         check_target(output, force=force)
@@ -153,8 +160,11 @@ def analyze(
         checkpoint=checkpoint_dir,
         resume=resume,
         force=force,
+        mesh=devices,
         progress=_calibration.progress(data, quiet=quiet),
     )
+    if not reports:
+        return
     guessed = _calibration.unreached(found, quiet=quiet)
     found = imatrix_file.merge([*earlier, found])
     if output is None or method.value in methods.STATISTICS:

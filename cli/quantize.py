@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -234,6 +235,9 @@ def quantize(
             rich_help_panel=OUTPUT,
         ),
     ] = False,
+    coordinator: _options.Coordinator = None,
+    processes: _options.Processes = None,
+    process: _options.Process = None,
     json: _options.Json = False,
     quiet: _options.Quiet = False,
     verbose: Annotated[
@@ -290,8 +294,10 @@ def quantize(
         raise typer.BadParameter("--like says what each type is", param_hint="--type, --pure")
     start = time.monotonic()
     _runtime.start_jax()
+    reports = _runtime.join(coordinator, processes, process)
+    quiet = quiet or not reports
 
-    from jquant import protection, tuning
+    from jquant import hosts, mesh, protection, tuning
     from jquant.analyze import as_json
     from jquant.convert import open_model, write_gguf
     from jquant.dynamic import recipe
@@ -312,6 +318,9 @@ def quantize(
     from jquant.report import plan_report, plan_table, remarks, summary
 
     # Slips of the command line show before a download.
+    several = mesh.several()
+    if several and feedback:
+        raise typer.BadParameter("runs in one process only", param_hint="--feedback")
     given_profile = read_profile(profile) if profile else None
     kind = file_type(type or (given_profile and given_profile.file_type) or "Q4_K_M").name
     if check and not dry_run:
@@ -409,7 +418,7 @@ def quantize(
     if not dry_run:
         check_encodable(planned)
     if feedback is None:
-        feedback = analyze and pays(planned, protected)
+        feedback = analyze and not several and pays(planned, protected)
         if feedback and not quiet:
             _show.remark(
                 "note: below 4 bits, layers are fitted with error feedback; the first block shows the time "
@@ -438,12 +447,15 @@ def quantize(
     if verbose and not dry_run and not json:
         _show.remark(plan_table(planned))
     if dry_run or out is None:
+        if not reports:
+            return
         _show.result_json(plan_report(planned, damages=damage)) if json else _show.result(plan_table(planned))
         return
 
     total = sum(spec.nbytes for spec in opened.source.specs.values())
+    write = hosts.write_gguf if several else partial(write_gguf, feedback=fed)
     with ProgressBar(total, shown=not quiet) as progress:
-        written = write_gguf(
+        written = write(
             opened,
             planned,
             out,
@@ -452,13 +464,14 @@ def quantize(
             protected=protected,
             recipe=about(planned),
             effort=effort.value,
-            feedback=fed,
             max_shard_bytes=shard_bytes,
             threads=threads or _runtime.default_threads(),
             resume=resume,
             force=force,
             progress=progress,
         )
+    if not reports:
+        return
     starved = _calibration.starved(written.fed, quiet=quiet)
     if written.tuned and not quiet:
         _show.remark(f"note: {written.tuned}")

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jquant import models
-from jquant.calibrate import SECOND_MOMENTS, Progress, Stats, Store, collect
+from jquant.calibrate import SECOND_MOMENTS, Progress, Stats, Store, Through, collect
 from jquant.convert import Model
 from jquant.core import OutputError, TensorSpec, UserError
 from jquant.io import check_target
@@ -26,6 +27,8 @@ from jquant.io.checkpoint import Checkpoint
 from jquant.io.imatrix import Imatrix
 from jquant.io.samples import Samples, Table, Text, read_text, sample
 from jquant.io.token_ids import from_metadata
+from jquant.mesh import agree
+from jquant.parallel import over, shares
 from jquant.text import text_table
 from jquant.transforms.super_weights import DENSE, SuperWeight
 from jquant.weights import Weights
@@ -71,25 +74,41 @@ def importance(
     *,
     batch: int = 4,
     store: Store | None = None,
+    mesh: Mesh | None = None,
     progress: Progress = lambda done, count: None,
 ) -> Imatrix:
     """The mean square of every input column of every matrix in the model's blocks.
 
-    batch: samples on the device at a time. store: where activations lie between blocks; `open_checkpoint`
+    mesh: over which samples and weights are spread, see `parallel`; default: one device of one process. With
+    several processes all call this with the same samples, run their share, and have the whole result.
+    batch: samples on a device at a time. store: where activations lie between blocks; `open_checkpoint`
     makes one that continues an interrupted run.
     Raises UserError for a model whose forward pass is not known, and for inputs that are not finite.
     """
     decoder = models.decoder(Weights(model.source), model.metadata)
+    if mesh is not None:
+        run = run_of(model, samples, batch=batch, method="imatrix")
+        agree({name: str(value) for name, value in run.items() if name != "model files"})  # and their times
+    mine, through = share_of(samples, mesh)
     stats = collect(
         decoder,
-        samples.tokens,
+        samples.tokens[mine],
         SECOND_MOMENTS,
-        lengths=samples.lengths,
+        lengths=samples.lengths[mine],
         batch=batch,
         store=store,
+        through=through,
         progress=progress,
     )
     return imatrix_of(stats, samples)
+
+
+def share_of(samples: Samples, mesh: Mesh | None) -> tuple[slice, Through | None]:
+    """This process's samples, and how they go through a block."""
+    if mesh is None:
+        return slice(None), None
+    mine = shares(len(samples.tokens), jax.process_index(), jax.process_count())
+    return mine, over(mesh, mine.start)
 
 
 def open_checkpoint(

@@ -90,6 +90,12 @@ HESSIAN = Calibrator(
 )
 
 
+# (model, block, calibrator, x, y, lengths, batch) → statistics: see `through_block`.
+Through = Callable[
+    [BlockwiseModel, int, Calibrator, np.ndarray, np.ndarray | None, np.ndarray, int], dict[str, Stats]
+]
+
+
 @runtime_checkable
 class Store(Protocol):
     """Where activations lie between blocks, and what an interrupted run left there."""
@@ -155,6 +161,7 @@ def collect(
     lengths: Int[np.ndarray, " s"] | None = None,
     batch: int = 4,
     store: Store | None = None,
+    through: Through | None = None,
     progress: Progress = lambda done, count: None,
 ) -> dict[str, Stats]:
     """The statistics of every matrix of every block, by GGUF tensor name; those of stacks [experts, …].
@@ -162,7 +169,16 @@ def collect(
     Arguments and errors are those of `stream`.
     """
     found: dict[str, Stats] = {}
-    blocks = stream(model, tokens, calibrator, lengths=lengths, batch=batch, store=store, progress=progress)
+    blocks = stream(
+        model,
+        tokens,
+        calibrator,
+        lengths=lengths,
+        batch=batch,
+        store=store,
+        through=through,
+        progress=progress,
+    )
     for i, block in enumerate(blocks):
         found |= {name: block[first] for name, first in shared_inputs(model, i).items()}
     return found
@@ -176,6 +192,7 @@ def stream(
     lengths: Int[np.ndarray, " s"] | None = None,
     batch: int = 4,
     store: Store | None = None,
+    through: Through | None = None,
     progress: Progress = lambda done, count: None,
 ) -> Iterator[dict[str, Stats]]:
     """Block after block, the statistics of each distinct input, by the first name that `shared_inputs` has
@@ -183,6 +200,7 @@ def stream(
 
     lengths: real tokens of each sample, the rest being padding at its end; default: all. batch: samples on
     the device at a time. store: default, memory or a temporary file; one that remembers continues a run.
+    through: how the samples go through a block; default, on one device.
 
     Raises UserError, with tensor and sample, where an input is no finite number.
     """
@@ -201,7 +219,7 @@ def stream(
         embed_into(x, model, tokens)
     for i in range(done, count):
         y = None if i == count - 1 else store.activations(i + 1, shape)
-        stats = _through_block(model, i, calibrator, x, y, real, min(batch, samples))
+        stats = (through or through_block)(model, i, calibrator, x, y, real, min(batch, samples))
         store.finish(i, stats)
         progress(i + 1, count)
         yield stats
@@ -253,7 +271,7 @@ def _shared(block: Block, width: int, pairs: int) -> tuple[tuple[str, str], ...]
     return tuple(found.items())
 
 
-def _through_block(
+def through_block(
     model: BlockwiseModel,
     i: int,
     calibrator: Calibrator,
@@ -262,7 +280,10 @@ def _through_block(
     lengths: np.ndarray,
     batch: int,
 ) -> dict[str, Stats]:
-    """All samples x [s, t, width] through block i, into y where wanted; its statistics, on the host."""
+    """All samples x [s, t, width] through block i, into y where wanted; its statistics, on the host.
+
+    Of each distinct input, by the first name that `shared_inputs` has for it; lengths: real tokens [s].
+    """
     block, host = model.blocks[i], jax.devices("cpu")[0]
     params, angles = model.load_block(i), jnp.asarray(model.angles(i, x.shape[1]))
     distinct = {within_block(first) for first in shared_inputs(model, i).values()}
@@ -324,6 +345,18 @@ def init_all(block: Block, init: Callable[[tuple[int, ...]], Stats]) -> dict[str
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _step(
+    block: Block,
+    calibrator: Calibrator,
+    params: Mapping,
+    stats: dict[str, Stats],
+    x: Float[Array, "s t width"],
+    angles: Float[Array, "t pairs"],
+    real: Int[Array, " s"],
+) -> tuple[Float[Array, "s t width"], dict[str, Stats]]:
+    return add_inputs(block, calibrator, params, stats, x, angles, real)
+
+
+def add_inputs(
     block: Block,
     calibrator: Calibrator,
     params: Mapping,

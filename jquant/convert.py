@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -26,12 +26,14 @@ from jquant.fitting import Feedback
 from jquant.formats import FORMATS
 from jquant.io import GgufSink, GgufSource, tokenizer
 from jquant.io.imatrix import Imatrix
+from jquant.mesh import local_devices
 from jquant.pipeline import Progress, run
 from jquant.plan import FILE_TYPES, Plan
 from jquant.schemes import METHOD, Activations, Scheme, scheme_of
 from jquant.transcode import LOW_BPW
 
 RECIPE = "jquant.recipe"  # metadata key
+_END_BYTES = 1 << 16
 
 
 class Rounding(NamedTuple):
@@ -138,7 +140,7 @@ class Written(NamedTuple):
     paths: list[Path]
     errors: dict[str, float]  # relative error by tensor: see pipeline.run; with feedback that of the output
     fed: dict[str, sequential.Fed]  # tensors that error feedback made, without their bytes
-    tuned: tuning.Gain | None  # where the file was tuned
+    tuned: tuning.Gain | None = None  # where the file was tuned
 
 
 def write_gguf(
@@ -166,16 +168,16 @@ def write_gguf(
     weights; all others as without. Where it says so, the whole file is then tuned.
     Raises OutputError where the output cannot be written, UserError where the input cannot be used.
     """
-    importance = {} if imatrix is None else _importance(model, imatrix, imatrix_name)
+    importance = importance_of(model, imatrix, imatrix_name)
     metadata = output_metadata(model, plan, imatrix, imatrix_name, recipe=recipe)
-    fingerprint = _fingerprint(model, plan, imatrix, protected or {}, effort, feedback)
+    made_of = fingerprint(model, facts(model, plan, imatrix, protected or {}, effort, feedback))
     sink = GgufSink(
         out,
         metadata,
         plan.layout(),
         max_shard_bytes=max_shard_bytes,
         resume=resume,
-        fingerprint=fingerprint,
+        fingerprint=made_of,
         force=force,
     )
     try:
@@ -191,11 +193,12 @@ def write_gguf(
             protected=protected,
             effort=effort,
             threads=threads,
+            devices=local_devices(),
             progress=progress,
         )
         tuned = None
         if feedback is not None and feedback.tuning is not None and not sink.renaming:
-            tuned = fitting.tune(model.source, model.metadata, plan.layout(), sink, feedback, fingerprint)
+            tuned = fitting.tune(model.source, model.metadata, plan.layout(), sink, feedback, made_of)
         sink.commit()
         fitting.forget(out)
         low = {entry.name for entry in plan.entries if FORMATS[entry.type].bpw <= LOW_BPW}
@@ -205,8 +208,10 @@ def write_gguf(
         sink.close()
 
 
-def _importance(model: Model, imatrix: Imatrix, name: str) -> dict[str, np.ndarray]:
+def importance_of(model: Model, imatrix: Imatrix | None, name: str) -> dict[str, np.ndarray]:
     """The imatrix's entries for the tensors of this model: float32 [matrices, cols] each."""
+    if imatrix is None:
+        return {}
     found = imatrix.by_tensor(model.source.specs.values())
     if not found:
         example = next(iter(imatrix.entries), "nothing")
@@ -217,26 +222,57 @@ def _importance(model: Model, imatrix: Imatrix, name: str) -> dict[str, np.ndarr
     return found
 
 
-def _fingerprint(
+def facts(
     model: Model,
     plan: Plan,
     imatrix: Imatrix | None,
     protected: Mapping[str, Sequence[tuple[int, int]]],
     effort: Effort,
-    feedback: Feedback | None,
-) -> str:
-    """What the bytes depend on: input files, plan, importance, protection, effort, feedback, versions."""
-    digest = hashlib.sha256()
-    for file in model.files:
-        stat = file.stat()
-        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    ours = f"{version('jquant')} {version('jax')} {version('jaxlib')} {jax.default_backend()}"
+    feedback: Feedback | None = None,
+) -> dict[str, str]:
+    """What the bytes depend on, by name: alike wherever copies of the same files are quantized alike."""
     kept = sorted((name, sorted(positions)) for name, positions in protected.items())
-    digest.update(f"{ours}\n{plan.to_json()}\n{kept}\n{effort}\n".encode())
+    found = {
+        "jquant": version("jquant"),
+        "jax": f"{version('jax')} with jaxlib {version('jaxlib')} on {jax.default_backend()}",
+        "model": _digest(part for file in model.files for part in _ends(file)),
+        "plan": _digest([plan.to_json().encode()]),
+        "effort": effort,
+    }
+    if kept:
+        found["protected weights"] = _digest([str(kept).encode()])
     if feedback is not None:
-        digest.update(f"{feedback.settings} {feedback.batch} {feedback.tuning}\n".encode())
-        digest.update(feedback.samples.tokens.tobytes() + feedback.samples.lengths.tobytes())
-    for name, values in (imatrix.entries if imatrix else {}).items():
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(values).tobytes())
+        arrays = feedback.samples.tokens.tobytes(), feedback.samples.lengths.tobytes()
+        found["feedback"] = _digest(
+            [f"{feedback.settings} {feedback.batch} {feedback.tuning}\n".encode(), *arrays]
+        )
+    if imatrix is not None:
+        found["imatrix"] = _digest(
+            part
+            for name, values in imatrix.entries.items()
+            for part in (name.encode(), np.ascontiguousarray(values).tobytes())
+        )
+    return found
+
+
+def fingerprint(model: Model, facts: Mapping[str, str]) -> str:
+    """Of these facts and the times of the model's files, to tell whether a run can continue another."""
+    times = [file.stat().st_mtime_ns for file in model.files]
+    return _digest([json.dumps([dict(facts), times]).encode()])
+
+
+def _ends(file: Path) -> Iterator[bytes]:
+    """Name, size, and some bytes of the beginning and of the end, which tell one training from another."""
+    size = file.stat().st_size
+    yield f"{file.name} {size}\n".encode()
+    with file.open("rb") as opened:
+        yield opened.read(_END_BYTES)
+        opened.seek(max(size - _END_BYTES, 0))
+        yield opened.read(_END_BYTES)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()

@@ -432,8 +432,9 @@ class Source(Protocol):
 
 
 @runtime_checkable
-class Sink(Protocol):
-    """A file to write, whose layout is known from the start. `write` may be called from several threads."""
+class Writer(Protocol):
+    """Takes the tensors of a file whose layout is known from the start. `write` may be called from several
+    threads."""
 
     def write(self, name: str, start: int, rows: np.ndarray) -> None:
         """Put rows (uint8 [k, row bytes]) of a tensor at row `start`."""
@@ -446,6 +447,11 @@ class Sink(Protocol):
     def finished(self) -> Iterable[str]:
         """Tensors that an interrupted run has already written."""
         ...
+
+
+@runtime_checkable
+class Sink(Writer, Protocol):
+    """A file to write."""
 
     def commit(self) -> None:
         """Make the file appear under its final name."""

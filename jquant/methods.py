@@ -8,12 +8,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jquant import models
-from jquant.analyze import imatrix_of, importance, open_checkpoint, run_of
+from jquant.analyze import imatrix_of, importance, open_checkpoint, run_of, share_of
 from jquant.calibrate import HESSIAN, Progress, Store, init_all, shared_inputs, stream
 from jquant.convert import Model
-from jquant.core import TensorSpec
+from jquant.core import TensorSpec, UserError
 from jquant.gradients import FISHER_COLUMNS, Tape, collect_gradients, sampled_labels
 from jquant.io.imatrix import Imatrix
 from jquant.io.samples import Samples
@@ -37,12 +38,18 @@ def measure(
     checkpoint: Path | None = None,
     resume: bool = False,
     force: bool = False,
+    mesh: Mesh | None = None,
     progress: Progress = lambda done, count: None,
 ) -> Imatrix:
     """What a method finds out of each input column; those of STATISTICS write `output` on the way.
 
-    checkpoint: the folder of one, which `resume` continues. Errors are those of the functions below.
+    checkpoint: the folder of one, which `resume` continues. mesh: see `analyze.importance`; fisher runs on
+    one device, and several processes measure by "imatrix" only. Errors are those of the functions below.
     """
+    if mesh is not None and jax.process_count() > 1:
+        refused = "--checkpoint-dir" if checkpoint is not None else f"--method {method}"
+        if method != "imatrix" or checkpoint is not None:
+            raise UserError(f"{refused}: runs in one process only; leave out --coordinator.")
     if method == "fisher":
         tape = None
         if checkpoint is not None:
@@ -52,10 +59,10 @@ def measure(
     if checkpoint is not None:
         store = open_checkpoint(checkpoint, model, samples, batch=batch, resume=resume, method=method)
     if method == "imatrix":
-        return importance(model, samples, batch=batch, store=store, progress=progress)
+        return importance(model, samples, batch=batch, store=store, mesh=mesh, progress=progress)
     assert output is not None
     return write_statistics(
-        output, model, samples, method, batch=batch, store=store, force=force, progress=progress
+        output, model, samples, method, batch=batch, store=store, force=force, mesh=mesh, progress=progress
     )
 
 
@@ -110,6 +117,7 @@ def write_statistics(
     batch: int = 4,
     store: Store | None = None,
     force: bool = False,
+    mesh: Mesh | None = None,
     progress: Progress = lambda done, count: None,
 ) -> Imatrix:
     """Write the statistics of STATISTICS[method] of every distinct input, block by block; returns its mean
@@ -142,6 +150,7 @@ def write_statistics(
             lengths=samples.lengths,
             batch=batch,
             store=store,
+            through=share_of(samples, mesh)[1],
             progress=progress,
         )
         for block in blocks:

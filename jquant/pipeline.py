@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jquant.core import Effort, QuantizedTensor, Sink, Source, UserError, at_effort, dequantize
+from jquant.core import Effort, QuantizedTensor, Source, UserError, Writer, at_effort, dequantize
 from jquant.formats import FORMATS
 from jquant.plan import Entry, Plan
 from jquant.transcode import FLOAT_DTYPES, LOW_BPW, slab_rows, transcode
@@ -42,12 +43,13 @@ class Job(NamedTuple):
 def run(
     source: Source,
     plan: Plan,
-    sink: Sink,
+    sink: Writer,
     *,
     importance: Mapping[str, np.ndarray] | None = None,
     protected: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     effort: Effort = "fast",
     threads: int = 2,
+    devices: Mesh | None = None,
     progress: Progress = lambda name, done: None,
 ) -> dict[str, float]:
     """Write every tensor of the plan. The caller commits the sink.
@@ -58,7 +60,8 @@ def run(
     importance: per tensor name float32 [matrices, cols], where a stack of experts has one row for each; a
     tensor without an entry is encoded without importance. protected: per tensor name (row, column) of single
     weights that the search keeps as they are, as nearly as the type can, at the cost of their block; rows
-    count through all matrices of a stack.
+    count through all matrices of a stack. devices: of this process, of one axis, that share the rows of each
+    slab; default: one.
 
     Raises UserError for a weight that is no finite number, tensor and position named, and for a tensor whose
     weights are too large for its type.
@@ -67,7 +70,7 @@ def run(
     finished = set(sink.finished())
     entries = [e for e in plan.entries if e.name not in finished]
     progress("", sum(source.specs[name].nbytes for name in finished))
-    todo = [job for entry in entries for job in _slabs(entry)]
+    todo = [job for entry in entries for job in _slabs(entry, 1 if devices is None else devices.size)]
     open_jobs = Counter(job.entry.name for job in todo)
     lock = threading.Lock()
     jobs = iter(todo)
@@ -80,7 +83,9 @@ def run(
             if job is None:
                 return
             name = job.entry.name
-            data, loss, total = _encode(source, job, importance.get(name), protected.get(name, ()), effort)
+            data, loss, total = _encode(
+                source, job, importance.get(name), protected.get(name, ()), effort, devices
+            )
             sink.write(name, job.start, data)
             with lock:
                 if job.entry.type != job.entry.source_type and FORMATS[job.entry.type].bpw <= LOW_BPW:
@@ -117,8 +122,8 @@ def run(
     return relative
 
 
-def _slabs(entry: Entry) -> Iterator[Job]:
-    rows, step = entry.spec.rows, slab_rows(entry.spec.cols)
+def _slabs(entry: Entry, devices: int) -> Iterator[Job]:
+    rows, step = entry.spec.rows, slab_rows(entry.spec.cols) * devices
     for start in range(0, rows, step):
         yield Job(entry, start, min(start + step, rows))
 
@@ -129,6 +134,7 @@ def _encode(
     importance: np.ndarray | None,
     protected: Sequence[tuple[int, int]],
     effort: Effort,
+    devices: Mesh | None,
 ) -> tuple[np.ndarray, float, float]:
     """Read and encode one slab: uint8 [rows, row bytes], and `Encoded`'s loss and total."""
     entry, start, stop = job
@@ -142,7 +148,7 @@ def _encode(
         matrix_rows = source.specs[entry.name].rows // importance.shape[0]
         importance = importance[np.arange(start, stop) // matrix_rows]
     stored, target = FORMATS[entry.source_type], at_effort(FORMATS[entry.type], effort)
-    encoded = transcode(data, stored, target, importance)
+    encoded = transcode(data, stored, target, importance, devices)
     columns: dict[int, list[int]] = {}
     for row, column in protected:
         if start <= row < stop:

@@ -7,7 +7,8 @@ with weights, since rows are whole blocks.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -15,8 +16,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jquant.core import CHUNK_WEIGHTS, Format, decode_chunk, encode_chunk
+from jquant.sharding import shard_map
 
 SLAB_WEIGHTS = 1 << 22  # 16 MB as float32: many steps of the loop, small beside any budget of memory
 SLAB_STEPS = SLAB_WEIGHTS // CHUNK_WEIGHTS
@@ -48,45 +51,56 @@ def slab_rows(cols: int) -> int:
 
 
 def transcode(
-    data: np.ndarray, source: Format, target: Format, importance: np.ndarray | None = None
+    data: np.ndarray,
+    source: Format,
+    target: Format,
+    importance: np.ndarray | None = None,
+    devices: Mesh | None = None,
 ) -> Encoded:
     """Rows of stored bytes, uint8 [rows, row bytes], from `source` to `target`.
 
-    importance: float32 [rows, cols] or a shape that broadcasts to it, or None.
+    importance: float32 [rows, cols] or a shape that broadcasts to it, or None. devices: of this process, of
+    one axis, that share the rows; default: one.
     """
     rows = data.shape[0]
     cols = data.shape[1] // source.block_bytes * source.block_size
-    steps = -(-rows * cols // CHUNK_WEIGHTS)
-    capacity = max(steps, SLAB_STEPS)
+    steps, shares = -(-rows * cols // CHUNK_WEIGHTS), 1 if devices is None else devices.size
+    each = -(-steps // shares)
+    capacity = max(each, SLAB_STEPS)
+    counts = np.clip(steps - each * np.arange(shares), 0, each).astype(np.int32)
     stored = data.reshape(-1).view(FLOAT_DTYPES.get(source.name, np.uint8))
-    slab = _padded(stored, CHUNK_WEIGHTS * stored.size // (rows * cols), capacity)
+    slab = _padded(stored, CHUNK_WEIGHTS * stored.size // (rows * cols), each, (shares, capacity))
     weights = None
     if importance is not None:
-        weights = _padded(np.broadcast_to(importance, (rows, cols)).reshape(-1), CHUNK_WEIGHTS, capacity)
-    out, *found = _transcode(slab, weights, np.int32(steps), source, target)
+        flat = np.broadcast_to(importance, (rows, cols)).reshape(-1)
+        weights = _padded(flat, CHUNK_WEIGHTS, each, (shares, capacity))
+    if devices is None:
+        out, *found = _transcode(slab, weights, counts, source, target)
+    else:
+        out, *found = _over(devices, source, target, weights is not None)(slab, weights, counts)
     row_bytes = cols // target.block_size * target.block_bytes
-    data = np.asarray(out).reshape(-1)[: rows * row_bytes].reshape(rows, row_bytes)
-    return Encoded(data, *map(float, found))
+    data = np.asarray(out).reshape(shares, capacity, -1)[:, :each].reshape(-1)
+    data = data[: rows * row_bytes].reshape(rows, row_bytes)
+    largest, loss, total = (np.asarray(a, np.float64) for a in found)  # [shares]
+    return Encoded(data, float(largest.max()), float(loss.sum()), float(total.sum()))
 
 
-def _padded(flat: np.ndarray, step: int, capacity: int) -> np.ndarray:
-    """flat as [capacity, step]; what lies beyond the steps in use is never read."""
-    out = np.empty((capacity, step), flat.dtype)
-    out.reshape(-1)[: flat.size] = flat
-    out.reshape(-1)[flat.size : -(-flat.size // step) * step] = np.zeros((), flat.dtype)
-    return out
+def _padded(flat: np.ndarray, step: int, each: int, shape: tuple[int, int]) -> np.ndarray:
+    """flat, `each` steps a share, as [shares · capacity, step] of shape (shares, capacity); what lies beyond
+    the steps in use is never read."""
+    out = np.empty((*shape, step), flat.dtype)
+    for share, mine in enumerate(out):
+        part = flat[share * each * step : (share + 1) * each * step]
+        mine.reshape(-1)[: part.size] = part
+        mine.reshape(-1)[part.size : -(-part.size // step) * step] = np.zeros((), flat.dtype)
+    return out.reshape(-1, step)
 
 
-# Searches are bound by arithmetic, so vectors of 512 bits, where the processor has them, gain over XLA's 256.
-@partial(
-    jax.jit,
-    static_argnames=("source", "target"),
-    compiler_options={"xla_cpu_prefer_vector_width": 512},
-)
-def _transcode(
+def _loop(
     slab: Array, importance: Array | None, steps: Array, source: Format, target: Format
 ) -> tuple[Array, Array, Array, Array]:
-    """[capacity, step] stored values → uint8 [capacity, blocks, bytes] of `steps`; the rest of Encoded."""
+    """[capacity, step] stored values → uint8 [capacity, blocks, bytes] of `steps` [1]; the rest of Encoded,
+    [1] each."""
     out = jnp.zeros((slab.shape[0], CHUNK_WEIGHTS // target.block_size, target.block_bytes), jnp.uint8)
 
     def weights(stored: Array) -> Array:
@@ -109,4 +123,24 @@ def _transcode(
             loss, total = loss + jnp.sum(w * rest * rest), total + jnp.sum(w * blocks[0] * blocks[0])
         return out.at[i].set(data), jnp.maximum(largest, magnitude), loss, total
 
-    return lax.fori_loop(0, steps, step, (out, jnp.float32(0), jnp.float32(0), jnp.float32(0)))
+    zero = jnp.float32(0)
+    out, *found = lax.fori_loop(0, steps[0], step, (out, zero, zero, zero))
+    largest, loss, total = (a[None] for a in found)
+    return out, largest, loss, total
+
+
+# Searches are bound by arithmetic, so vectors of 512 bits, where the processor has them, gain over XLA's 256.
+_OPTIONS: dict[str, str | bool | int | float] = {"xla_cpu_prefer_vector_width": 512}
+_transcode = jax.jit(_loop, static_argnames=("source", "target"), compiler_options=_OPTIONS)
+
+
+@cache
+def _over(devices: Mesh, source: Format, target: Format, weighted: bool) -> Callable[..., tuple[Array, ...]]:
+    """The loop on each device: it talks to no other."""
+    rows = PartitionSpec(devices.axis_names[0])
+    given = (rows, rows if weighted else None, rows)
+    loop = shard_map(partial(_loop, source=source, target=target), devices, given, rows)
+    placed = NamedSharding(devices, rows)
+    return jax.jit(
+        loop, in_shardings=(placed, placed if weighted else None, placed), compiler_options=_OPTIONS
+    )

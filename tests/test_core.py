@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jquant.core import Format, QuantizedTensor, chunk_blocks, dequantize, quantize
 from jquant.formats import FORMATS
+from jquant.sharding import shard_map
 
 SHAPE = (2, 3, 512)
 TWO_DEVICES = Mesh(np.array(jax.devices()[:2]), ("rows",))
@@ -24,15 +25,6 @@ EACH_KIND = {"F16", "Q4_0", "Q4_1", "Q4_K"}
 
 def formats(found: list[Format]) -> list:
     return [pytest.param(f, id=f.name, marks=() if f.name in EACH_KIND else pytest.mark.slow) for f in found]
-
-
-def shard_map(function: Callable, mesh: Mesh, in_specs: tuple, out_specs: PartitionSpec) -> Callable:
-    """jax.shard_map, which jax before 0.7 has elsewhere."""
-    if hasattr(jax, "shard_map"):
-        return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-    from jax.experimental.shard_map import shard_map as before
-
-    return before(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_rep=False)
 
 
 def sharded(function: Callable, x: jax.Array) -> jax.Array:

@@ -169,9 +169,10 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bytes(tmp_path):
 
 
 def test_other_settings_do_not_continue_a_run(tmp_path):
-    from jquant.convert import _fingerprint
+    from jquant.convert import facts, fingerprint
 
     model, samples = opened(tmp_path, "LlamaForCausalLM")
     planned = plan(model.source.specs, model.metadata, "Q2_K")
     given = [None, Feedback(samples), Feedback(samples, settings=Settings(strength=0.5))]
-    assert len({_fingerprint(model, planned, None, {}, "fast", one) for one in given}) == 3
+    known = [facts(model, planned, None, {}, "fast", one) for one in given]
+    assert len({fingerprint(model, one) for one in known}) == 3

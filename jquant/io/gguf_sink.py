@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
+import re
 import shutil
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,8 @@ from jaxtyping import UInt8
 
 from jquant.core import Metadata, OutputError, TensorSpec
 from jquant.io._journal import Journal, Record
+from jquant.io._partial import Partial, reporting
 from jquant.io._shards import Shard, shards
-
-# Between two syncs: so much work may be lost when the machine (not the process) goes down. A sync of this
-# size takes well under a second on the disks in use, and the kernel would have to write these bytes anyway.
-SYNC_BYTES = 256 << 20
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -65,23 +61,19 @@ class GgufSink:
         """
         self.path = path
         self._shards = shards(path, metadata, layout, max_shard_bytes)
-        self._layout = {spec.name: spec for spec in layout}
-        self._rows_left = {spec.name: spec.rows for spec in layout}
-        self._finished: dict[str, None] = {}  # in order
-        self._lock = threading.Lock()
-        self._unsynced = 0
+        self._layout = layout
         self._renaming = False  # an earlier run was stopped within its commit
         self._closed = False
-        self._fds: list[int] = []
-        self._where: dict[str, tuple[Shard, int, int]] = {}
 
         _check_folder(path)
-        journal_path = path.with_name(path.name + ".partial.jsonl")
-        with _reporting(journal_path):
+        journal_path = _journal_path(path)
+        with reporting(journal_path):
             created = not journal_path.exists()
             self._journal = Journal(journal_path)
+        self._partial = Partial(self._shards, layout, self._journal)
+        self._fingerprint = f"{fingerprint} {_digest(self._shards)}"
         try:
-            self._begin(resume, f"{fingerprint} {_digest(self._shards)}", force)
+            self._begin(resume, self._fingerprint, force)
         except BaseException:
             self._release(keep=not created)
             raise
@@ -96,16 +88,53 @@ class GgufSink:
         earlier = found if resume and found is not None and self._can_continue(found) else None
         if earlier is not None and earlier.committing:
             self._renaming = True
-            self._finished = dict.fromkeys(self._layout)
+            self._partial.adopt(spec.name for spec in self._layout)
             return
         self._check_absent(force)
         self._check_space()
         if earlier is not None:
-            self._finished = dict.fromkeys(self._journal.resume(earlier))
+            self._partial.adopt(self._journal.resume(earlier))
+            self._partial.create()
+            self.adopt_parts()
         else:
+            parts = self._parts()
             self._journal.begin(fingerprint, [shard.partial.name for shard in self._shards])
             self._discard(found)
-        self._open()
+            for part in parts:
+                part.close(remove=True)
+            self._partial.create()
+
+    def _part_paths(self) -> list[Path]:
+        """The journals that parts of this output have left or are writing."""
+        pattern = re.compile(re.escape(self.path.name) + r"\.partial\.\d+\.jsonl")
+        return sorted(p for p in self.path.parent.iterdir() if pattern.fullmatch(p.name))
+
+    def _parts(self) -> list[Journal]:
+        """These journals, open; OutputError where a part is still at work."""
+        with reporting(self.path), contextlib.ExitStack() as opened:
+            journals = []
+            for path in self._part_paths():
+                journals.append(Journal(path))
+                opened.callback(journals[-1].close, remove=False)
+            opened.pop_all()
+            return journals
+
+    def adopt_parts(self) -> None:
+        """Tensors that a `GgufPart` of this output has finished, in this run or an earlier one, are ours.
+
+        Raises OutputError where a part is not closed.
+        """
+        parts = self._parts()
+        with reporting(self._journal.path):
+            for part in parts:
+                if part.record is not None and part.record.fingerprint == self._fingerprint:
+                    for name in part.record.names:
+                        self._journal.finish(name)
+                    self._partial.adopt(part.record.names)
+            if parts:
+                self._partial.sync()
+            for part in parts:
+                part.close(remove=True)
 
     def _check_absent(self, force: bool) -> None:
         for shard in self._shards:
@@ -136,70 +165,34 @@ class GgufSink:
             )
 
     def _discard(self, stale: Record | None) -> None:
-        with _reporting(self.path):
+        with reporting(self.path):
             for name in _stale_names(stale):
                 self.path.with_name(name).unlink(missing_ok=True)
             for shard in self._shards:
                 shard.partial.unlink(missing_ok=True)
-
-    def _open(self) -> None:
-        for shard in self._shards:
-            with _reporting(shard.partial):
-                fd = os.open(shard.partial, os.O_RDWR | os.O_CREAT, 0o644)
-                self._fds.append(fd)
-                os.ftruncate(fd, shard.size)  # padding between tensors is never written: it reads as zeros
-                _write_at(fd, shard.header, 0)
-            self._where |= {name: (shard, fd, offset) for name, offset in shard.offsets.items()}
 
     def write(self, name: str, start: int, rows: UInt8[np.ndarray, "k b"]) -> None:
         """Put rows (uint8 [k, row bytes]) of a tensor at row `start`; each row once.
 
         Raises OutputError where the disk does not take them; what was finished stays for a resumed run.
         """
-        self._put(name, start, rows)
-        with self._lock:
-            self._rows_left[name] -= len(rows)
+        self._partial.write(name, start, rows)
 
     def rewrite(self, name: str, rows: UInt8[np.ndarray, "k b"]) -> None:
         """Put other rows in place of all of a finished tensor. A resumed run finds these, or some of them."""
-        self._put(name, 0, rows)
-
-    def _put(self, name: str, start: int, rows: np.ndarray) -> None:
-        spec = self._layout[name]
-        if not 0 <= start <= start + len(rows) <= spec.rows or rows.shape[1] != spec.row_bytes:
-            raise ValueError(
-                f"{name}: {spec.rows} rows of {spec.row_bytes} bytes; got {rows.shape} at row {start}."
-            )
-        shard, fd, offset = self._where[name]
-        with _reporting(shard.partial):
-            _write_at(fd, np.ascontiguousarray(rows).data, offset + start * spec.row_bytes)
+        self._partial.write(name, 0, rows)
 
     def read(self, name: str) -> UInt8[np.ndarray, "k b"]:
         """The rows of a finished tensor, as they were written."""
-        spec = self._layout[name]
-        shard, fd, offset = self._where[name]
-        with _reporting(shard.partial):
-            data = os.pread(fd, spec.nbytes, offset)
-        return np.frombuffer(data, np.uint8).reshape(spec.rows, spec.row_bytes)
+        return self._partial.read(name)
 
     def finish(self, name: str) -> None:
         """All rows of this tensor are written: remember it for a resumed run."""
-        with self._lock:
-            if self._rows_left[name] != 0:
-                raise ValueError(f"{name}: {self._rows_left[name]} rows are still to be written.")
-            with _reporting(self._journal.path):
-                self._journal.finish(name)
-                self._finished[name] = None
-                self._unsynced += self._layout[name].nbytes
-                if self._unsynced >= SYNC_BYTES:
-                    self._sync()
-                    self._journal.synced()
-                    self._unsynced = 0
+        self._partial.finish(name)
 
     def finished(self) -> tuple[str, ...]:
         """Tensors that need no writing any more: those of an interrupted run, then those of this one."""
-        with self._lock:
-            return tuple(self._finished)
+        return self._partial.finished()
 
     @property
     def renaming(self) -> bool:
@@ -213,14 +206,15 @@ class GgufSink:
 
     def commit(self) -> None:
         """Sync and rename. Shards appear from the last to the first, so whoever sees the first sees all."""
-        missing = [name for name in self._layout if name not in self._finished]
+        finished = set(self.finished())
+        missing = [spec.name for spec in self._layout if spec.name not in finished]
         if missing:
             raise ValueError(
                 f"{self.path}: {len(missing)} tensors are not finished, the first is {missing[0]}."
             )
-        with _reporting(self.path):
+        with reporting(self.path):
             if not self._renaming:
-                self._sync()
+                self._partial.sync()
                 self._journal.committing()
             for shard in reversed(self._shards):
                 # After a commit that was cut short, some have their final name already.
@@ -235,13 +229,12 @@ class GgufSink:
         Where there is none, the partial files go too. After `commit` this does nothing.
         """
         if not self._closed:
-            self._release(keep=bool(self._finished))
+            self._release(keep=bool(self.finished() or self._part_paths()))
 
     def _release(self, *, keep: bool) -> None:
         """Close everything; unless `keep`, nothing with a partial name remains."""
         self._closed = True
-        while self._fds:
-            os.close(self._fds.pop())
+        self._partial.close()
         if not keep:
             for shard in self._shards:
                 shard.partial.unlink(missing_ok=True)
@@ -253,13 +246,89 @@ class GgufSink:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _sync(self) -> None:
-        for fd in self._fds:
-            os.fsync(fd)
+
+class GgufPart:
+    """What a process other than the first writes of the files of a `GgufSink`, in a folder that they share.
+
+    It commits nothing: process 0, once this is closed, calls `adopt_parts` and commits. A part that is killed
+    leaves its journal, from which the next run's sink takes what is whole, whatever its number of processes.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        metadata: Metadata,
+        layout: Sequence[TensorSpec],
+        process: int,
+        *,
+        finished: Sequence[str] = (),
+        max_shard_bytes: int | None = None,
+        fingerprint: str = "",
+    ) -> None:
+        """Opens the partial files. All arguments are those of the sink, which is made before.
+
+        process: from 1. finished: what the sink found finished.
+
+        Raises OutputError where the files of the sink are not here.
+        """
+        files = shards(path, metadata, layout, max_shard_bytes)
+        journal_path = path.with_name(f"{path.name}.partial.{process}.jsonl")
+        with reporting(journal_path):
+            self._journal = Journal(journal_path)
+        self._partial = Partial(files, layout, self._journal)
+        self._partial.adopt(finished)
+        self._earlier = len(finished)
+        self._closed = False
+        try:
+            self._journal.begin(f"{fingerprint} {_digest(files)}", [])
+            self._partial.join()
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, name: str, start: int, rows: UInt8[np.ndarray, "k b"]) -> None:
+        """As `GgufSink.write`."""
+        self._partial.write(name, start, rows)
+
+    def finish(self, name: str) -> None:
+        """As `GgufSink.finish`."""
+        self._partial.finish(name)
+
+    def finished(self) -> tuple[str, ...]:
+        """As `GgufSink.finished`: what the sink found, then what this process wrote."""
+        return self._partial.finished()
+
+    def close(self) -> None:
+        """Bring what is written to the disk, for the sink to adopt."""
+        if self._closed:
+            return
+        self._closed = True
+        wrote = len(self.finished()) > self._earlier
+        if wrote:
+            with reporting(self._journal.path):
+                self._partial.sync()
+        self._partial.close()
+        self._journal.close(remove=not wrote)
+
+    def __enter__(self) -> GgufPart:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _journal_path(path: Path) -> Path:
+    return path.with_name(path.name + ".partial.jsonl")
+
+
+def headers_digest(
+    path: Path, metadata: Metadata, layout: Sequence[TensorSpec], max_shard_bytes: int | None
+) -> str:
+    """Of all headers that this output would have: metadata, names, types and places."""
+    return _digest(shards(path, metadata, layout, max_shard_bytes))
 
 
 def _digest(shards: Sequence[Shard]) -> str:
-    """Of all headers: metadata, names, types and places."""
     return hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
 
 
@@ -279,31 +348,6 @@ def _check_folder(path: Path) -> None:
         raise OutputError(
             f"{path}: the folder {folder} cannot be written; choose another, or change its rights."
         )
-
-
-@contextlib.contextmanager
-def _reporting(path: Path) -> Iterator[None]:
-    """What the operating system refuses, told as the user can mend it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(
-                f"{path}: no space is left ({os.strerror(error.errno)}); free some and continue with "
-                "--resume, or delete the .partial files."
-            ) from error
-        raise OutputError(f"{path}: cannot be written: {error.strerror}.") from error
-
-
-def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """All of it: one call of the kernel takes at most 2 GiB."""
-    left = memoryview(data)
-    if left.nbytes == 0:
-        return
-    left = left.cast("B")
-    while left:
-        written = os.pwrite(fd, left, offset)
-        left, offset = left[written:], offset + written
 
 
 def _sync_folder(folder: Path) -> None:
