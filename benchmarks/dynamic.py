@@ -45,13 +45,12 @@ def by_errors(args: argparse.Namespace, out: Path, size: int, record_file: Path)
     model, imatrix = open_model(args.model), imatrix_file.read(args.imatrix)
     settled = settle(model.source.specs, model.metadata, has_imatrix=True)
     found = candidates(settled, None, runtime_types("llama.cpp-cpu"), imatrix.entries)
-    found = dynamic.near(found, 8 * size / sum(spec.size for spec in model.source.specs.values()))
-    measured = dynamic.measured(model, imatrix, found, file=record_file)
-    weights = energies(model, dynamic.importance_of(model, imatrix), list(found.within))
     target = dynamic.Target(nbytes=size)
-    plan = dynamic.fit(
-        model, settled, found, dynamic.Sensitivity(measured.errors, weights), target, imatrix=imatrix
-    )
+    weights = energies(model, dynamic.importance_of(model, imatrix), list(found.within))
+    found = dynamic.shortlist(model, settled, found, weights, target)
+    record = dynamic.open_record(model, imatrix, record_file)
+    measured = dynamic.measured(model, imatrix, found, weights, record)
+    plan = dynamic.fit(model, settled, found, measured, target, imatrix=imatrix)
     write_gguf(model, plan, out, imatrix=imatrix, threads=args.threads)
 
 

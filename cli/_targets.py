@@ -44,7 +44,8 @@ Kld = Annotated[
     float | None,
     typer.Option(
         "--target-kld",
-        help="Smallest file of this estimated KL divergence, nats a token; best with --weights gradients.",
+        help="Smallest file of this KL divergence, nats a token: measured on --calibration, or without it "
+        "estimated, best with --weights gradients.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -148,13 +149,13 @@ def plan(
         if len(tokens) == 0:
             raise UserError(f"{data.dataset}: no sample has {length} tokens; give more text.")
 
-    def fit(found, scales=None) -> Plan:
+    def fit(found, scales=None, target: Target = wanted) -> Plan:
         return dynamic.fit(
             opened,
             settled,
             found,
             sensitivity,
-            wanted,
+            target,
             imatrix=imatrix,
             imatrix_name=imatrix_name,
             recipe=recipe,
@@ -162,18 +163,16 @@ def plan(
             scales=scales,
         )
 
-    def measure(found):
-        return dynamic.measured(
-            opened,
-            imatrix,
-            found,
-            file=file,
-            weighting=weighting.value,
-            tokens=tokens,
-            progress=_line("sensitivity", quiet),
-        )
+    record = dynamic.open_record(opened, imatrix, file, weighting=weighting.value, tokens=tokens)
+    shown = _line("sensitivity", quiet)
+    weights = dynamic.tensor_weights(
+        opened, imatrix, every, record, weighting=weighting.value, tokens=tokens, progress=shown
+    )
 
-    found = dynamic.near(every, mean_bpw) if (mean_bpw := _mean_bpw(opened, wanted)) else every
+    def measure(found):
+        return dynamic.measured(opened, imatrix, found, weights, record, threads=threads, progress=shown)
+
+    found = dynamic.shortlist(opened, settled, every, weights, wanted)
     sensitivity = measure(found)
     try:
         made = fit(found)
@@ -184,11 +183,23 @@ def plan(
         sensitivity = measure(found)
         made = fit(found)
     report = None
+    if wanted.kld is not None and tokens is not None:
+        made, divergence = dynamic.met(
+            opened,
+            imatrix,
+            wanted.kld,
+            lambda kld: fit(found, target=dynamic.Target(kld=kld)),
+            tokens,
+            threads=threads,
+            progress=_line("measured", quiet),
+        )
+        report = {"best_kld": divergence}
     if seconds and tokens is not None:
         made, best = dynamic.improved(
             opened,
             imatrix,
             found,
+            sensitivity,
             lambda scales: fit(found, scales),
             tokens,
             seconds=seconds,
@@ -199,11 +210,6 @@ def plan(
     by_type = sensitivity.damages()
     damages = {e.name: by_type[e.name].get(e.type, 0.0) for e in made.entries if e.name in by_type}
     return made, damages, report
-
-
-def _mean_bpw(opened: Model, wanted: Target) -> float | None:
-    weights = sum(spec.size for spec in opened.source.specs.values())
-    return wanted.bpw if wanted.nbytes is None else 8 * wanted.nbytes / max(weights, 1)
 
 
 def _line(what: str, quiet: bool):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from enum import Enum
 from functools import partial
@@ -305,11 +304,11 @@ def quantize(
     from jquant.io import check_target, hub
     from jquant.io import imatrix as imatrix_file
     from jquant.plan import (
-        Rule,
         check_encodable,
         file_type,
         plan,
         protect,
+        protect_settled,
         runtime_types,
         settle,
         tensor_type,
@@ -336,6 +335,7 @@ def quantize(
     path = hub.resolve(model, revision=revision)
     opened = open_model(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
     needs_text = bool(search_seconds) or weighting is _targets.By.gradients
+    needs_text |= target_kld is not None and calibration is not None
     data = None
     if analyze or feedback or protect_super_weights or (target and needs_text):
         data = _calibration.read(
@@ -351,12 +351,12 @@ def quantize(
         importance = _calibration.importance(opened, data, batch=batch, quiet=quiet)
     has_imatrix = analyze or bool(feedback) or importance is not None
     imatrix_name = str(imatrix or ("jquant quantize --analyze" if analyze else ""))
-    spikes, protected = [], {}
+    specs, spikes = opened.source.specs, []
+    protected = protection.of_profile(given_profile, specs) if given_profile else {}
     if protect_super_weights and data is not None:
         spikes = protection.super_weights(opened, data)
-        protected = protection.protected(spikes, opened.source.specs, protection_coverage)
-        if target:  # what they take counts
-            given_rules = [Rule(f"^{re.escape(name)}$", protection_type) for name in protected] + given_rules
+        covered = protection.protected(spikes, specs, protection_coverage)
+        protected = protection.united_positions(protected, covered)
     damage: dict[str, float] = {}
     searched = None
 
@@ -398,6 +398,7 @@ def quantize(
             planned = _targets.like(opened, settled, like, has_imatrix, not no_fallback)
         else:
             assert target is not None
+            settled = protect_settled(settled, protected, protection_type)
             planned, damage, searched = _targets.plan(
                 opened,
                 settled,
@@ -433,10 +434,9 @@ def quantize(
             progress=_calibration.progress(data, quiet=quiet),
             tuning_progress=_calibration.tuning_progress(quiet=quiet),
         )
-    if protect_super_weights:
-        planned = protect(planned, protected, protection_type)
-        if not quiet:
-            _show.remark(f"note: {protection.note(spikes, protected)}")
+    planned = protect(planned, protected, protection_type)
+    if protect_super_weights and not quiet:
+        _show.remark(f"note: {protection.note(spikes, protected)}")
     if analyze and importance is None and data is not None and not dry_run:
         importance = _calibration.importance(opened, data, batch=batch, quiet=quiet)
     if fed is not None and not dry_run:

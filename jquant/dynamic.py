@@ -14,9 +14,10 @@ import numpy as np
 
 from jquant import io, models
 from jquant.convert import Model, output_metadata
-from jquant.core import UserError, bits_per_weight
+from jquant.core import UserError
 from jquant.io.imatrix import Imatrix
-from jquant.plan import Candidates, Plan, Profile, Settled, TooSmallError, allocated, for_damage
+from jquant.plan import Candidates, Plan, Profile, Settled, TooSmallError, allocated, for_damage, price
+from jquant.plan import shortlist as plan_shortlist
 from jquant.search import Found, Measure, groups, search
 from jquant.search import Progress as SearchProgress
 from jquant.sensitivity import (
@@ -24,15 +25,17 @@ from jquant.sensitivity import (
     Record,
     damages,
     gradient_weights,
+    grid_bits,
     relative_errors,
-    usual_weights,
 )
 from jquant.text import human_size
+from jquant.usual import usual_errors, usual_weights
 from jquant.weights import Weights
 
 Weighting = Literal["usual", "gradients"]
-WINDOW = 2.2  # types of so many times fewer or more bits than the mean are no candidates, unless needed
 _ATTEMPTS = 16
+_FARTHEST = 4.0
+ROUNDS = 6  # plans that are measured for a target divergence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class Target:
 
     nbytes: int | None = None  # of the file, or of all its shards
     bpw: float | None = None  # of all tensors, without header
-    kld: float | None = None  # estimated: nats a token
+    kld: float | None = None  # nats a token
 
     def __str__(self) -> str:
         if self.nbytes is not None:
@@ -61,56 +64,82 @@ class Sensitivity:
         return damages(self.errors, {n: w * scales.get(n, 1.0) for n, w in self.weights.items()})
 
 
+def open_record(
+    model: Model,
+    imatrix: Imatrix | None,
+    file: Path | None,
+    *,
+    weighting: Weighting = "usual",
+    tokens: np.ndarray | None = None,
+) -> Record:
+    """What was measured before, kept in this file. Raises UserError for a record of another run."""
+    return Record(file, _run(model, imatrix, weighting, tokens))
+
+
+def tensor_weights(
+    model: Model,
+    imatrix: Imatrix | None,
+    found: Candidates,
+    record: Record,
+    *,
+    weighting: Weighting = "usual",
+    tokens: np.ndarray | None = None,
+    progress: Progress = lambda done, count: None,
+) -> dict[str, float]:
+    """Nats a token for a relative error of 1 in each tensor. tokens: [samples, length], for gradients."""
+    weights = usual_weights(list(model.source.specs), _layers(model))
+    if weighting == "usual":
+        return weights
+    if any(name not in record.weights for name in found.within):
+        if tokens is None:
+            raise UserError("gradients need calibration text.")
+        decoder = models.decoder(Weights(model.source), model.metadata)
+        importance = importance_of(model, imatrix)
+        record.add_weights(gradient_weights(decoder, tokens, importance, progress=progress))
+    return weights | record.weights
+
+
+def shortlist(
+    model: Model, settled: Settled, found: Candidates, weights: Mapping[str, float], target: Target
+) -> Candidates:
+    """Only the candidates of which a plan for this target will have something, by what is usual for types."""
+    bits = grid_bits(model.source, found.within)
+    errors = {name: usual_errors(types, bits.get(name)) for name, types in found.within.items()}
+    expected, specs = damages(errors, weights), model.source.specs
+    if target.kld is not None:
+        value = price(specs, settled, found, expected, damage=target.kld)
+    else:
+        nbytes = target.nbytes or (target.bpw or 0.0) * sum(spec.size for spec in specs.values()) / 8
+        value = price(specs, settled, found, expected, budget=float(nbytes))
+    return plan_shortlist(specs, found, expected, value)
+
+
 def measured(
     model: Model,
     imatrix: Imatrix | None,
     found: Candidates,
+    weights: Mapping[str, float],
+    record: Record,
     *,
-    file: Path | None = None,
-    weighting: Weighting = "usual",
-    tokens: np.ndarray | None = None,
+    threads: int = 2,
     progress: Progress = lambda done, count: None,
 ) -> Sensitivity:
-    """Errors on samples of the weights, and the weights of tensors in the model's KL divergence.
-
-    file: a record that is read, and continued where something is missing. tokens: [samples, length], which
-    the gradients are taken on. Raises UserError for a record of another run.
-    """
-    importance = importance_of(model, imatrix)
-    record = Record(file, _run(model, imatrix, weighting, tokens))
+    """Errors on samples of the weights, in every candidate that the record lacks."""
     errors = relative_errors(
         model.source,
         found.within,
-        importance,
+        importance_of(model, imatrix),
         known=record.errors,
         found=record.add_errors,
+        threads=threads,
         progress=progress,
     )
-    if weighting == "usual":
-        return Sensitivity(errors, usual_weights(list(model.source.specs), _layers(model)))
-    missing = [name for name in found.within if name not in record.weights]
-    if missing:
-        if tokens is None:
-            raise UserError("gradients need calibration text.")
-        decoder = models.decoder(Weights(model.source), model.metadata)
-        record.add_weights(gradient_weights(decoder, tokens, importance, progress=progress))
-    fallback = usual_weights(list(model.source.specs), _layers(model))
-    return Sensitivity(errors, fallback | record.weights)
+    return Sensitivity(errors, weights)
 
 
 def importance_of(model: Model, imatrix: Imatrix | None) -> dict[str, np.ndarray]:
     """The imatrix's entries for the tensors of this model, [matrices, cols] each."""
     return {} if imatrix is None else imatrix.by_tensor(model.source.specs.values())
-
-
-def near(found: Candidates, bpw: float) -> Candidates:
-    """Only the candidates within WINDOW times this many bits a weight: fewer to measure."""
-
-    def close(types: tuple[str, ...]) -> tuple[str, ...]:
-        inside = tuple(t for t in types if bpw / WINDOW <= bits_per_weight(t) <= bpw * WINDOW)
-        return inside or (min(types, key=lambda t: abs(bits_per_weight(t) - bpw)),)
-
-    return Candidates({name: close(types) for name, types in found.within.items()}, found.without)
 
 
 def fit(
@@ -178,6 +207,7 @@ def improved(
     model: Model,
     imatrix: Imatrix | None,
     found: Candidates,
+    sensitivity: Sensitivity,
     plan_for: Callable[[Mapping[str, float]], Plan],
     tokens: np.ndarray,
     *,
@@ -189,12 +219,73 @@ def improved(
     measure = Measure(model.source, model.metadata, importance_of(model, imatrix), tokens, threads)
 
     def types(scales: Mapping[str, float]) -> dict[str, str]:
-        changed = [e for e in plan_for(scales).entries if e.type != e.source_type]
-        return {entry.name: entry.type for entry in changed if entry.name in quantized}
+        return _changed(model, plan_for(scales))
 
-    quantized = {name for name, spec in model.source.specs.items() if len(spec.shape) > 1}
-    best = search(measure, types, groups(found.within, _layers(model)), seconds=seconds, progress=progress)
+    def reweigh(types: Mapping[str, str], scales: Mapping[str, float]) -> dict[str, float]:
+        by_type = sensitivity.damages(scales)
+        expected = {name: by_type[name][type] for name, type in types.items() if name in by_type}
+        return factors(measure.shares(types).of, expected)
+
+    grouped = groups(found.within, _layers(model))
+    best = search(measure, types, grouped, seconds=seconds, reweigh=reweigh, progress=progress)
     return plan_for(best.scales), best
+
+
+def met(
+    model: Model,
+    imatrix: Imatrix | None,
+    kld: float,
+    plan_for: Callable[[float], Plan],
+    tokens: np.ndarray,
+    *,
+    threads: int = 2,
+    progress: Progress = lambda done, count: None,
+) -> tuple[Plan, float]:
+    """The smallest plan found whose divergence, measured on `tokens`, is at most kld; and that divergence.
+
+    plan_for: the plan of an estimated divergence, which is corrected by what is measured, ROUNDS times.
+    Raises UserError where no plan is found that has so little.
+    """
+    measure = Measure(model.source, model.metadata, importance_of(model, imatrix), tokens, threads)
+    estimate, best, least = kld, None, float("inf")
+    for done in range(ROUNDS):
+        try:
+            plan = plan_for(estimate)
+        except UserError:
+            if best is None and done == 0:
+                raise
+            break  # what it would take to be better is more than the types allow
+        divergence = measure(_changed(model, plan))
+        progress(done + 1, ROUNDS)
+        least = min(least, divergence)
+        if divergence <= kld and (best is None or plan.nbytes < best[0].nbytes):
+            best = plan, divergence
+        if 0.95 * kld <= divergence <= kld or divergence <= 0:
+            break
+        estimate *= 0.98 * kld / divergence
+    if best is None:
+        raise UserError(
+            f"a KL divergence of {kld:g} was not met in {ROUNDS} trials: the least measured is {least:.3g}; "
+            "allow larger types, aim at that, or name a size."
+        )
+    return best
+
+
+def _changed(model: Model, plan: Plan) -> dict[str, str]:
+    """Types of the matrices that get another one."""
+    specs = model.source.specs
+    return {e.name: e.type for e in plan.entries if e.type != e.source_type and len(specs[e.name].shape) > 1}
+
+
+def factors(of: Mapping[str, float], expected: Mapping[str, float]) -> dict[str, float]:
+    """What the weights of tensors are to be multiplied by, so that damages become these shares.
+
+    Only ratios between tensors count. A share of few tokens is noisy: factors are at most _FARTHEST.
+    """
+    ratios = {name: of.get(name, 0.0) / damage for name, damage in expected.items() if damage > 0}
+    positive = [ratio for ratio in ratios.values() if ratio > 0]
+    middle = float(np.median(positive)) if positive else 1.0
+    return {n: float(np.clip(r / middle, 1 / _FARTHEST, _FARTHEST)) for n, r in ratios.items()}
 
 
 def recipe(

@@ -18,6 +18,7 @@ from jquant.gradients import FISHER, stream_gradients, text_labels
 from jquant.io.samples import Samples
 from jquant.io.token_ids import from_metadata
 from jquant.models import Decoder
+from jquant.plan import Profile
 from jquant.text import text_table
 from jquant.transforms.super_weights import (
     SuperWeight,
@@ -77,6 +78,34 @@ def protected(
         w, name = found[i], f"blk.{found[i].block}.{found[i].tensor}.weight"
         row = w.row if w.expert is None else w.expert * specs[name].shape[-2] + w.row
         out.setdefault(name, []).append((row, w.column))
+    return out
+
+
+def of_profile(profile: Profile, specs: Mapping[str, TensorSpec]) -> dict[str, list[tuple[int, int]]]:
+    """The super weights that a profile names, as from `protected`. UserError for one that the model lacks."""
+    out: dict[str, list[tuple[int, int]]] = {}
+    for layer, row, column in profile.protect:
+        name = f"blk.{layer}.ffn_down.weight"
+        shape = specs[name].shape if name in specs else ()
+        if len(shape) != 2 or row >= shape[0] or column >= shape[1]:
+            what = f"has shape {list(shape)}" if shape else "is not in the model"
+            raise UserError(
+                f"{profile.name}: protect layer {layer}, row {row}, column {column}: {name} {what}; "
+                "super weights are of one model: correct them, or leave them out."
+            )
+        out.setdefault(name, []).append((row, column))
+    return out
+
+
+def united_positions(
+    *parts: Mapping[str, Sequence[tuple[int, int]]],
+) -> dict[str, list[tuple[int, int]]]:
+    """All of them, each once."""
+    out: dict[str, list[tuple[int, int]]] = {}
+    for part in parts:
+        for name, positions in part.items():
+            kept = out.setdefault(name, [])
+            kept += [at for at in positions if at not in kept]
     return out
 
 

@@ -1,9 +1,13 @@
 """Better plans by measuring whole candidates: KL divergence of the quantized model on calibration text.
 
 The sum of damages is a second-order estimate of single changes; below three bits errors are large and add up
-otherwise. So the weights of groups of tensors (a role, the outer layers) are searched: a step up or down in
-one group's weight makes another plan of the same size, which is encoded, run, and kept where it is better.
-Pattern search: a step that helps is tried again, larger; when none helps, all steps are halved.
+otherwise. Two kinds of steps in the weights of tensors make other plans of the same size, which are encoded,
+run, and kept where they are better:
+
+1. The weights that the tensors' shares in the divergence of the present plan ask for: see `shares`.
+2. The weight of a group of tensors (a role, the outer layers) up or down. Pattern search: a step that helps
+   is tried again, larger; one that does not is halved.
+
 Source: Hooke & Jeeves 1961, "Direct search" solution of numerical and statistical problems.
 """
 
@@ -26,6 +30,7 @@ from jquant import models
 from jquant.core import Metadata, Source, TensorSpec
 from jquant.formats import FORMATS
 from jquant.models import Decoder, run_block
+from jquant.shares import Shares, shares
 from jquant.transcode import slab_rows, transcode
 from jquant.weights import Weights
 
@@ -120,14 +125,21 @@ class Measure:
 
     def __call__(self, types: Mapping[str, str]) -> float:
         """Nats a token. types: of the tensors that are not as in the source."""
-        self._encoder.prepare(types)
-        quantized = models.decoder(_Quantized(self._encoder, self._source.specs, types), self._metadata)
+        quantized = self._quantized(types)
         x = _last(quantized, self._tokens)
         parts = [
             _divergence(self._original.logits(jnp.asarray(a[None])), quantized.logits(jnp.asarray(b[None])))
             for a, b in zip(self._x, x, strict=True)
         ]
         return float(np.mean([float(part) for part in parts]))
+
+    def shares(self, types: Mapping[str, str]) -> Shares:
+        """The same, and what each tensor has of it. Takes some four times as long."""
+        return shares(self._original, self._quantized(types), self._x, self._tokens)
+
+    def _quantized(self, types: Mapping[str, str]) -> Decoder:
+        self._encoder.prepare(types)
+        return models.decoder(_Quantized(self._encoder, self._source.specs, types), self._metadata)
 
 
 def _last(model: Decoder, tokens: np.ndarray) -> Float[np.ndarray, "s t width"]:
@@ -176,12 +188,18 @@ class Found(NamedTuple):
     measured: int  # candidates
 
 
+# Types of a plan and the scales it was made with → factors for the weights of tensors.
+Reweigh = Callable[[Mapping[str, str], Mapping[str, float]], Mapping[str, float]]
+_REWEIGH_COST = 4  # candidates that one takes the time of
+
+
 def search(
     measure: Callable[[Mapping[str, str]], float],
     allocate: Callable[[Mapping[str, float]], Mapping[str, str]],
     grouped: Mapping[str, list[str]],
     *,
     seconds: float,
+    reweigh: Reweigh | None = None,
     clock: Callable[[], float] = time.monotonic,
     progress: Progress = lambda measured, best, used: None,
 ) -> Found:
@@ -190,40 +208,77 @@ def search(
     allocate: types for weights multiplied by these scales, always of the same size. No candidate is begun
     that would end after `seconds` by the mean duration of those before; the first is always measured.
     """
-    start = clock()
-    names = [name for group in grouped.values() for name in group]
-    scales = dict.fromkeys(names, 1.0)
-    types = allocate(scales)
-    seen = {tuple(types.values())}
-    first = best = measure(types)
-    measured, steps = 1, dict.fromkeys(grouped, FIRST_STEP)
-    progress(measured, best, clock() - start)
+    run = _Run(measure, allocate, seconds, clock, progress, [n for group in grouped.values() for n in group])
+    if reweigh is not None:
+        _by_shares(run, reweigh)
+    _by_groups(run, grouped)
+    return Found(run.scales, run.best, run.first, run.measured)
 
-    def time_left() -> bool:
-        return (clock() - start) * (measured + 1) / measured <= seconds
 
+class _Run:
+    """The best candidate so far, and what was spent on it."""
+
+    def __init__(self, measure, allocate, seconds: float, clock, progress: Progress, names: list[str]):
+        self._measure, self._allocate, self._seconds = measure, allocate, seconds
+        self._clock, self._progress, self._start = clock, progress, clock()
+        self.scales = dict.fromkeys(names, 1.0)
+        self.types = allocate(self.scales)
+        self._seen = {tuple(self.types.values())}
+        self.first = self.best = measure(self.types)
+        self.measured, self._spent = 1, 1
+        progress(1, self.best, clock() - self._start)
+
+    def has_time(self, candidates: int = 1) -> bool:
+        """Whether so many more would end in time."""
+        used = self._clock() - self._start
+        return used * (self._spent + candidates) / self._spent <= self._seconds
+
+    def spend(self, candidates: int) -> None:
+        self._spent += candidates
+
+    def is_better(self, scales: Mapping[str, float]) -> bool | None:
+        """Measures the plan of these scales and keeps it where it is better. None: it was measured before."""
+        types = self._allocate(scales)
+        if tuple(types.values()) in self._seen:
+            return None
+        self._seen.add(tuple(types.values()))
+        divergence = self._measure(types)
+        self.measured, self._spent = self.measured + 1, self._spent + 1
+        better = divergence < self.best
+        if better:
+            self.scales, self.types, self.best = dict(scales), types, divergence
+        self._progress(self.measured, self.best, self._clock() - self._start)
+        return better
+
+
+def _by_shares(run: _Run, reweigh: Reweigh) -> None:
+    """Weights that the shares in the present plan ask for, or part of the way where all of it is too far."""
+    power = 1.0
+    while run.has_time(_REWEIGH_COST + 1):
+        factors = reweigh(run.types, run.scales)
+        run.spend(_REWEIGH_COST)
+        while power >= 0.25:
+            if not run.has_time():
+                return
+            if run.is_better({n: s * factors.get(n, 1.0) ** power for n, s in run.scales.items()}):
+                break
+            power /= 2
+        else:
+            return
+
+
+def _by_groups(run: _Run, grouped: Mapping[str, list[str]]) -> None:
+    """Pattern search over the groups' weights."""
+    steps = dict.fromkeys(grouped, FIRST_STEP)
     while max(map(abs, steps.values()), default=0.0) >= LAST_STEP:
-        helped = False
         for group, step in list(steps.items()):
             for move in (step, -step):
-                tried = {n: s * (math.exp(move) if n in grouped[group] else 1.0) for n, s in scales.items()}
-                types = allocate(tried)
-                if tuple(types.values()) in seen:
-                    continue
-                if not time_left():
-                    return Found(scales, best, first, measured)
-                seen.add(tuple(types.values()))
-                divergence = measure(types)
-                measured += 1
-                better = divergence < best
-                if better:
-                    scales, best, helped = tried, divergence, True
+                if not run.has_time():
+                    return
+                factor = math.exp(move)
+                tried = {n: s * (factor if n in grouped[group] else 1.0) for n, s in run.scales.items()}
+                if run.is_better(tried):
                     steps[group] = 1.5 * move
-                progress(measured, best, clock() - start)
-                if better:
                     break
             else:
                 steps[group] = step / 2
-        if not helped and all(abs(step) < LAST_STEP for step in steps.values()):
-            break
-    return Found(scales, best, first, measured)

@@ -7,7 +7,7 @@ weight says what an error of 1 would do to the model: nats of KL divergence a to
 are two sources for it, both one number a tensor, since errors of different types differ by little more than
 their size (on SmolLM2-135M the logarithm of error(tensor, type) is a sum of one term for each, up to 0.1).
 
-- `usual_weights`: what was measured on one model, by role and depth. Costs nothing.
+- `usual`: what was measured on one model, by role and depth. Costs nothing.
 - `gradient_weights`: of this model. To second order KL = ½ Σ F (x − x̂)² with F the diagonal of the Fisher
   information: the mean square of the gradient of −log p(label), where labels are drawn from the model itself.
   Costs some three forward passes over the calibration samples.
@@ -21,8 +21,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -45,39 +45,10 @@ Damages = Mapping[str, Mapping[str, float]]  # tensor → type → nats a token
 SAMPLE = 4096  # weights of a tensor that are encoded: 16 superblocks
 _ROW = 256  # sampled weights are encoded in rows of this length, which all blocks divide
 _SLAB = 1024  # such rows at a time
+# Of 32 weights on a grid of 2^bits steps at most so many differ; of normal ones 19.4 with 5 bits.
+_DIFFERENT = {4: 16, 5: 22, 6: 27}
 
 Progress = Callable[[int, int], None]  # done, of how many
-
-# Nats a token for a relative error of 1 in the matrices of this role in all layers together. Measured on
-# SmolLM2-135M by `gradient_weights`; medians over layers, so that single odd layers do not count.
-_USUAL = {
-    "attn_q": 0.9,
-    "attn_k": 1.8,
-    "attn_v": 1.8,
-    "attn_qkv": 4.5,
-    "attn_output": 1.5,
-    "ffn_gate": 3.0,
-    "ffn_up": 3.0,
-    "ffn_down": 2.4,
-}
-_OTHER = 2.0
-_OUTPUT, _EMBEDDING = 20.0, 2.0
-_OUTER = 4.0  # times as much for the MLPs of the first and the last layer: the least of what was measured
-
-
-def usual_weights(names: Collection[str], layers: int) -> dict[str, float]:
-    """Weights by role and depth. layers: of the model."""
-    is_tied = "output.weight" not in names
-    found = {}
-    for name in names:
-        part = re.fullmatch(r"blk\.(\d+)\.(\w+?)(_exps|_shexp)?\.weight", name)
-        if part is None:
-            is_output = name == "output.weight" or (name == "token_embd.weight" and is_tied)
-            found[name] = _OUTPUT if is_output else _EMBEDDING
-            continue
-        outer = part[2].startswith("ffn_") and int(part[1]) in (0, layers - 1)
-        found[name] = _USUAL.get(part[2], _OTHER) / max(layers, 1) * (_OUTER if outer else 1.0)
-    return found
 
 
 def relative_errors(
@@ -87,6 +58,7 @@ def relative_errors(
     *,
     known: Errors | None = None,
     found: Callable[[str, Mapping[str, float]], None] = lambda name, errors: None,
+    threads: int = 2,
     progress: Progress = lambda done, count: None,
 ) -> dict[str, dict[str, float]]:
     """The relative error of each tensor in each of its types, on the same SAMPLE of its weights for all.
@@ -108,8 +80,14 @@ def relative_errors(
             samples = [_sample(source, name, importance.get(name)) for name in names]
             data, x, w = (np.concatenate([sample[i] for sample in samples]) for i in range(3))
             ends = np.cumsum([len(sample.x) for sample in samples])
-            for type in sorted({t for name in names for t in missing[name]}):
-                loss = _losses(FORMATS[stored], FORMATS[type], data, x, w, weighted=bool(importance))
+
+            def losses(type: str, data=data, x=x, w=w, stored=stored) -> np.ndarray:
+                return _losses(FORMATS[stored], FORMATS[type], data, x, w, weighted=bool(importance))
+
+            needed = sorted({t for name in names for t in missing[name]})
+            with ThreadPoolExecutor(threads, thread_name_prefix="jquant") as pool:  # compiles side by side
+                by_type = dict(zip(needed, pool.map(losses, needed), strict=True))
+            for type, loss in by_type.items():
                 for name, begin, end in zip(names, [0, *ends], ends, strict=False):
                     total = float((w[begin:end] * x[begin:end] ** 2).sum(dtype=np.float64))
                     if type in missing[name]:
@@ -121,6 +99,25 @@ def relative_errors(
     for name, wanted in types.items():
         out[name] |= dict.fromkeys((t for t in wanted if t == source.specs[name].type), 0.0)
     return out
+
+
+def grid_bits(source: Source, names: Iterable[str]) -> dict[str, int]:
+    """Of tensors whose weights seem to come from a quantized file: the bits of its codes, 4 for fewer.
+
+    32 trained weights are 32 different numbers, a few less in bfloat16; 4-bit codes of one scale, at most 16.
+    """
+    found = {}
+    for name in names:
+        if source.specs[name].type not in ("F32", "F16", "BF16"):
+            continue
+        x = np.sort(_sample(source, name, None).x.reshape(-1, 32), axis=-1)
+        different = 1 + (np.diff(x) != 0).sum(-1)
+        different = different[different > 1]  # padding aside
+        mean = different.mean() if len(different) else 32.0
+        bits = next((bits for bits, most in _DIFFERENT.items() if mean <= most), None)
+        if bits is not None:
+            found[name] = bits
+    return found
 
 
 def _batches(names: list[str]) -> Iterator[list[str]]:

@@ -38,6 +38,30 @@ def block_and_bytes(ggml_type: int) -> tuple[int, int]:
     return traits.blck_size, traits.type_size
 
 
+class _CpuTypeTraits(ctypes.Structure):
+    _fields_ = [
+        ("from_float", ctypes.c_void_p),
+        ("vec_dot", ctypes.c_void_p),
+        ("vec_dot_type", ctypes.c_int),
+        ("nrows", ctypes.c_int64),
+    ]
+
+
+_lib.ggml_type_name.restype = ctypes.c_char_p
+
+
+def has_type(ggml_type: int) -> bool:
+    """Whether the library is new enough to know it."""
+    return (_lib.ggml_type_name(ggml_type) or b"NONE") != b"NONE"
+
+
+def has_product(ggml_type: int) -> bool:
+    """Whether the CPU backend multiplies with matrices of this type."""
+    cpu = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("*ggml-cpu.*"))))
+    cpu.ggml_get_type_traits_cpu.restype = ctypes.POINTER(_CpuTypeTraits)
+    return bool(cpu.ggml_get_type_traits_cpu(ggml_type).contents.vec_dot)
+
+
 def encode(ggml_type: int, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     """x [rows, cols] float32 → uint8 [rows, row bytes]; importance [cols], as llama-quantize passes it."""
     rows, cols = x.shape

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "analyze": CORE
     | {"calibrate", "convert", "figures", "io", "mesh", "models", "parallel", "text", "transforms"}
     | {"weights"},
-    "protection": CORE | {"convert", "gradients", "io", "models", "text", "transforms", "weights"},
+    "protection": CORE | {"convert", "gradients", "io", "models", "plan", "text", "transforms", "weights"},
     "methods": CORE | {"analyze", "calibrate", "convert", "gradients", "io", "models", "ranges", "weights"},
     "evaluate": set(),
     "coherence": set(),
@@ -53,9 +53,13 @@ MAY_IMPORT = {
     "evaluate_report": CORE | {"coherence", "evaluate", "report", "text"},
     "evaluate_html": CORE | {"evaluate_report", "report", "svg", "text"},
     "comparison": CORE | {"coherence", "convert", "engines", "evaluate", "evaluate_report", "io", "scoring"},
+    "usual": set(),
     "sensitivity": CORE | {"calibrate", "formats", "models", "transcode"},
-    "search": CORE | {"formats", "models", "transcode", "weights"},
-    "dynamic": CORE | {"convert", "io", "models", "plan", "search", "sensitivity", "text", "weights"},
+    "shares": CORE | {"calibrate", "models"},
+    "search": CORE | {"formats", "models", "shares", "transcode", "weights"},
+    "dynamic": CORE
+    | {"convert", "io", "models", "plan", "search", "sensitivity", "text"}
+    | {"usual", "weights"},
     "sequential": CORE | {"calibrate", "transforms"},
     "moving": CORE | {"formats", "models"},
     "tuning": CORE | {"calibrate", "models", "moving"},

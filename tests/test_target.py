@@ -6,23 +6,33 @@ import json
 from pathlib import Path
 
 import gguf
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from divergence import Noisy, divergence
 from tiny_models import write_tiny
 from typer.testing import CliRunner
 
 import jquant
-from jquant import models
+from jquant import analyze, models
 from jquant.convert import Model, open_model, write_gguf
 from jquant.core import UserError, bits_per_weight
-from jquant.dynamic import Sensitivity, Target, fit, importance_of, measured, recipe
+from jquant.dynamic import (
+    Sensitivity,
+    Target,
+    fit,
+    measured,
+    open_record,
+    recipe,
+    shortlist,
+    tensor_weights,
+)
 from jquant.io import GgufSource
 from jquant.io.imatrix import Imatrix
-from jquant.plan import candidates, parse_profile, plan, runtime_types, settle
-from jquant.search import Measure, groups, search
-from jquant.sensitivity import SAMPLE, Record, gradient_weights, relative_errors, usual_weights
+from jquant.plan import Candidates, candidates, parse_profile, runtime_types, settle
+from jquant.plan.targets import USUAL
+from jquant.sensitivity import SAMPLE, Record, gradient_weights, grid_bits, relative_errors
+from jquant.usual import usual_errors, usual_weights
 from jquant.weights import Weights
 from jquant_cli import _errors
 from jquant_cli.main import app
@@ -52,7 +62,12 @@ def imatrix(model) -> Imatrix:
 
 @pytest.fixture(scope="module")
 def sensitivity(model, imatrix) -> Sensitivity:
-    return measured(model, imatrix, free(model, imatrix)[1])
+    return sense(model, imatrix, free(model, imatrix)[1])
+
+
+def sense(model: Model, imatrix: Imatrix | None, found: Candidates, file: Path | None = None) -> Sensitivity:
+    record = open_record(model, imatrix, file)
+    return measured(model, imatrix, found, tensor_weights(model, imatrix, found, record), record)
 
 
 def free(model: Model, imatrix: Imatrix | None, text: str = ""):
@@ -113,6 +128,23 @@ def test_a_target_kld_takes_fewer_bytes_for_more_divergence(model, imatrix, sens
     assert sum(by_type[e.name][e.type] for e in strict.entries if e.name in by_type) <= 0.1
 
 
+@pytest.mark.parametrize("kld", [0.3, 0.02])
+def test_a_target_kld_is_met_by_measurement_where_there_is_text(folder, tmp_path, kld):
+    out, calibration = tmp_path / "out.gguf", tmp_path / "text.txt"
+    calibration.write_text("There was once a little girl who lived in a small house. " * 400)
+    options = ("--target-kld", kld, "--calibration", calibration, "--sequence-length", 32, "--samples", 8)
+    report = json.loads(run("quantize", folder, out, *options, "--json", "-q"))
+    assert report["search"]["best_kld"] <= kld
+    original, made = open_model(folder), GgufSource(out)
+    tokens = analyze.load_samples(original, str(calibration), samples=8, sequence_length=32).tokens
+    expected = divergence(
+        models.decoder(Weights(original.source), original.metadata),
+        models.decoder(Weights(made), made.metadata),
+        tokens,
+    )
+    assert report["search"]["best_kld"] == pytest.approx(expected, rel=1e-2)
+
+
 def test_bounds_hold_under_a_target(model, imatrix, sensitivity):
     text = '[[rule]]\nrole = "attention"\nmin = "Q6_K"'
     settled, found = free(model, imatrix, text)
@@ -143,10 +175,59 @@ def test_candidates_are_what_runtime_importance_and_rows_allow(model, imatrix):
         assert set(found.within.values()) == {expected}
 
 
+@pytest.mark.parametrize("bpw", [2.5, 3.5, 5.0])
+def test_a_few_types_do_almost_as_well_as_all(model, imatrix, sensitivity, bpw):
+    settled, found = free(model, imatrix)
+    target = Target(bpw=bpw)
+    few = shortlist(model, settled, found, sensitivity.weights, target)
+
+    def damage(candidates: Candidates) -> float:
+        made = fit(model, settled, candidates, sensitivity, target, imatrix=imatrix)
+        by_type = sensitivity.damages()
+        return sum(by_type[e.name][e.type] for e in made.entries if e.name in by_type)
+
+    assert len({t for types in few.within.values() for t in types}) <= len(USUAL) // 2
+    assert few.without == found.without
+    assert damage(few) <= 1.05 * damage(found)
+
+
+def test_every_tensor_keeps_a_type_that_its_bounds_allow(model, imatrix, sensitivity):
+    settled, found = free(
+        model,
+        imatrix,
+        '[[rule]]\nmatch = "blk.0.attn_k"\ntype = "Q8_0"\n[[rule]]\n'
+        'match = "blk.1.attn_k"\nmin = "Q5_K"\nmax = "Q5_K"',
+    )
+    few = shortlist(model, settled, found, sensitivity.weights, Target(bpw=2.5))
+    assert few.within["blk.1.attn_k.weight"] == ("Q5_K",)
+    assert all(few.within.values())
+
+
+def test_usual_errors_are_those_of_other_weights_up_to_a_factor(model):
+    """The tiny model's weights are random; the distances between types are as usual."""
+    name = "blk.0.ffn_up.weight"
+    types = [t for t in usual_errors(USUAL) if not jquant.FORMATS[t].needs_importance]
+    measured_here = relative_errors(model.source, {name: types}, {})[name]
+    ratios = [measured_here[t] / usual_errors([t])[t] for t in types]
+    assert max(ratios) / min(ratios) < 2, dict(zip(types, ratios, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("type", "bits"), [("Q4_K", 4), ("Q4_0", 4), ("Q5_K", 5), ("Q2_K", 4), ("Q8_0", None)]
+)
+def test_weights_of_a_quantized_file_are_known_by_their_steps(model, tmp_path, type, bits):
+    out, back = tmp_path / "q.gguf", tmp_path / "f16.gguf"
+    run("quantize", model.path, out, "--type", type, "--pure", "-q")
+    run("quantize", out, back, "--type", "F16", "-q")
+    name = "blk.0.ffn_up.weight"
+    assert grid_bits(open_model(back).source, [name]).get(name) == bits
+    assert grid_bits(model.source, [name]) == {}
+
+
 def test_rows_that_no_superblock_divides_have_candidates_with_blocks_of_32(tmp_path):
     odd = open_model(write_tiny(tmp_path / "odd", "LlamaForCausalLM"))
     settled, found = free(odd, None)
-    made = fit(odd, settled, found, measured(odd, None, found), Target(bpw=6.0))
+    made = fit(odd, settled, found, sense(odd, None, found), Target(bpw=6.0))
     assert made.fallbacks == ()
     assert 5.5 < made.bpw <= 6.0
 
@@ -162,33 +243,6 @@ def test_the_error_of_a_sample_is_that_of_the_tensor(model, imatrix):
         whole = jquant.dequantize(jquant.quantize(x, jquant.FORMATS[type], jnp.asarray(w)))
         expected = float((w * (whole - x) ** 2).sum() / (w * x * x).sum())
         assert error == pytest.approx(expected, rel=0.1), type
-
-
-def divergence(a: models.Decoder, b: models.Decoder, tokens: np.ndarray) -> float:
-    """KL divergence from a to b, nats a token, both run whole."""
-    logits = []
-    for decoder in (a, b):
-        x = jnp.asarray(decoder.embed(tokens))
-        for i, block in enumerate(decoder.blocks):
-            angles = jnp.asarray(decoder.angles(i, tokens.shape[1]))
-            x = models.run_block(block, decoder.load_block(i), x, angles)
-        logits.append(jax.nn.log_softmax(decoder.logits(x)))
-    p, q = logits
-    return float((jnp.exp(p) * (p - q)).sum(-1).mean())
-
-
-class Noisy:
-    """The weights of a source with one tensor changed."""
-
-    def __init__(self, weights: Weights, name: str, value: np.ndarray):
-        self.specs, self._weights, self._name, self._value = weights.specs, weights, name, value
-
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        found = self._weights.rows(name, start, stop)
-        return self._value[start:stop] if name == self._name else found
-
-    def tensor(self, name: str) -> np.ndarray:
-        return self.rows(name).reshape(self.specs[name].shape)
 
 
 @pytest.mark.parametrize("name", ["blk.0.ffn_down.weight", "blk.1.attn_v.weight", "output.weight"])
@@ -230,19 +284,19 @@ def test_usual_weights_of_all_layers_do_not_depend_on_their_number():
 def test_a_record_is_continued_and_gives_the_same_numbers(model, imatrix, sensitivity, tmp_path):
     file = tmp_path / "record.jsonl"
     _, found = free(model, imatrix)
-    assert measured(model, imatrix, found, file=file) == sensitivity
+    assert sense(model, imatrix, found, file) == sensitivity
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:4]) + lines[4][: len(lines[4]) // 2])  # a run that was killed
-    assert measured(model, imatrix, found, file=file) == sensitivity
+    assert sense(model, imatrix, found, file) == sensitivity
     assert sorted(file.read_text().splitlines()) == sorted("".join(lines).splitlines())
 
 
 def test_a_record_of_another_run_is_refused(model, imatrix, tmp_path):
     file = tmp_path / "record.jsonl"
     _, found = free(model, imatrix)
-    measured(model, imatrix, found, file=file)
+    sense(model, imatrix, found, file)
     with pytest.raises(UserError, match="another imatrix"):
-        measured(model, None, free(model, None)[1], file=file)
+        sense(model, None, free(model, None)[1], file)
 
 
 def test_a_record_that_is_none_is_refused_with_its_line(tmp_path):
@@ -252,62 +306,6 @@ def test_a_record_that_is_none_is_refused_with_its_line(tmp_path):
         opened.write("nonsense\n")
     with pytest.raises(UserError, match="line 2"):
         Record(file, {"model": 1})
-
-
-def test_the_measured_divergence_is_that_of_the_file(model, imatrix, tmp_path):
-    tokens = np.random.default_rng(0).integers(3, 390, (3, 24))
-    made = plan(model.source.specs, model.metadata, "IQ2_M", has_imatrix=True)
-    out = tmp_path / "out.gguf"
-    write_gguf(model, made, out, imatrix=imatrix)
-    measure = Measure(model.source, model.metadata, importance_of(model, imatrix), tokens)
-    file = GgufSource(out)
-    expected = divergence(
-        models.decoder(Weights(model.source), model.metadata),
-        models.decoder(Weights(file), file.metadata),
-        tokens,
-    )
-    assert expected > 0
-    assert measure({e.name: e.type for e in made.entries}) == pytest.approx(expected, rel=1e-4)
-    assert measure({}) == pytest.approx(0, abs=1e-6)
-
-
-def test_the_search_finds_weights_that_were_wrong():
-    """Divergence by true weights, allocation by wrong ones: eight bits are given to the heavier group."""
-    truth = {"a": 9.0, "b": 1.0}
-    names = {"a": ["blk.0.ffn_up.weight"], "b": ["blk.0.ffn_down.weight"]}
-
-    def allocate(scales):
-        share = np.sqrt(scales[names["a"][0]] / scales[names["b"][0]])
-        bits = round(4 + np.log2(share) / 2, 2)
-        return {"a": f"{bits}", "b": f"{8 - bits}"}
-
-    def measure(types):
-        return sum(truth[n] * 4.0 ** -float(types[n]) for n in truth)
-
-    found = search(measure, allocate, names, seconds=1e9)
-    best = min(measure({"a": f"{b}", "b": f"{8 - b}"}) for b in np.arange(2, 6, 0.01))
-    assert found.divergence < found.first
-    assert found.divergence == pytest.approx(best, rel=0.01)
-
-
-def test_the_search_ends_in_time():
-    now = [0.0]
-
-    def measure(types):
-        now[0] += 10
-        return 1 / now[0]
-
-    counter = iter(range(1000))
-    found = search(
-        measure, lambda scales: {"t": str(next(counter))}, {"g": ["t"]}, seconds=55.0, clock=lambda: now[0]
-    )
-    assert (found.measured, now[0]) == (5, 50)
-
-
-def test_every_tensor_is_in_a_group_of_the_search(model, imatrix):
-    settled, found = free(model, imatrix)
-    grouped = groups(found.within, 2)
-    assert {name for group in grouped.values() for name in group} == {spec.name for spec in settled.free}
 
 
 def test_the_header_says_how_the_file_was_made_and_like_repeats_it(folder, tmp_path):

@@ -3,10 +3,19 @@
 from jquant.plan._plan import Entry, Plan, Settled, check_encodable, plan, settle
 from jquant.plan.file_types import ALIASES, FILE_TYPES, FileType, file_type
 from jquant.plan.profile import Profile, parse_profile, preset_names, preset_text
-from jquant.plan.protect import protect
+from jquant.plan.protect import protect, protect_settled
 from jquant.plan.rules import Rule, parse_rule, parse_rules_file, tensor_type
 from jquant.plan.runtimes import RUNTIMES, runtime_types
-from jquant.plan.targets import Candidates, TooSmallError, allocated, candidates, for_damage, like
+from jquant.plan.shortlist import shortlist
+from jquant.plan.targets import (
+    Candidates,
+    TooSmallError,
+    allocated,
+    candidates,
+    for_damage,
+    like,
+    price,
+)
 
 __all__ = [
     "ALIASES",
@@ -32,8 +41,11 @@ __all__ = [
     "plan",
     "preset_names",
     "preset_text",
+    "price",
     "protect",
+    "protect_settled",
     "runtime_types",
     "settle",
+    "shortlist",
     "tensor_type",
 ]

@@ -13,8 +13,8 @@ A tensor's type is settled by the first of these that speaks:
 7. `pure`: the file type's base type; else the file type's mixture, see `mixtures`. The profile's bounds lift
    or lower either.
 
-What is settled so, `protect` may still lift, for tensors with super weights; with a target these become rules
-of point 3 instead, so that the size holds.
+What is settled so, `protect` may still lift, for tensors with super weights; with a target that happens
+before point 6 instead, by `protect_settled`, so that the size holds.
 
 Without profile and target the order is llama-quantize's, and so are the types, with three differences: rules
 also work for the file types F32, F16 and BF16; 4 also holds with `pure`; types from 2 fall back like all

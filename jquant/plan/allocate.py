@@ -35,6 +35,13 @@ def smallest(items: Sequence[Sequence[Option]]) -> float:
     return sum(min(option.size for option in options) for options in items)
 
 
+def price_of(items: Sequence[Sequence[Option]], budget: float) -> float:
+    """The least price of size at which the best options fit; infinite where only the smallest do, or none."""
+    sizes = [np.array([option.size for option in options], np.float64) for options in items]
+    costs = [np.array([option.cost for option in options], np.float64) for options in items]
+    return _price(sizes, costs, budget)
+
+
 def choose(items: Sequence[Sequence[Option]], budget: float) -> list[int]:
     """For each item the number of its option, so that sizes add up to at most `budget` at least total cost.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from jquant.core import TensorSpec
-from jquant.plan._plan import Entry, Plan, fitted
+from jquant.core import TensorSpec, bits_per_weight
+from jquant.plan._plan import Entry, Plan, Settled, fitted
 from jquant.plan.mixtures import Choice
 from jquant.plan.rules import tensor_type
 
@@ -25,6 +25,25 @@ def protect(plan: Plan, positions: Positions, type: str) -> Plan:
         return _protected(old, positions[old.name], type) if old.name in positions else old
 
     return replace(plan, entries=tuple(map(entry, plan.entries)))
+
+
+def protect_settled(settled: Settled, positions: Positions, type: str) -> Settled:
+    """The same before a target chooses types, so that what these tensors take counts.
+
+    Where rules, options or the profile name or demand a larger type, that stays. UserError as of `protect`.
+    """
+    type = tensor_type(type, "the type of protected tensors")
+    chosen = dict(settled.chosen)
+    for spec in settled.quantizable:
+        if spec.name not in positions:
+            continue
+        least = settled.bounds[spec.name].minimum
+        choice = chosen.get(spec.name) or (Choice(least, "the profile's least") if least else None)
+        if choice is None or bits_per_weight(fitted(spec, choice).type) < bits_per_weight(type):
+            choice = Choice(type, "the type of protected tensors")
+        chosen[spec.name] = choice
+    free = [spec for spec in settled.free if spec.name not in chosen]
+    return settled._replace(chosen=chosen, free=free)
 
 
 def _protected(entry: Entry, positions: Sequence[tuple[int, int]], type: str) -> Entry:

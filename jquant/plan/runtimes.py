@@ -1,7 +1,9 @@
 """Which types each of llama.cpp's backends computes with; others it refuses, or moves to the CPU.
 
-Source: ggml-cuda.cu, supports_op of MUL_MAT; ggml-metal.metal, the instances of kernel_mul_mm; ggml-cpu.c,
-type_traits_cpu. The newest types (Q1_0, Q2_0, NVFP4) need a llama.cpp of 2026; Metal's are left out.
+CPU: ggml-cpu.c, type_traits_cpu. CUDA: ggml-cuda.cu, supports_op of MUL_MAT (llama.cpp 00108827): all but the
+ternary types. Metal: ggml-metal.metal, the instances of kernel_mul_mm. Its supports_op takes every type, and
+one without a kernel ends the process; so Q1_0, Q2_0 and TQ2_0, of which only late files of 2026 have kernels,
+are left out with NVFP4 and TQ1_0.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from jquant.core import TensorSpec, UserError, bits_per_weight, block_and_bytes
 from jquant.formats import FORMATS
 from jquant.plan._plan import NEED_IMPORTANCE, Plan, Settled, assemble, fitted
-from jquant.plan.allocate import Option, choose, smallest
+from jquant.plan.allocate import Option, choose, price_of, smallest
 from jquant.plan.file_types import FILE_TYPES, FileType
 from jquant.plan.mixtures import Choice, role
 from jquant.plan.profile import Bounds, Profile
@@ -116,6 +116,25 @@ def for_damage(
             f"{smallest(turned):.3g}; allow larger types, or aim at that."
         )
     return _planned(specs, settled, items, choose(turned, damage), has_imatrix)
+
+
+def price(
+    specs: Mapping[str, TensorSpec],
+    settled: Settled,
+    found: Candidates,
+    damages: Mapping[str, Mapping[str, float]],
+    *,
+    budget: float | None = None,
+    damage: float | None = None,
+    alignment: int = ALIGNMENT,
+) -> float:
+    """Nats that a byte is worth at this number of bytes of all tensors, or at this total damage."""
+    items = [_options(spec, found.within[spec.name], damages, alignment) for spec in settled.free]
+    if budget is not None:
+        return price_of(items, budget - _fixed_bytes(specs, settled, alignment))
+    assert damage is not None
+    turned = price_of([[Option(o.type, o.cost, o.size) for o in options] for options in items], damage)
+    return 1 / turned if turned > 0 else float("inf")
 
 
 class TooSmallError(UserError):
