@@ -218,7 +218,15 @@ def search(
 class _Run:
     """The best candidate so far, and what was spent on it."""
 
-    def __init__(self, measure, allocate, seconds: float, clock, progress: Progress, names: list[str]):
+    def __init__(
+        self,
+        measure: Callable[[Mapping[str, str]], float],
+        allocate: Callable[[Mapping[str, float]], Mapping[str, str]],
+        seconds: float,
+        clock: Callable[[], float],
+        progress: Progress,
+        names: list[str],
+    ):
         self._measure, self._allocate, self._seconds = measure, allocate, seconds
         self._clock, self._progress, self._start = clock, progress, clock()
         self.scales = dict.fromkeys(names, 1.0)
