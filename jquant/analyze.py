@@ -112,13 +112,23 @@ def share_of(samples: Samples, mesh: Mesh | None) -> tuple[slice, Through | None
 
 
 def open_checkpoint(
-    folder: Path, model: Model, samples: Samples, *, batch: int, resume: bool, method: str = "imatrix"
+    folder: Path,
+    model: Model,
+    samples: Samples,
+    *,
+    batch: int,
+    resume: bool,
+    method: str = "imatrix",
+    mesh: Mesh | None = None,
 ) -> Checkpoint:
     """A store in `folder` for `importance`, or another method's run, of the same arguments.
 
     Raises UserError where a checkpoint is there and `resume` is false, or it is of another run.
     """
-    return Checkpoint(folder, run_of(model, samples, batch=batch, method=method), resume=resume)
+    run = run_of(model, samples, batch=batch, method=method)
+    if mesh is not None:
+        run["mesh"] = dict(mesh.shape)  # the order of sums
+    return Checkpoint(folder, run, resume=resume)
 
 
 def run_of(model: Model, samples: Samples, *, batch: int, method: str) -> dict[str, object]:

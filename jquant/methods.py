@@ -57,7 +57,9 @@ def measure(
         return fisher(model, samples, seed=seed, batch=batch, tape=tape, progress=progress)
     store = None
     if checkpoint is not None:
-        store = open_checkpoint(checkpoint, model, samples, batch=batch, resume=resume, method=method)
+        store = open_checkpoint(
+            checkpoint, model, samples, batch=batch, resume=resume, method=method, mesh=mesh
+        )
     if method == "imatrix":
         return importance(model, samples, batch=batch, store=store, mesh=mesh, progress=progress)
     assert output is not None
