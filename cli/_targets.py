@@ -172,7 +172,8 @@ def plan(
     def measure(found):
         return dynamic.measured(opened, imatrix, found, weights, record, threads=threads, progress=shown)
 
-    found = dynamic.shortlist(opened, settled, every, weights, wanted)
+    named = bool(profile and profile.candidates)
+    found = dynamic.shortlist(opened, settled, every, weights, wanted, named=named)
     sensitivity = measure(found)
     try:
         made = fit(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,7 +15,7 @@ import numpy as np
 
 from jquant import io, models
 from jquant.convert import Model, output_metadata
-from jquant.core import UserError
+from jquant.core import UserError, bits_per_weight
 from jquant.io.imatrix import Imatrix
 from jquant.plan import Candidates, Plan, Profile, Settled, TooSmallError, allocated, for_damage, price
 from jquant.plan import shortlist as plan_shortlist
@@ -100,18 +101,41 @@ def tensor_weights(
 
 
 def shortlist(
-    model: Model, settled: Settled, found: Candidates, weights: Mapping[str, float], target: Target
+    model: Model,
+    settled: Settled,
+    found: Candidates,
+    weights: Mapping[str, float],
+    target: Target,
+    *,
+    named: bool = False,
 ) -> Candidates:
-    """Only the candidates of which a plan for this target will have something, by what is usual for types."""
+    """Only the candidates of which a plan for this target will have something, by what is usual for types.
+
+    A sum of damages thinks too well of types below two bits, so where a size can be had without them they
+    are left out, unless the user named the candidates.
+    """
     bits = grid_bits(model.source, found.within)
     errors = {name: usual_errors(types, bits.get(name)) for name, types in found.within.items()}
     expected, specs = damages(errors, weights), model.source.specs
     if target.kld is not None:
         value = price(specs, settled, found, expected, damage=target.kld)
-    else:
-        nbytes = target.nbytes or (target.bpw or 0.0) * sum(spec.size for spec in specs.values()) / 8
-        value = price(specs, settled, found, expected, budget=float(nbytes))
-    return plan_shortlist(specs, found, expected, value)
+        return plan_shortlist(specs, found, expected, value)
+    nbytes = target.nbytes or (target.bpw or 0.0) * sum(spec.size for spec in specs.values()) / 8
+    larger = found if named else _of_two_bits(found)
+    value = price(specs, settled, larger, expected, budget=float(nbytes))
+    if math.isfinite(value):
+        return plan_shortlist(specs, larger, expected, value)
+    return plan_shortlist(
+        specs, found, expected, price(specs, settled, found, expected, budget=float(nbytes))
+    )
+
+
+def _of_two_bits(found: Candidates) -> Candidates:
+    within = {
+        name: tuple(type for type in of if bits_per_weight(type) >= 2) or of
+        for name, of in found.within.items()
+    }
+    return found._replace(within=within)
 
 
 def measured(
