@@ -179,7 +179,7 @@ def test_candidates_are_what_runtime_importance_and_rows_allow(model, imatrix):
 def test_a_few_types_do_almost_as_well_as_all(model, imatrix, sensitivity, bpw):
     settled, found = free(model, imatrix)
     target = Target(bpw=bpw)
-    few = shortlist(model, settled, found, sensitivity.weights, target)
+    few = shortlist(model, settled, found, sensitivity.weights, target, named=True)
 
     def damage(candidates: Candidates) -> float:
         made = fit(model, settled, candidates, sensitivity, target, imatrix=imatrix)
@@ -189,6 +189,17 @@ def test_a_few_types_do_almost_as_well_as_all(model, imatrix, sensitivity, bpw):
     assert len({t for types in few.within.values() for t in types}) <= len(USUAL) // 2
     assert few.without == found.without
     assert damage(few) <= 1.05 * damage(found)
+
+
+@pytest.mark.parametrize(
+    ("bpw", "named", "sparse"), [(2.7, False, False), (2.7, True, True), (1.95, False, True)]
+)
+def test_less_than_two_bits_only_where_they_must_be_or_were_named(
+    model, imatrix, sensitivity, bpw, named, sparse
+):
+    settled, found = free(model, imatrix)
+    few = shortlist(model, settled, found, sensitivity.weights, Target(bpw=bpw), named=named)
+    assert any(bits_per_weight(t) < 2 for types in few.within.values() for t in types) == sparse
 
 
 def test_every_tensor_keeps_a_type_that_its_bounds_allow(model, imatrix, sensitivity):
