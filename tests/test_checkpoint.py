@@ -16,7 +16,7 @@ from test_analyze import run
 from test_models import SHARED
 from tiny_models import LINES, write_tiny
 
-from jquant import calibrate
+from jquant import calibrate, parallel
 from jquant.core import OutputError, UserError
 from jquant.io.checkpoint import Checkpoint
 
@@ -42,6 +42,7 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 6, 7, 8])
 def test_a_run_that_stops_anywhere_continues_to_the_same_bytes(steps, model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("jquant_cli._runtime.mesh", lambda asked: None)  # one device, whose steps are counted
     run("analyze", model, "-c", text, "-o", tmp_path / "whole.gguf", *SMALL)
     left, step = steps, calibrate._step
 
@@ -59,6 +60,29 @@ def test_a_run_that_stops_anywhere_continues_to_the_same_bytes(steps, model, tex
         run(*arguments)
     assert not (tmp_path / "out.gguf").exists()
     left = 9 - steps + steps % 3  # three batches a block: those of finished blocks are not computed again
+    run(*arguments, "--resume")
+    assert left == 0
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 5])
+def test_a_run_over_two_devices_continues_to_the_same_bytes(steps, model, text, tmp_path, monkeypatch):
+    run("analyze", model, "-c", text, "-o", tmp_path / "whole.gguf", *SMALL)
+    left, check = steps, parallel.check_finite
+
+    def stopping(*arguments):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KilledError
+        check(*arguments)
+
+    arguments = ("analyze", model, "-c", text, "-o", tmp_path / "out.gguf", *SMALL)
+    arguments += ("--checkpoint-dir", tmp_path / "checkpoint")
+    monkeypatch.setattr(parallel, "check_finite", stopping)
+    with pytest.raises(AssertionError):
+        run(*arguments)
+    left = 6 - steps + steps % 2  # two steps a block, of two samples on each device
     run(*arguments, "--resume")
     assert left == 0
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
