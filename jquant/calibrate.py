@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from jquant.core import Block, BlockwiseModel, OutputError, UserError
+from jquant.core import Block, BlockwiseModel, OutputError, UserError, block_parameters
 from jquant.space import reserve
 from jquant.text import human_size
 
@@ -258,14 +258,7 @@ def _shared(block: Block, width: int, pairs: int) -> tuple[tuple[str, str], ...]
         for name in sorted(shown):
             found[name] = first.setdefault(id(shown[name]["x"]), name)
 
-    params: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
-    for parameter, shape in block.shapes:
-        module, _, kind = parameter.partition(".")
-        # A matrix of one row is stored as a vector.
-        matrix = kind == "weight" and "norm" not in module and len(shape) == 1
-        params.setdefault(module, {})[kind] = jax.ShapeDtypeStruct(
-            (1, *shape) if matrix else shape, jnp.float32
-        )
+    params = block_parameters(block.shapes, lambda _, shape: jax.ShapeDtypeStruct(shape, jnp.float32))
     x = jax.ShapeDtypeStruct((1, 1, width), jnp.float32)
     jax.eval_shape(trace, params, x, jax.ShapeDtypeStruct((1, pairs), jnp.float32))
     return tuple(found.items())
@@ -343,19 +336,6 @@ def init_all(block: Block, init: Callable[[tuple[int, ...]], Stats]) -> dict[str
     return found
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _step(
-    block: Block,
-    calibrator: Calibrator,
-    params: Mapping,
-    stats: dict[str, Stats],
-    x: Float[Array, "s t width"],
-    angles: Float[Array, "t pairs"],
-    real: Int[Array, " s"],
-) -> tuple[Float[Array, "s t width"], dict[str, Stats]]:
-    return add_inputs(block, calibrator, params, stats, x, angles, real)
-
-
 def add_inputs(
     block: Block,
     calibrator: Calibrator,
@@ -375,6 +355,9 @@ def add_inputs(
         for name, before in stats.items()
     }
     return y, updated
+
+
+_step = jax.jit(add_inputs, static_argnums=(0, 1))
 
 
 def weights_of(x: Float[Array, "s t width"], real: Int[Array, " s"]) -> Float[Array, " n"]:

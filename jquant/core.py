@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import gguf
 import jax
@@ -143,6 +143,8 @@ class QuantizedTensor:
     def nbytes(self) -> int:
         return sum(part.size * part.dtype.itemsize for part in self.parts.values())
 
+
+_T = TypeVar("_T")
 
 # How long to search: "fast" is each format's own search, "best" the best of several that start differently.
 Effort = Literal["fast", "best"]
@@ -474,6 +476,19 @@ class Block(Protocol):
     def apply(
         self, variables: Mapping, x: Array, angles: Array, *, mutable: str
     ) -> tuple[Array, Mapping]: ...
+
+
+def block_parameters(
+    shapes: Iterable[tuple[str, tuple[int, ...]]], value: Callable[[str, tuple[int, ...]], _T]
+) -> dict[str, dict[str, _T]]:
+    """What a block is applied to, {"attn_q": {"weight": …}}, of value(name, shape) for each of its `shapes`.
+    A matrix of one row, which is stored as a vector, is a matrix again."""
+    found: dict[str, dict[str, _T]] = {}
+    for name, shape in shapes:
+        module, _, kind = name.partition(".")
+        row = kind == "weight" and "norm" not in module and len(shape) == 1
+        found.setdefault(module, {})[kind] = value(name, (1, *shape) if row else shape)
+    return found
 
 
 @runtime_checkable

@@ -162,7 +162,7 @@ class _Finished:
     sink: GgufSink
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return self.sink.read(name)[start:stop]
+        return self.sink.read(name, start, stop)
 
 
 def _keep(path: Path, fingerprint: str, tuned: tuning.Tuned) -> None:

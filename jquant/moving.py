@@ -18,7 +18,7 @@ import optax
 from jax import Array
 from jaxtyping import Float, PyTree, UInt8
 
-from jquant.core import Block, Format, Source
+from jquant.core import Block, Format, Source, block_parameters
 from jquant.formats import FORMATS
 from jquant.models import Decoder
 
@@ -121,19 +121,14 @@ def with_numbers(formats: Formats, stored: Stored, numbers: Numbers) -> dict[str
 def _params(
     block: Block, formats: Mapping[str, Format], stored: Stored, changes: Changes
 ) -> dict[str, dict[str, Array]]:
-    params: dict[str, dict[str, Array]] = {}
-    for name, shape in block.shapes:
-        module, parameter = name.split(".")
+    def value(name: str, shape: tuple[int, ...]) -> Array:
         if name in stored.coded:
-            value = _decoded(stored.coded[name], changes[name], formats[name]).reshape(shape)
-        elif name in stored.vectors:
-            value = stored.vectors[name] * (1 + changes[name][0])
-        else:
-            value = stored.others[name]
-            if parameter == "weight" and "norm" not in module and value.ndim == 1:
-                value = value[None]  # a matrix of one row
-        params.setdefault(module, {})[parameter] = value
-    return params
+            return _decoded(stored.coded[name], changes[name], formats[name]).reshape(shape)
+        if name in stored.vectors:
+            return stored.vectors[name] * (1 + changes[name][0])
+        return stored.others[name].reshape(shape)
+
+    return block_parameters(block.shapes, value)
 
 
 def _moves(leaf: Array) -> bool:

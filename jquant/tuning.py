@@ -62,9 +62,7 @@ class Gain(NamedTuple):
 
 class Tuned(NamedTuple):
     gain: Gain
-    numbers: (
-        Numbers  # all that moved, by GGUF tensor name, as the file should have it; empty: nothing to gain
-    )
+    numbers: Numbers  # by GGUF tensor name, as the file should have them; empty: nothing was gained
 
 
 class _Batch(NamedTuple):
@@ -161,28 +159,47 @@ class _Heads:
 
     def divergence(
         self, batch: _Batch, x: Float[Array, "s t width"], norm: Float[Array, " width"]
-    ) -> tuple[float, int, np.ndarray, Array]:
-        """The divergence summed over tokens, how many these are, and its mean's gradients with respect to x
-        and to the norm."""
+    ) -> tuple[float, int]:
+        """Summed over tokens, and how many these are."""
+        total = sum(float(found) for _, found, _, _ in self._parts(batch, x, norm))
+        return _finite(total), int(batch.real.sum())
+
+    def gradients(
+        self, batch: _Batch, x: Float[Array, "s t width"], norm: Float[Array, " width"]
+    ) -> tuple[float, np.ndarray, Array]:
+        """The mean divergence, and its gradients with respect to x and to the norm."""
+        total, of_x, of_norm = 0.0, np.empty(x.shape, np.float32), jnp.zeros_like(norm)
+        for part, found, g, pull in self._parts(batch, x, norm):
+            of_x[part], more = pull(g)
+            total, of_norm = total + float(found), of_norm + more
+        return _finite(total) / max(int(batch.real.sum()), 1), of_x, of_norm
+
+    def _parts(self, batch: _Batch, x: Array, norm: Array) -> Iterator[tuple[slice, Array, Array, Callable]]:
+        """A few samples at a time: which, what `_divergence` says of them, and what takes the gradient back
+        to x and the norm."""
         samples, length = batch.tokens.shape
         step = max(LOGITS // (length * len(self._rows[0])), 1)
-        total, count = 0.0, int(batch.real.sum())
-        before, of_norm = np.empty((samples, length, x.shape[-1]), np.float32), jnp.zeros_like(norm)
+        count = jnp.float32(batch.real.sum())
+
+        def project(x: Array, norm: Array) -> Array:
+            return self._models[1].project(self._rows[1], x, norm)
+
         for start in range(0, samples, step):
-            part = slice(start, start + step)
+            part = slice(start, min(start + step, samples))
             wanted = self._models[0].project(self._rows[0], jnp.asarray(batch.outputs[part]))
-            project = lambda x, norm: self._models[1].project(self._rows[1], x, norm)  # noqa: E731
-            logits, pull = jax.vjp(project, x[part][: samples - start], norm)
+            logits, pull = jax.vjp(project, x[part], norm)
             counted = np.arange(length)[None] < batch.real[part, None]
-            found, g = _divergence(wanted, logits, jnp.asarray(counted), jnp.float32(count))
-            before[part], more = pull(g)
-            total, of_norm = total + float(found), of_norm + more
-        if not math.isfinite(total):
-            raise UserError(
-                "the divergence from the original is not finite; one of the models is damaged, or float32 is "
-                "too small for it."
-            )
-        return total, count, before, of_norm
+            found, g = _divergence(wanted, logits, jnp.asarray(counted), count)
+            yield part, found, g, pull
+
+
+def _finite(divergence: float) -> float:
+    if not math.isfinite(divergence):
+        raise UserError(
+            "the divergence from the original is not finite; one of the models is damaged, or float32 is "
+            "too small for it."
+        )
+    return divergence
 
 
 @jax.jit
@@ -225,7 +242,7 @@ class _Student:
             inputs.append(
                 moving.forward(block, formats, stored, self._changes[i], inputs[-1], self._angles(i, length))
             )
-        total, count, before, of_norm = heads.divergence(batch, inputs.pop(), self._changed_norm())
+        divergence, before, of_norm = heads.gradients(batch, inputs.pop(), self._changed_norm())
         if self._norm_moves:
             of_norm = of_norm * self._norm_before
             self._norm, self._norm_state = moving.stepped(
@@ -245,7 +262,7 @@ class _Student:
                 g,
                 self._angles(i, length),
             )
-        return total / max(count, 1)
+        return divergence
 
     def judged(self, heads: _Heads, batch: _Batch) -> tuple[float, int]:
         """The divergence summed over tokens, and how many, with all that moved rounded as the file would."""
@@ -255,7 +272,7 @@ class _Student:
             stored = moving.written(formats, stored, self._changes[i])
             none = jax.tree.map(jnp.zeros_like, self._changes[i])
             x = moving.forward(block, formats, stored, none, x, self._angles(i, batch.tokens.shape[1]))
-        return heads.divergence(batch, x, self._changed_norm())[:2]
+        return heads.divergence(batch, x, self._changed_norm())
 
     def numbers(self, changes: tuple[list[Changes], Array]) -> Numbers:
         """All that moves, changed and rounded, on the host."""

@@ -40,52 +40,42 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 6, 7, 8])
-def test_a_run_that_stops_anywhere_continues_to_the_same_bytes(steps, model, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("jquant_cli._runtime.mesh", lambda asked: None)  # one device, whose steps are counted
+def stop_and_continue(model, text, tmp_path, monkeypatch, step, steps, whole):
+    """A run that stops before call `steps` + 1 of `step`, (module, name), and is then continued in so many
+    calls that those of finished blocks are not made again; whole: (calls of a run, calls of a block)."""
     run("analyze", model, "-c", text, "-o", tmp_path / "whole.gguf", *SMALL)
-    left, step = steps, calibrate._step
+    left, original = steps, getattr(*step)
 
     def stopping(*arguments):
         nonlocal left
         left -= 1
         if left < 0:
             raise KilledError
-        return step(*arguments)
+        return original(*arguments)
 
     arguments = ("analyze", model, "-c", text, "-o", tmp_path / "out.gguf", *SMALL)
     arguments += ("--checkpoint-dir", tmp_path / "checkpoint")
-    monkeypatch.setattr(calibrate, "_step", stopping)
+    monkeypatch.setattr(*step, stopping)
     with pytest.raises(AssertionError):
         run(*arguments)
     assert not (tmp_path / "out.gguf").exists()
-    left = 9 - steps + steps % 3  # three batches a block: those of finished blocks are not computed again
+    left = whole[0] - steps + steps % whole[1]
     run(*arguments, "--resume")
     assert left == 0
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 6, 7, 8])
+def test_a_run_that_stops_anywhere_continues_to_the_same_bytes(steps, model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("jquant_cli._runtime.mesh", lambda asked: None)  # one device, whose steps are counted
+    # Three batches a block.
+    stop_and_continue(model, text, tmp_path, monkeypatch, (calibrate, "_step"), steps, (9, 3))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 5])
 def test_a_run_over_two_devices_continues_to_the_same_bytes(steps, model, text, tmp_path, monkeypatch):
-    run("analyze", model, "-c", text, "-o", tmp_path / "whole.gguf", *SMALL)
-    left, check = steps, parallel.check_finite
-
-    def stopping(*arguments):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KilledError
-        check(*arguments)
-
-    arguments = ("analyze", model, "-c", text, "-o", tmp_path / "out.gguf", *SMALL)
-    arguments += ("--checkpoint-dir", tmp_path / "checkpoint")
-    monkeypatch.setattr(parallel, "check_finite", stopping)
-    with pytest.raises(AssertionError):
-        run(*arguments)
-    left = 6 - steps + steps % 2  # two steps a block, of two samples on each device
-    run(*arguments, "--resume")
-    assert left == 0
-    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    # Two steps a block, of two samples on each device.
+    stop_and_continue(model, text, tmp_path, monkeypatch, (parallel, "check_finite"), steps, (6, 2))
 
 
 def test_a_finished_checkpoint_is_used_as_it_is(model, text, tmp_path, monkeypatch):

@@ -76,13 +76,14 @@ class Partial:
         with self._lock:
             self._rows_left[name] -= len(rows)
 
-    def read(self, name: str) -> UInt8[np.ndarray, "k b"]:
-        """The rows of a finished tensor, as they were written."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> UInt8[np.ndarray, "k b"]:
+        """Rows [start, stop) of a finished tensor, as they were written."""
         spec = self._layout[name]
         shard, fd, offset = self._where[name]
         with reporting(shard.partial):
-            data = os.pread(fd, spec.nbytes, offset)
-        return np.frombuffer(data, np.uint8).reshape(spec.rows, spec.row_bytes)
+            count = (spec.rows if stop is None else stop) - start
+            data = os.pread(fd, count * spec.row_bytes, offset + start * spec.row_bytes)
+        return np.frombuffer(data, np.uint8).reshape(count, spec.row_bytes)
 
     def finish(self, name: str) -> None:
         """All rows of this tensor are written: remember it for a resumed run."""

@@ -182,9 +182,9 @@ class GgufSink:
         """Put other rows in place of all of a finished tensor. A resumed run finds these, or some of them."""
         self._partial.write(name, 0, rows)
 
-    def read(self, name: str) -> UInt8[np.ndarray, "k b"]:
-        """The rows of a finished tensor, as they were written."""
-        return self._partial.read(name)
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> UInt8[np.ndarray, "k b"]:
+        """Rows [start, stop) of a finished tensor, as they were written."""
+        return self._partial.read(name, start, stop)
 
     def finish(self, name: str) -> None:
         """All rows of this tensor are written: remember it for a resumed run."""

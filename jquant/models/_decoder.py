@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Float32, Int
 
-from jquant.core import Metadata, TensorSpec, UserError
+from jquant.core import Metadata, TensorSpec, UserError, block_parameters
 
 from ._layers import PRECISION, Block, Rounding, rms_norm
 from ._rope import Rotary, angles
@@ -90,14 +90,10 @@ class Decoder:
 
     def load_block(self, i: int) -> Parameters:
         """The parameters of block i on the device: {"attn_q": {"weight": [out, in]}, …}, float32."""
-        params: Parameters = {}
-        for name, shape in self.blocks[i].shapes:
-            module, parameter = name.split(".")
-            value = self.tensors.tensor(f"blk.{i}.{name}")
-            if parameter == "weight" and "norm" not in module and len(shape) == 1:
-                value = value[None]  # a matrix of one row
-            params.setdefault(module, {})[parameter] = jnp.asarray(value)
-        return params
+        return block_parameters(
+            self.blocks[i].shapes,
+            lambda name, shape: jnp.asarray(self.tensors.tensor(f"blk.{i}.{name}").reshape(shape)),
+        )
 
     def angles(self, i: int, tokens: int) -> Float32[np.ndarray, "t pairs"]:
         """What block i turns its heads by at positions 0, 1, …: radians."""
