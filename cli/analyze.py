@@ -20,6 +20,11 @@ class Method(str, Enum):
     ranges = "ranges"
 
 
+class Precision(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 @_errors.one_line_errors
 def analyze(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, GGUF file, or hub id such as org/name.")],
@@ -90,6 +95,14 @@ def analyze(
         ),
     ] = None,
     force: _options.Force = False,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(
+            "--precision",
+            help="Of the factors of products; sums are float32. Default: float32 on a CPU, else bfloat16.",
+            rich_help_panel=_options.CALIBRATION,
+        ),
+    ] = None,
     mesh: _options.Mesh = None,
     coordinator: _options.Coordinator = None,
     processes: _options.Processes = None,
@@ -113,6 +126,8 @@ def analyze(
         raise typer.BadParameter(
             "a .dat file cannot say that it is of --method fisher", param_hint="--output"
         )
+    if method is Method.fisher and precision is Precision.bfloat16:
+        raise typer.BadParameter("--method fisher computes in float32", param_hint="--precision")
     start = time.monotonic()
     _runtime.start_jax()
     reports = _runtime.join(coordinator, processes, process)
@@ -161,6 +176,7 @@ def analyze(
         resume=resume,
         force=force,
         mesh=devices,
+        precision=None if precision is None else precision.value,
         progress=_calibration.progress(data, quiet=quiet),
     )
     if not reports:

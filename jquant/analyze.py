@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jquant import models
-from jquant.calibrate import SECOND_MOMENTS, Progress, Stats, Store, Through, collect
+from jquant.between import Store
+from jquant.calibrate import SECOND_MOMENTS, Progress, Stats, Through, collect
 from jquant.convert import Model
 from jquant.core import OutputError, TensorSpec, UserError
 from jquant.io import check_target
@@ -28,6 +29,7 @@ from jquant.io.imatrix import Imatrix
 from jquant.io.samples import Samples, Table, Text, read_text, sample
 from jquant.io.token_ids import from_metadata
 from jquant.mesh import agree
+from jquant.models import Decoder, Precision
 from jquant.parallel import over, shares
 from jquant.text import text_table
 from jquant.transforms.super_weights import DENSE, SuperWeight
@@ -75,6 +77,7 @@ def importance(
     batch: int = 4,
     store: Store | None = None,
     mesh: Mesh | None = None,
+    precision: Precision | None = None,
     progress: Progress = lambda done, count: None,
 ) -> Imatrix:
     """The mean square of every input column of every matrix in the model's blocks.
@@ -82,12 +85,12 @@ def importance(
     mesh: over which samples and weights are spread, see `parallel`; default: one device of one process. With
     several processes all call this with the same samples, run their share, and have the whole result.
     batch: samples on a device at a time. store: where activations lie between blocks; `open_checkpoint`
-    makes one that continues an interrupted run.
+    makes one that continues an interrupted run. precision: see `decoder_for`.
     Raises UserError for a model whose forward pass is not known, and for inputs that are not finite.
     """
-    decoder = models.decoder(Weights(model.source), model.metadata)
+    decoder = decoder_for(model, precision)
     if mesh is not None:
-        run = run_of(model, samples, batch=batch, method="imatrix")
+        run = run_of(model, samples, batch=batch, method="imatrix", precision=precision)
         agree({name: str(value) for name, value in run.items() if name != "model files"})  # and their times
     mine, through = share_of(samples, mesh)
     stats = collect(
@@ -101,6 +104,17 @@ def importance(
         progress=progress,
     )
     return imatrix_of(stats, samples)
+
+
+def decoder_for(model: Model, precision: Precision | None) -> Decoder:
+    """The model to calibrate with. precision: of products; default: what the device has matrix units for,
+    bfloat16 on accelerators, float32 on a CPU."""
+    decoder = models.decoder(Weights(model.source), model.metadata)
+    return decoder.at(precision or _usual_precision())
+
+
+def _usual_precision() -> Precision:
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def share_of(samples: Samples, mesh: Mesh | None) -> tuple[slice, Through | None]:
@@ -120,18 +134,21 @@ def open_checkpoint(
     resume: bool,
     method: str = "imatrix",
     mesh: Mesh | None = None,
+    precision: Precision | None = None,
 ) -> Checkpoint:
     """A store in `folder` for `importance`, or another method's run, of the same arguments.
 
     Raises UserError where a checkpoint is there and `resume` is false, or it is of another run.
     """
-    run = run_of(model, samples, batch=batch, method=method)
+    run = run_of(model, samples, batch=batch, method=method, precision=precision)
     if mesh is not None:
         run["mesh"] = dict(mesh.shape)  # the order of sums
     return Checkpoint(folder, run, resume=resume)
 
 
-def run_of(model: Model, samples: Samples, *, batch: int, method: str) -> dict[str, object]:
+def run_of(
+    model: Model, samples: Samples, *, batch: int, method: str, precision: Precision | None = None
+) -> dict[str, object]:
     """Everything that the result of a calibration depends on, as JSON values."""
     files = [file.stat() for file in model.files]
     return {
@@ -143,6 +160,7 @@ def run_of(model: Model, samples: Samples, *, batch: int, method: str) -> dict[s
         "sequence length": samples.tokens.shape[1],
         "batch": batch,
         "method": method,
+        "precision": precision or _usual_precision(),
         "versions": {name: version(name) for name in ("jquant", "jax", "jaxlib")},
         "device": jax.devices()[0].device_kind,
     }

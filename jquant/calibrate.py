@@ -9,11 +9,10 @@ any order, and a stack of experts has one set for each, of the tokens that the r
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
-from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol, cast, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +20,11 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from jquant.core import Block, BlockwiseModel, OutputError, UserError, block_parameters
-from jquant.space import reserve
-from jquant.text import human_size
+from jquant.ahead import Ahead
+from jquant.between import Activations, Store, store_for
+from jquant.core import Block, BlockwiseModel, UserError, block_parameters
 
 Stats = dict[str, Array]
-IN_MEMORY = 8 << 30  # bytes of activations; more of them go to a file
 
 # Block and number of blocks that are done.
 Progress = Callable[[int, int], None]
@@ -60,20 +58,28 @@ def _init_vector(name: str) -> Callable[[int], Stats]:
 
 
 def _add_squares(stats: Stats, x: Float[Array, "n width"], weight: Float[Array, " n"]) -> Stats:
+    x = x.astype(jnp.float32)
     return add(stats, {"sum2": jnp.einsum("ni,ni,n->i", x, x, weight), "count": count_of(weight)})
 
 
 def _add(stats: Stats, x: Float[Array, "n width"], weight: Float[Array, " n"]) -> Stats:
+    x = x.astype(jnp.float32)
     return add(stats, {"sum": jnp.einsum("ni,n->i", x, weight), "count": count_of(weight)})
 
 
 def _raise(stats: Stats, x: Float[Array, "n width"], weight: Float[Array, " n"]) -> Stats:
-    absmax = jnp.max(jnp.abs(x) * weight[:, None], axis=0)
+    absmax = jnp.max(jnp.abs(x.astype(jnp.float32)) * weight[:, None], axis=0)
     return add_or_raise(stats, {"absmax": absmax, "count": count_of(weight)})
 
 
 def _add_products(stats: Stats, x: Float[Array, "n width"], weight: Float[Array, " n"]) -> Stats:
-    xtx = jnp.einsum("ni,nj->ij", x * weight[:, None], x, precision=lax.Precision.HIGHEST)
+    xtx = jnp.einsum(
+        "ni,nj->ij",
+        x * weight.astype(x.dtype)[:, None],
+        x,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
     return add(stats, {"xtx": xtx, "count": count_of(weight)})
 
 
@@ -92,65 +98,8 @@ HESSIAN = Calibrator(
 
 # (model, block, calibrator, x, y, lengths, batch) → statistics: see `through_block`.
 Through = Callable[
-    [BlockwiseModel, int, Calibrator, np.ndarray, np.ndarray | None, np.ndarray, int], dict[str, Stats]
+    [BlockwiseModel, int, Calibrator, Activations, Activations | None, np.ndarray, int], dict[str, Stats]
 ]
-
-
-@runtime_checkable
-class Store(Protocol):
-    """Where activations lie between blocks, and what an interrupted run left there."""
-
-    def restore(self) -> Iterable[dict[str, Stats]]:
-        """The statistics of the blocks that are done, in order; the activations behind them are there too."""
-        ...
-
-    def activations(self, block: int, shape: tuple[int, ...]) -> np.ndarray:
-        """float32: what goes into this block. May be the array of the block before, to be overwritten."""
-        ...
-
-    def finish(self, block: int, stats: dict[str, Stats]) -> None:
-        """This block is done, and the activations behind it are complete."""
-        ...
-
-
-class Scratch:
-    """A Store that remembers nothing: one array, in memory, or in a file of `folder` where it is larger than
-    `in_memory` bytes. The file is gone when the array is."""
-
-    def __init__(self, folder: Path | None = None, in_memory: int = IN_MEMORY):
-        self._folder, self._in_memory = folder, in_memory
-        self._array: np.ndarray | None = None
-
-    def restore(self) -> list[dict[str, Stats]]:
-        return []
-
-    def activations(self, block: int, shape: tuple[int, ...]) -> np.ndarray:
-        if self._array is None:
-            self._array = scratch(shape, self._folder, self._in_memory)
-        return self._array
-
-    def finish(self, block: int, stats: dict[str, Stats]) -> None:
-        pass
-
-
-def scratch(shape: tuple[int, ...], folder: Path | None, in_memory: int) -> np.ndarray:
-    """float32, in memory, or in a file without a name where it is larger than `in_memory` bytes.
-
-    Raises OutputError where the folder, default: the system's for temporary files, cannot take it.
-    """
-    size = 4 * int(np.prod(shape, dtype=np.int64))
-    if size <= in_memory:
-        return np.empty(shape, np.float32)
-    folder = folder or Path(tempfile.gettempdir())
-    try:
-        with tempfile.TemporaryFile(dir=folder, prefix="jquant-") as file:
-            reserve(cast(BinaryIO, file), size)
-            return cast(np.ndarray, np.memmap(file, np.float32, "r+", shape=shape))
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: cannot take {human_size(size)} of activations: {error.strerror}; free some "
-            "space, set TMPDIR to a folder of another disk, or use fewer samples."
-        ) from error
 
 
 def collect(
@@ -199,15 +148,15 @@ def stream(
     for it. They lie in the host's memory, whatever device they were made on.
 
     lengths: real tokens of each sample, the rest being padding at its end; default: all. batch: samples on
-    the device at a time. store: default, memory or a temporary file; one that remembers continues a run.
-    through: how the samples go through a block; default, on one device.
+    the device at a time. store: default, the device, memory or a temporary file; one that remembers
+    continues a run. through: how the samples go through a block; default, on one device.
 
     Raises UserError, with tensor and sample, where an input is no finite number.
     """
     samples, length = tokens.shape
-    real = real_tokens(tokens, lengths)
+    real, batch = real_tokens(tokens, lengths), min(batch, samples)
     shape = (samples, length, model.embed(tokens[:0]).shape[-1])
-    store = Scratch() if store is None else store
+    store = store_for(shape, batch) if store is None else store
     count, done = len(model.blocks), 0
     for stats in store.restore():
         yield stats
@@ -216,14 +165,17 @@ def stream(
         return
     x = store.activations(done, shape)
     if done == 0:
-        embed_into(x, model, tokens)
-    for i in range(done, count):
-        y = None if i == count - 1 else store.activations(i + 1, shape)
-        stats = (through or through_block)(model, i, calibrator, x, y, real, min(batch, samples))
-        store.finish(i, stats)
-        progress(i + 1, count)
-        yield stats
-        x = x if y is None else y
+        embed_into(x, model, tokens, batch)
+    with contextlib.ExitStack() as stack:
+        if jax.default_backend() != "cpu":  # there, reading would take time from computing
+            model = stack.enter_context(Ahead(model))
+        for i in range(done, count):
+            y = None if i == count - 1 else store.activations(i + 1, shape)
+            stats = (through or through_block)(model, i, calibrator, x, y, real, batch)
+            store.finish(i, stats)
+            progress(i + 1, count)
+            yield stats
+            x = x if y is None else y
 
 
 def real_tokens(
@@ -232,9 +184,11 @@ def real_tokens(
     return np.asarray(np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths, np.int32)
 
 
-def embed_into(x: np.ndarray, model: BlockwiseModel, tokens: Int[np.ndarray, "s t"]) -> None:
-    for start in range(0, len(tokens), _EMBEDDED):
-        x[start : start + _EMBEDDED] = model.embed(tokens[start : start + _EMBEDDED])
+def embed_into(x: Activations, model: BlockwiseModel, tokens: Int[np.ndarray, "s t"], batch: int = 1) -> None:
+    """batch: whole batches are written at once."""
+    step = max(_EMBEDDED // batch, 1) * batch
+    for start in range(0, len(tokens), step):
+        x[start : start + step] = model.embed(tokens[start : start + step])
 
 
 def shared_inputs(model: BlockwiseModel, i: int) -> dict[str, str]:
@@ -268,8 +222,8 @@ def through_block(
     model: BlockwiseModel,
     i: int,
     calibrator: Calibrator,
-    x: np.ndarray,
-    y: np.ndarray | None,
+    x: Activations,
+    y: Activations | None,
     lengths: np.ndarray,
     batch: int,
 ) -> dict[str, Stats]:
@@ -280,19 +234,26 @@ def through_block(
     block, host = model.blocks[i], jax.devices("cpu")[0]
     params, angles = model.load_block(i), jnp.asarray(model.angles(i, x.shape[1]))
     distinct = {within_block(first) for first in shared_inputs(model, i).values()}
-    made = init_all(block, lambda shape: calibrator.init(shape[-1]))
-    stats = empty = {name: made[name] for name in made if name in distinct}
+
+    def nothing() -> dict[str, Stats]:
+        made = init_all(block, lambda shape: calibrator.init(shape[-1]))
+        return {name: jax.tree.map(jnp.copy, made[name]) for name in made if name in distinct}
+
+    stats, check = nothing(), lambda: None
     for start in range(0, len(x), batch):
         part = slice(start, min(start + batch, len(x)))
         given, real = padded(x[part], batch), padded(lengths[part], batch)
         out, stats = _step(block, calibrator, params, stats, given, angles, real)
 
         def alone(k: int, given: Array = given, real: Array = real) -> dict[str, Stats]:
-            return _step(block, calibrator, params, empty, given[k : k + 1], angles, real[k : k + 1])[1]
+            return _step(block, calibrator, params, nothing(), given[k : k + 1], angles, real[k : k + 1])[1]
 
-        check_finite(stats, alone, "input", i, range(start, part.stop))
+        # The flags of a batch are looked at when the next one is under way: the device need not wait.
+        check()
+        check = partial(check_finite, finite(stats), alone, "input", i, range(start, part.stop))
         if y is not None:
             y[part] = out[: part.stop - start]
+    check()
     return {f"blk.{i}.{name}.weight": jax.device_put(s, host) for name, s in stats.items()}
 
 
@@ -315,9 +276,12 @@ def within_block(name: str) -> str:
     return name.split(".", 2)[2].removesuffix(".weight")
 
 
-def padded(part: np.ndarray, batch: int) -> Array:
+def padded(part: np.ndarray | Array, batch: int) -> Array:
     """The last batch too has `batch` samples, the missing ones of length 0: one shape, one compilation."""
-    return jnp.asarray(np.pad(part, [(0, batch - len(part))] + [(0, 0)] * (part.ndim - 1)))
+    if len(part) == batch:
+        return jnp.asarray(part)
+    np_or_jnp = jnp if isinstance(part, Array) else np
+    return jnp.asarray(np_or_jnp.pad(part, [(0, batch - len(part))] + [(0, 0)] * (part.ndim - 1)))
 
 
 _EMBEDDED = 256  # samples whose embedding is read at a time: one pass over the matrix for each
@@ -357,7 +321,7 @@ def add_inputs(
     return y, updated
 
 
-_step = jax.jit(add_inputs, static_argnums=(0, 1))
+_step = jax.jit(add_inputs, static_argnums=(0, 1), donate_argnums=3)
 
 
 def weights_of(x: Float[Array, "s t width"], real: Int[Array, " s"]) -> Float[Array, " n"]:
@@ -390,31 +354,46 @@ def add_rows(
     return lax.scan(add_tile, stats, (inputs["expert"], of_row, rows))[0]
 
 
+@jax.jit
+def finite(stats: dict[str, Stats]) -> dict[str, Array]:
+    """Of each matrix whether all its statistics are finite."""
+
+    def of(s: Stats) -> Array:
+        return jnp.stack([jnp.isfinite(a).all() for a in s.values()]).all()
+
+    return {name: of(s) for name, s in stats.items()}
+
+
 def check_finite(
-    stats: dict[str, Stats], alone: Callable[[int], dict[str, Stats]], what: str, block: int, samples: range
+    flags: Mapping[str, Array],
+    alone: Callable[[int], dict[str, Stats]],
+    what: str,
+    block: int,
+    samples: range,
 ) -> None:
     """Raise for the first sample of a batch that makes a statistic infinite or not a number.
 
-    alone(k): the statistics of the batch's sample k and no other.
+    flags: `finite` of the statistics with the batch. alone(k): the statistics of the batch's sample k and no
+    other.
     """
-    if not _not_finite(stats):
+    if not _not_finite(flags):
         return
     for k, sample in enumerate(samples):
-        names = _not_finite(alone(k))
+        names = _not_finite(finite(alone(k)))
         if names:
             raise UserError(
                 f"blk.{block}.{names[0]}.weight: its {what} is not finite in sample {sample} (from 0); the "
                 "model is damaged, or float32 is too small for it. Leave that sample out to see which."
             )
-    names = _not_finite(stats)
+    names = _not_finite(flags)
     raise UserError(
         f"blk.{block}.{names[0]}.weight: the sum over samples up to {samples[-1]} is too large for float32; "
         "calibrate on less text."
     )
 
 
-def _not_finite(stats: dict[str, Stats]) -> list[str]:
-    return [name for name, s in stats.items() if not all(bool(jnp.isfinite(a).all()) for a in s.values())]
+def _not_finite(flags: Mapping[str, Array]) -> list[str]:
+    return [name for name, flag in jax.device_get(dict(flags)).items() if not flag]
 
 
 @runtime_checkable

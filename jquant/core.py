@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import gguf
 import jax
@@ -20,10 +20,23 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, PyTree, UInt8
 
-# Weights per tile: small enough that a block's whole search stays in a core's cache, large enough that the
-# vector units are full. A step of the loop is two tiles; its fixed shape means one compilation per format.
-TILE_WEIGHTS = 1 << 14
-CHUNK_WEIGHTS = 2 * TILE_WEIGHTS
+
+class Grain(NamedTuple):
+    """How many weights a device searches at once."""
+
+    tile: int  # weights that go through the whole search before the next do
+    chunk: int  # weights of one step of a compiled loop: its fixed shape means one compilation per format
+
+
+# A CPU's tile is small enough that a block's whole search stays in a core's cache, large enough that the
+# vector units are full. An accelerator has a hundred thousand lanes to fill.
+CPU_GRAIN = Grain(1 << 14, 1 << 15)
+ACCELERATOR_GRAIN = Grain(1 << 22, 1 << 22)
+
+
+def grain() -> Grain:
+    """That of the devices in use."""
+    return CPU_GRAIN if jax.default_backend() == "cpu" else ACCELERATOR_GRAIN
 
 
 class UserError(ValueError):
@@ -204,9 +217,15 @@ def _best_of_starts(
 
 
 def encode_chunk(
-    format: Format, blocks: Float[Array, "n B"], importance: Float[Array, "n B"] | None = None
+    format: Format,
+    blocks: Float[Array, "n B"],
+    importance: Float[Array, "n B"] | None = None,
+    tile: int | None = None,
 ) -> UInt8[Array, "n bytes"]:
-    """One step of the loop: a few blocks to bytes, in the layout of a file (one block a row)."""
+    """One step of the loop: a few blocks to bytes, in the layout of a file (one block a row).
+
+    tile: of a device's `Grain`; default: of the devices in use.
+    """
     fit, assign = format.fit, format.assign
     assert fit is not None
     assert assign is not None
@@ -214,7 +233,7 @@ def encode_chunk(
     # rounded operation instead of two, and bytes would depend on who calls.
     blocks, importance = lax.optimization_barrier((blocks, importance))
     n, B = blocks.shape
-    tiles = n * B // TILE_WEIGHTS
+    tiles = n * B // (tile or grain().tile)
     if B == 1 or tiles == 0 or n % tiles:  # single weights need no transposition
         tiles = 1
 
@@ -236,14 +255,16 @@ def decode_chunk(format: Format, data: UInt8[Array, "n bytes"]) -> Float[Array, 
     return format.reconstruct(*format.unpack(lax.optimization_barrier(data).T)).T
 
 
-def chunk_blocks(format: Format) -> int:
-    """Blocks in one step of the loop."""
-    return max(CHUNK_WEIGHTS // format.block_size, 1)
+def chunk_blocks(format: Format, blocks: int | None = None) -> int:
+    """Blocks in one step of the loop; blocks: how many there are, so that a few do not make a large step."""
+    least, most = (max(weights // format.block_size, 1) for weights in (CPU_GRAIN.chunk, grain().chunk))
+    return most if blocks is None else max(min(most, -(-blocks // least) * least), 1)
 
 
-def _over_chunks(step: Callable[..., Array], chunk: int, *arrays: Array) -> Array:
-    """step over [n, …] arrays, `chunk` rows at a time; the last step is padded with zeros."""
+def _over_chunks(step: Callable[..., Array], format: Format, *arrays: Array) -> Array:
+    """step over [n, …] arrays, a chunk of rows at a time; the last step is padded with zeros."""
     n = arrays[0].shape[0]
+    chunk = chunk_blocks(format, n)
     steps = -(-n // chunk)
 
     def split(a: Array) -> Array:
@@ -280,7 +301,7 @@ def _encode(x: Array, importance: Array | None, format: Format) -> Array:
     arrays = [x] if importance is None else [x, jnp.broadcast_to(importance, x.shape)]
     blocks = [a.astype(jnp.float32).reshape(-1, format.block_size) for a in arrays]
     step = partial(encode_chunk, format)
-    data = _batched_by_rows(partial(_over_chunks, step, chunk_blocks(format)))(*blocks)
+    data = _batched_by_rows(partial(_over_chunks, step, format))(*blocks)
     return data.reshape(*rows, cols // format.block_size * format.block_bytes)
 
 
@@ -288,7 +309,7 @@ def _encode(x: Array, importance: Array | None, format: Format) -> Array:
 def _decode(data: Array, format: Format) -> Array:
     *rows, row_bytes = data.shape
     step = partial(decode_chunk, format)
-    decode = _batched_by_rows(partial(_over_chunks, step, chunk_blocks(format)))
+    decode = _batched_by_rows(partial(_over_chunks, step, format))
     out = decode(data.reshape(-1, format.block_bytes))
     return out.reshape(*rows, row_bytes // format.block_bytes * format.block_size)
 

@@ -30,8 +30,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from jquant.between import IN_MEMORY, scratch
 from jquant.calibrate import (
-    IN_MEMORY,
     Progress,
     Stats,
     add,
@@ -39,11 +39,11 @@ from jquant.calibrate import (
     check_finite,
     count_of,
     embed_into,
+    finite,
     init_all,
     padded,
     real_tokens,
     run_through,
-    scratch,
     weights_of,
 )
 from jquant.core import Block, BlockwiseModel, UserError
@@ -342,7 +342,7 @@ def _back_through_block(
             one = slice(k, k + 1)
             return step(empty, given[one], g[one], angles, real[one])[1]
 
-        check_finite(stats, alone, "gradient", i, range(start, part.stop))
+        check_finite(finite(stats), alone, "gradient", i, range(start, part.stop))
         if before is not None:
             before[part] = out[: part.stop - start]
     return {f"blk.{i}.{name}.weight": jax.device_put(s, host) for name, s in stats.items()}

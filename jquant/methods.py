@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jquant import models
-from jquant.analyze import imatrix_of, importance, open_checkpoint, run_of, share_of
-from jquant.calibrate import HESSIAN, Progress, Store, init_all, shared_inputs, stream
+from jquant.analyze import decoder_for, imatrix_of, importance, open_checkpoint, run_of, share_of
+from jquant.between import Store
+from jquant.calibrate import HESSIAN, Progress, init_all, shared_inputs, stream
 from jquant.convert import Model
 from jquant.core import TensorSpec, UserError
 from jquant.gradients import FISHER_COLUMNS, Tape, collect_gradients, sampled_labels
@@ -20,9 +20,8 @@ from jquant.io.imatrix import Imatrix
 from jquant.io.samples import Samples
 from jquant.io.statistics import TYPES, StatisticsSink
 from jquant.io.tape import GradientCheckpoint
-from jquant.models import Decoder
+from jquant.models import Decoder, Precision
 from jquant.ranges import RANGES
-from jquant.weights import Weights
 
 STATISTICS = {"hessian": HESSIAN, "ranges": RANGES}  # methods that write io.statistics
 
@@ -39,12 +38,14 @@ def measure(
     resume: bool = False,
     force: bool = False,
     mesh: Mesh | None = None,
+    precision: Precision | None = None,
     progress: Progress = lambda done, count: None,
 ) -> Imatrix:
     """What a method finds out of each input column; those of STATISTICS write `output` on the way.
 
     checkpoint: the folder of one, which `resume` continues. mesh: see `analyze.importance`; fisher runs on
-    one device, and several processes measure by "imatrix" only. Errors are those of the functions below.
+    one device and in float32, and several processes measure by "imatrix" only. Errors are those of the
+    functions below.
     """
     if mesh is not None and jax.process_count() > 1:
         refused = "--checkpoint-dir" if checkpoint is not None else f"--method {method}"
@@ -58,13 +59,31 @@ def measure(
     store = None
     if checkpoint is not None:
         store = open_checkpoint(
-            checkpoint, model, samples, batch=batch, resume=resume, method=method, mesh=mesh
+            checkpoint,
+            model,
+            samples,
+            batch=batch,
+            resume=resume,
+            method=method,
+            mesh=mesh,
+            precision=precision,
         )
     if method == "imatrix":
-        return importance(model, samples, batch=batch, store=store, mesh=mesh, progress=progress)
+        return importance(
+            model, samples, batch=batch, store=store, mesh=mesh, precision=precision, progress=progress
+        )
     assert output is not None
     return write_statistics(
-        output, model, samples, method, batch=batch, store=store, force=force, mesh=mesh, progress=progress
+        output,
+        model,
+        samples,
+        method,
+        batch=batch,
+        store=store,
+        force=force,
+        mesh=mesh,
+        precision=precision,
+        progress=progress,
     )
 
 
@@ -86,7 +105,7 @@ def fisher(
     not better it.
     """
     stats = collect_gradients(
-        _decoder(model),
+        decoder_for(model, "float32"),
         samples.tokens,
         FISHER_COLUMNS,
         sampled_labels(seed),
@@ -106,8 +125,11 @@ def open_tape(
     folder: Path, model: Model, samples: Samples, *, seed: int = 0, batch: int, resume: bool
 ) -> GradientCheckpoint:
     """A tape in `folder` for `fisher` of the same arguments. Errors: as `analyze.open_checkpoint`."""
-    run = {**run_of(model, samples, batch=batch, method="fisher"), "labels": f"sampled, seed {seed}"}
-    return GradientCheckpoint(folder, run, len(_decoder(model).blocks), resume=resume)
+    run = {
+        **run_of(model, samples, batch=batch, method="fisher", precision="float32"),
+        "labels": f"sampled, seed {seed}",
+    }
+    return GradientCheckpoint(folder, run, len(decoder_for(model, "float32").blocks), resume=resume)
 
 
 def write_statistics(
@@ -120,6 +142,7 @@ def write_statistics(
     store: Store | None = None,
     force: bool = False,
     mesh: Mesh | None = None,
+    precision: Precision | None = None,
     progress: Progress = lambda done, count: None,
 ) -> Imatrix:
     """Write the statistics of STATISTICS[method] of every distinct input, block by block; returns its mean
@@ -129,7 +152,7 @@ def write_statistics(
     a Llama of 7 B); in memory are those of one block. A store that remembers holds them a second time.
     Raises OutputError where the file cannot be written, and what `calibrate.stream` raises.
     """
-    calibrator, decoder = STATISTICS[method], _decoder(model)
+    calibrator, decoder = STATISTICS[method], decoder_for(model, precision)
     shared: dict[str, str] = {}
     for i in range(len(decoder.blocks)):
         shared |= shared_inputs(decoder, i)
@@ -177,7 +200,3 @@ def _layout(decoder: Decoder, method: str, others: dict[str, str]) -> list[Tenso
             for key, value in stats.items()
         ]
     return layout
-
-
-def _decoder(model: Model) -> Decoder:
-    return models.decoder(Weights(model.source), model.metadata)

@@ -17,12 +17,14 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jquant.between import Activations
 from jquant.calibrate import (
     Calibrator,
     Stats,
     Through,
     add_inputs,
     check_finite,
+    finite,
     init_all,
     shared_inputs,
     within_block,
@@ -70,8 +72,8 @@ def over(mesh: Mesh, first: int = 0) -> Through:
         model: BlockwiseModel,
         i: int,
         calibrator: Calibrator,
-        x: np.ndarray,
-        y: np.ndarray | None,
+        x: Activations,
+        y: Activations | None,
         lengths: np.ndarray,
         batch: int,
     ) -> dict[str, Stats]:
@@ -92,7 +94,7 @@ def over(mesh: Mesh, first: int = 0) -> Through:
                 x, count = jnp.where(one[:, None, None], given, 0.0), jnp.where(one, real, 0)
                 return step(params, _nothing(block, calibrator, names, local), x, angles, count)[1]
 
-            check_finite(stats, alone, "input", i, range(first + start, first + part.stop))
+            check_finite(finite(stats), alone, "input", i, range(first + start, first + part.stop))
             if y is not None:
                 y[part] = np.asarray(out)[: part.stop - start]
         exchange()  # who failed says so here, before the others wait for its statistics

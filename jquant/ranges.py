@@ -24,6 +24,7 @@ def _init(width: int) -> Stats:
 
 
 def _update(stats: Stats, x: Float[Array, "n width"], weight: Float[Array, " n"]) -> Stats:
+    x = x.astype(jnp.float32)
     size = jnp.abs(x)
     octaves = jnp.log2(jnp.maximum(size, jnp.finfo(jnp.float32).tiny)) - LOWEST_OCTAVE
     at = jnp.clip(jnp.floor(octaves * BINS_PER_OCTAVE), 0, BINS - 1).astype(jnp.int32)
@@ -49,6 +50,7 @@ def _init_extremes(width: int) -> Stats:
 
 
 def _update_extremes(stats: Stats, x: Float[Array, "n width"], weight: Float[Array, " n"]) -> Stats:
+    x = x.astype(jnp.float32)
     new = {
         "absmax": jnp.max(jnp.abs(x) * weight[:, None], axis=0),
         "sum2": jnp.einsum("ni,ni,n->i", x, x, weight),

@@ -33,7 +33,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, UInt8
 
-from jquant.calibrate import Scratch
+from jquant.between import Scratch
 from jquant.core import Block, Format, Source, UserError
 from jquant.formats import FORMATS
 from jquant.models import Decoder, run_block

@@ -30,8 +30,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from jquant.between import IN_MEMORY, scratch
 from jquant.calibrate import (
-    IN_MEMORY,
     Progress,
     Stats,
     add,
@@ -41,7 +41,6 @@ from jquant.calibrate import (
     padded,
     real_tokens,
     run_through,
-    scratch,
     shared_inputs,
     weights_of,
     within_block,

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from jquant.calibrate import Scratch
+from jquant.between import Scratch
 from jquant.core import Block
 from jquant.models import Decoder, run_block
 

@@ -1,6 +1,6 @@
 """A slab of rows from one stored type to another, as one compiled loop per pair of types.
 
-The loop's step handles CHUNK_WEIGHTS weights, and its length is an argument: every tensor of a model,
+The loop's step handles one chunk of weights, and its length is an argument: every tensor of a model,
 whatever its shape, runs the same executable. A short last step is padded with zeros, which no block shares
 with weights, since rows are whole blocks.
 """
@@ -18,11 +18,10 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jquant.core import CHUNK_WEIGHTS, Format, decode_chunk, encode_chunk
+from jquant.core import Format, Grain, decode_chunk, encode_chunk, grain
 from jquant.sharding import shard_map
 
-SLAB_WEIGHTS = 1 << 22  # 16 MB as float32: many steps of the loop, small beside any budget of memory
-SLAB_STEPS = SLAB_WEIGHTS // CHUNK_WEIGHTS
+SLAB_WEIGHTS = 1 << 22  # 16 MB as float32: many steps of a CPU's loop, small beside any budget of memory
 
 # Stored types that the compiled code reads as arrays of floats rather than as bytes.
 FLOAT_DTYPES = {
@@ -50,6 +49,11 @@ def slab_rows(cols: int) -> int:
     return max(SLAB_WEIGHTS // cols, 1)
 
 
+def slab_steps(grain: Grain) -> int:
+    """Steps of the loop for a slab."""
+    return max(SLAB_WEIGHTS // grain.chunk, 1)
+
+
 def transcode(
     data: np.ndarray,
     source: Format,
@@ -64,20 +68,21 @@ def transcode(
     """
     rows = data.shape[0]
     cols = data.shape[1] // source.block_bytes * source.block_size
-    steps, shares = -(-rows * cols // CHUNK_WEIGHTS), 1 if devices is None else devices.size
+    own = grain()
+    steps, shares = -(-rows * cols // own.chunk), 1 if devices is None else devices.size
     each = -(-steps // shares)
-    capacity = max(each, SLAB_STEPS)
+    capacity = max(each, slab_steps(own))
     counts = np.clip(steps - each * np.arange(shares), 0, each).astype(np.int32)
     stored = data.reshape(-1).view(FLOAT_DTYPES.get(source.name, np.uint8))
-    slab = _padded(stored, CHUNK_WEIGHTS * stored.size // (rows * cols), each, (shares, capacity))
+    slab = _padded(stored, own.chunk * stored.size // (rows * cols), each, (shares, capacity))
     weights = None
     if importance is not None:
         flat = np.broadcast_to(importance, (rows, cols)).reshape(-1)
-        weights = _padded(flat, CHUNK_WEIGHTS, each, (shares, capacity))
+        weights = _padded(flat, own.chunk, each, (shares, capacity))
     if devices is None:
-        out, *found = _transcode(slab, weights, counts, source, target)
+        out, *found = _on_one(source, target, own)(slab, weights, counts)
     else:
-        out, *found = _over(devices, source, target, weights is not None)(slab, weights, counts)
+        out, *found = _over(devices, source, target, weights is not None, own)(slab, weights, counts)
     row_bytes = cols // target.block_size * target.block_bytes
     data = np.asarray(out).reshape(shares, capacity, -1)[:, :each].reshape(-1)
     data = data[: rows * row_bytes].reshape(rows, row_bytes)
@@ -97,11 +102,11 @@ def _padded(flat: np.ndarray, step: int, each: int, shape: tuple[int, int]) -> n
 
 
 def _loop(
-    slab: Array, importance: Array | None, steps: Array, source: Format, target: Format
+    slab: Array, importance: Array | None, steps: Array, source: Format, target: Format, grain: Grain
 ) -> tuple[Array, Array, Array, Array]:
     """[capacity, step] stored values → uint8 [capacity, blocks, bytes] of `steps` [1]; the rest of Encoded,
     [1] each."""
-    out = jnp.zeros((slab.shape[0], CHUNK_WEIGHTS // target.block_size, target.block_bytes), jnp.uint8)
+    out = jnp.zeros((slab.shape[0], grain.chunk // target.block_size, target.block_bytes), jnp.uint8)
 
     def weights(stored: Array) -> Array:
         if source.name in FLOAT_DTYPES:
@@ -114,7 +119,7 @@ def _loop(
         blocks = [x.reshape(-1, target.block_size)]
         if importance is not None:
             blocks.append(importance[i].reshape(-1, target.block_size))
-        data = encode_chunk(target, *blocks)
+        data = encode_chunk(target, *blocks, tile=grain.tile)
         # A maximum may pass over NaN, so NaN becomes infinity first.
         magnitude = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf))
         if target.bpw <= LOW_BPW:
@@ -129,18 +134,30 @@ def _loop(
     return out, largest, loss, total
 
 
-# Searches are bound by arithmetic, so vectors of 512 bits, where the processor has them, gain over XLA's 256.
-_OPTIONS: dict[str, str | bool | int | float] = {"xla_cpu_prefer_vector_width": 512}
-_transcode = jax.jit(_loop, static_argnames=("source", "target"), compiler_options=_OPTIONS)
+@cache
+def _on_one(source: Format, target: Format, grain: Grain) -> Callable[..., tuple[Array, ...]]:
+    """The loop on one device."""
+    loop = partial(_loop, source=source, target=target, grain=grain)
+    return jax.jit(loop, compiler_options=_options())
 
 
 @cache
-def _over(devices: Mesh, source: Format, target: Format, weighted: bool) -> Callable[..., tuple[Array, ...]]:
+def _over(
+    devices: Mesh, source: Format, target: Format, weighted: bool, grain: Grain
+) -> Callable[..., tuple[Array, ...]]:
     """The loop on each device: it talks to no other."""
     rows = PartitionSpec(devices.axis_names[0])
     given = (rows, rows if weighted else None, rows)
-    loop = shard_map(partial(_loop, source=source, target=target), devices, given, rows)
+    loop = partial(_loop, source=source, target=target, grain=grain)
     placed = NamedSharding(devices, rows)
     return jax.jit(
-        loop, in_shardings=(placed, placed if weighted else None, placed), compiler_options=_OPTIONS
+        shard_map(loop, devices, given, rows),
+        in_shardings=(placed, placed if weighted else None, placed),
+        compiler_options=_options(),
     )
+
+
+def _options() -> dict[str, str | bool | int | float] | None:
+    """Searches are bound by arithmetic, so vectors of 512 bits, where the processor has them, gain over
+    XLA's 256."""
+    return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None

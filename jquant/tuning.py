@@ -28,7 +28,8 @@ from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 from jquant import moving
-from jquant.calibrate import IN_MEMORY, embed_into, padded, real_tokens, run_through, scratch
+from jquant.between import IN_MEMORY, scratch
+from jquant.calibrate import embed_into, padded, real_tokens, run_through
 from jquant.core import Source, UserError
 from jquant.models import Decoder
 from jquant.moving import Changes, Formats, Numbers, Stored

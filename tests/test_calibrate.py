@@ -15,7 +15,9 @@ import pytest
 from test_decoder import opened
 from tiny_models import open_tiny, write_tiny
 
-from jquant.calibrate import ABSOLUTE_MAXIMA, HESSIAN, MEANS, SECOND_MOMENTS, Scratch, collect, merge
+from jquant.ahead import Ahead
+from jquant.between import OnDevice, Scratch
+from jquant.calibrate import ABSOLUTE_MAXIMA, HESSIAN, MEANS, SECOND_MOMENTS, collect, merge
 from jquant.core import UserError
 from jquant.models import ARCHITECTURES
 
@@ -78,6 +80,38 @@ def test_second_moments_are_those_of_the_inputs_in_float64(architecture, tmp_pat
         np.testing.assert_allclose(sums, (x**2).sum(0), rtol=1e-4, atol=1e-6, err_msg=f"{block} {name}")
     for name, stats in found.items():  # nothing is reported that the oracle does not compute
         np.testing.assert_array_equal(stats["count"], counts[name], err_msg=name)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_products_of_bfloat16_tell_nearly_the_same(architecture, tmp_path):
+    decoder = opened(write_tiny(tmp_path, architecture))
+    exact = collect(decoder, TOKENS, SECOND_MOMENTS)
+    rounded = collect(decoder.at("bfloat16"), TOKENS, SECOND_MOMENTS)
+    for name, stats in exact.items():
+        if "exps" not in name:  # a router may send a token elsewhere
+            np.testing.assert_allclose(rounded[name]["sum2"], stats["sum2"], rtol=0.1, err_msg=name)
+            assert (np.asarray(rounded[name]["sum2"]) != np.asarray(stats["sum2"])).any(), name
+
+
+def test_a_hessian_of_bfloat16_inputs_is_the_sum_of_their_products(tmp_path):
+    """Products of bfloat16 are exact in float32: what is summed is not rounded once more."""
+    x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (300, 16)), jnp.bfloat16)
+    found = HESSIAN.update(HESSIAN.init(16), x, jnp.ones(300))["xtx"]
+    assert found.dtype == jnp.float32
+    exact = np.asarray(x, np.float64)
+    np.testing.assert_allclose(found, exact.T @ exact, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("calibrator", [SECOND_MOMENTS, HESSIAN])
+def test_it_is_all_the_same_where_activations_lie_and_when_weights_are_read(calibrator, tmp_path):
+    decoder = opened(write_tiny(tmp_path, "LlamaForCausalLM", num_hidden_layers=3))
+    expected = collect(decoder, TOKENS, calibrator, batch=2, store=Scratch())
+    with Ahead(decoder) as ahead:
+        found = collect(ahead, TOKENS, calibrator, batch=2, store=OnDevice(2))
+    assert found.keys() == expected.keys()
+    for tensor, stats in expected.items():
+        for key, value in stats.items():
+            np.testing.assert_array_equal(found[tensor][key], value, err_msg=tensor)
 
 
 @pytest.mark.parametrize("name", CALIBRATORS)

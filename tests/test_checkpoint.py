@@ -16,7 +16,7 @@ from test_analyze import run
 from test_models import SHARED
 from tiny_models import LINES, write_tiny
 
-from jquant import calibrate, parallel
+from jquant import between, calibrate, parallel
 from jquant.core import OutputError, UserError
 from jquant.io.checkpoint import Checkpoint
 
@@ -143,7 +143,7 @@ def test_a_full_disk_is_told_before_anything_is_mapped(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"activations-00000: cannot be written: No space left.*--resume"):
         made.activations(0, (2, 3))
     with pytest.raises(OutputError, match="cannot take 24 B of activations: No space left"):
-        calibrate.Scratch(tmp_path, in_memory=0).activations(0, (2, 3))
+        between.Scratch(tmp_path, in_memory=0).activations(0, (2, 3))
 
 
 def test_activations_occupy_the_disk_from_the_start(tmp_path):

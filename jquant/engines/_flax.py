@@ -19,7 +19,7 @@ from jaxtyping import Float32, Int32
 
 from jquant import models
 from jquant.activations import ROUNDINGS
-from jquant.calibrate import Scratch
+from jquant.between import Scratch
 from jquant.convert import open_model
 from jquant.core import UserError
 from jquant.io import token_ids

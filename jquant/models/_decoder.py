@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32, Int
 
 from jquant.core import Metadata, TensorSpec, UserError, block_parameters
 
-from ._layers import PRECISION, Block, Rounding, rms_norm
+from ._layers import PRECISION, Block, Precision, Rounding, rms_norm
 from ._rope import Rotary, angles
 
 SLAB_WEIGHTS = 1 << 24  # weights of an embedding that are decoded at once
@@ -75,6 +75,10 @@ class Decoder:
             blocks.append(block.clone(rounding=rounding, rounded=frozenset(here)))
         return replace(self, blocks=tuple(blocks))
 
+    def at(self, precision: Precision) -> Decoder:
+        """The decoder whose blocks multiply factors of this precision, and hold their matrices in it."""
+        return replace(self, blocks=tuple(block.clone(precision=precision) for block in self.blocks))
+
     def embed(self, tokens: Int[np.ndarray, "s t"]) -> Float32[np.ndarray, "s t width"]:
         """The input of the first block. The embedding is decoded a slab of rows at a time."""
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab:
@@ -89,11 +93,14 @@ class Decoder:
         return out
 
     def load_block(self, i: int) -> Parameters:
-        """The parameters of block i on the device: {"attn_q": {"weight": [out, in]}, …}, float32."""
-        return block_parameters(
-            self.blocks[i].shapes,
-            lambda name, shape: jnp.asarray(self.tensors.tensor(f"blk.{i}.{name}").reshape(shape)),
-        )
+        """The parameters of block i on the device: {"attn_q": {"weight": [out, in]}, …}, float32, or matrices
+        as the block multiplies them."""
+
+        def value(name: str, shape: tuple[int, ...]) -> Array:
+            stored = jnp.asarray(self.tensors.tensor(f"blk.{i}.{name}").reshape(shape))
+            return stored.astype(self.blocks[i].precision) if len(shape) > 1 else stored
+
+        return block_parameters(self.blocks[i].shapes, value)
 
     def angles(self, i: int, tokens: int) -> Float32[np.ndarray, "t pairs"]:
         """What block i turns its heads by at positions 0, 1, …: radians."""

@@ -12,6 +12,10 @@ A matrix in `Block.rounded` is multiplied by what `Block.rounding` makes of its 
 What the collection "nudges" has for them, {"attn_q": {"y": …}}, is added to their outputs: the gradient with
 respect to an output is that with respect to its nudge.
 
+Products are of float32, or, in a block whose `precision` says so, of bfloat16 with sums in float32, which
+matrix units are made for; what is shown is then bfloat16 too. Norms, softmax, and what goes from block to
+block are float32 in both.
+
 Terms. s: samples. t: tokens of a sample. g: groups of heads that share a key. r: heads of a group.
 """
 
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -30,12 +35,14 @@ QUERIES = 128  # a tile of queries sees only the keys that it may: half of the w
 TILE = 128  # tokens of one expert that are multiplied at once
 # Products of float32 as such where a device would round its factors (TPU, TF32).
 PRECISION = lax.Precision.HIGHEST
+_EXACT: Any = {"precision": PRECISION, "preferred_element_type": jnp.float32}
 SMALLEST_SUM = (
     6.103515625e-5  # llama.cpp: float16's smallest normal number, below which weights are not scaled
 )
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 Rounding = Callable[[Array], Array]  # of the inputs of a matrix, [*n, width]
+Precision = Literal["float32", "bfloat16"]
 
 
 class Linear(nn.Module):
@@ -50,7 +57,7 @@ class Linear(nn.Module):
         _show(self, x=x)
         x = x if self.rounding is None else self.rounding(x)
         weight = self.param("weight", nn.initializers.lecun_normal(), self.shape)
-        y = lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=PRECISION)
+        y = lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), **_EXACT)
         if self.bias:
             y = y + jnp.broadcast_to(self.param("bias", nn.initializers.zeros, self.shape[:1]), y.shape)
         return _nudged(self, y)
@@ -75,7 +82,8 @@ class Experts(nn.Module):
         _show(self, x=x, expert=expert, token=token)
         x = x if self.rounding is None else self.rounding(x)
         weight = self.param("weight", nn.initializers.lecun_normal(batch_axis=(0,)), self.shape)
-        y = lax.map(lambda tile: jnp.dot(tile[0], weight[tile[1]].T, precision=PRECISION), (x, expert))
+        weight = weight.astype(x.dtype)
+        y = lax.map(lambda tile: jnp.dot(tile[0], weight[tile[1]].T, **_EXACT), (x, expert))
         return _nudged(self, y)
 
 
@@ -128,17 +136,22 @@ class Block(nn.Module):
     experts_normalized: bool = True  # the weights of the experts in use sum to one
     rounding: Rounding | None = None
     rounded: frozenset[str] = frozenset()  # matrices, such as "attn_q"
+    precision: Precision = "float32"  # of the factors of products
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "s t width"], angles: Float[Array, "t pairs"]
     ) -> Float[Array, "s t width"]:
         """angles: what each pair of each head is turned by at each position, radians."""
-        attended = self._linear("attn_output")(self._attention(self._norm("attn_norm", x), angles))
+        attended = self._attention(self._factor(self._norm("attn_norm", x)), angles)
+        attended = self._linear("attn_output")(self._factor(attended))
         h = x + self._norm_if_any("post_attention_norm", attended)
-        m = self._norm("ffn_norm", h)
+        m = self._factor(self._norm("ffn_norm", h))
         fed = self._experts(m) if self._has("ffn_gate_inp") else self._feed_forward(m)
         return h + self._norm_if_any("post_ffw_norm", fed)
+
+    def _factor(self, x: Array) -> Array:
+        return x.astype(self.precision)
 
     def _has(self, name: str) -> bool:
         return f"{name}.weight" in dict(self.shapes)
@@ -171,7 +184,8 @@ class Block(nn.Module):
         k = self._norm_if_any("attn_k_norm", k.reshape(s, t, self.kv_heads, self.head_dim))
         v = v.reshape(s, t, self.kv_heads, self.value_dim)
         q, k = (self._turn(y, angles) for y in (q, k))
-        out = attend(q * self.attention_scale, k, v, window=self.window, softcap=self.attention_softcap)
+        q, k, v = (self._factor(y) for y in (q * self.attention_scale, k, v))
+        out = attend(q, k, v, window=self.window, softcap=self.attention_softcap)
         return out.reshape(s, t, self.heads * self.value_dim)
 
     def _turn(self, y: Array, angles: Array) -> Array:
@@ -198,7 +212,7 @@ class Block(nn.Module):
             gate = self._linear(f"ffn_gate{suffix}")(m)
         else:
             gate, up = jnp.split(up, 2, axis=-1)
-        return self._linear(f"ffn_down{suffix}")(self._activate(gate) * up)
+        return self._linear(f"ffn_down{suffix}")(self._factor(self._activate(gate) * up))
 
     def _experts(self, m: Array) -> Array:
         """Σ p_e expert_e(m) over the best experts of each token, and the shared expert behind its gate."""
@@ -212,7 +226,7 @@ class Block(nn.Module):
         expert, token, slot = tiles_of_experts(chosen, shapes["ffn_up_exps.weight"][0])
         x = jnp.where(token[..., None] >= 0, flat[jnp.maximum(token, 0)], 0.0)  # [tile, row, width]
         gate, up = (self._experts_of(name)(x, expert, token) for name in ("ffn_gate_exps", "ffn_up_exps"))
-        hidden = self._activate(gate) * up
+        hidden = self._factor(self._activate(gate) * up)
         y = self._experts_of("ffn_down_exps")(hidden, expert, token)
         out = jnp.sum(y.reshape(-1, width)[slot] * p[..., None], axis=1).reshape(m.shape)
         if self._has("ffn_up_shexp"):
@@ -271,12 +285,12 @@ def _attend_tile(q: Array, k: Array, v: Array, seen: Array, softcap: float) -> A
     scores = jnp.where(seen[None, None, None], scores, -math.inf)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = _matmul(weights.reshape(s, g, r * n, -1), v).reshape(s, g, r, n, -1)
+    out = _matmul(weights.reshape(s, g, r * n, -1).astype(v.dtype), v).reshape(s, g, r, n, -1)
     return out / total
 
 
 def _matmul(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=PRECISION)
+    return jnp.matmul(a, b, **_EXACT)
 
 
 def tiles_of_experts(

@@ -34,7 +34,8 @@ from jquant.core import Format, QuantizedTensor
 
 DAMPING = 0.01  # of the mean diagonal of H, added to its diagonal
 ROUNDS = 2  # searches for the scales of a block
-ROWS = 256  # of a matrix at a time: a block of them and its factor stay in a core's cache
+ROWS = 256  # of a matrix at a time on a CPU: a block of them and its factor stay in a core's cache
+ACCELERATOR_ROWS = 4096  # lanes to fill
 
 PRECISION = lax.Precision.HIGHEST
 
@@ -99,8 +100,9 @@ def feedback(W: Float[Array, "rows cols"], factors: Factor, format: Format) -> Q
 
 
 def tiles_of(W: Float[Array, "rows cols"]) -> Float[Array, "tiles tile cols"]:
-    """ROWS at a time, the last ones filled up with zeros: one shape, one compilation."""
-    return jnp.pad(W, ((0, -len(W) % ROWS), (0, 0))).reshape(-1, ROWS, W.shape[1])
+    """As many as suit the device, the last ones filled up with zeros: one shape, one compilation."""
+    tile = ROWS if jax.default_backend() == "cpu" else min(-(-len(W) // ROWS) * ROWS, ACCELERATOR_ROWS)
+    return jnp.pad(W, ((0, -len(W) % tile), (0, 0))).reshape(-1, tile, W.shape[1])
 
 
 @partial(jax.jit, static_argnames="format")
