@@ -4,9 +4,9 @@ python benchmarks/tpu.py --topology v5e:4x4 --model Llama-3-8B --types Q4_K,IQ2_
 
 Needs `pip install libtpu`. Memory is what the compiler allocates: arguments, results and temporary buffers.
 Operations and bytes are the compiler's own count, which takes the body of a loop once: for encoders they are
-of one step of CHUNK_WEIGHTS weights, for feedback of one block of columns. Products count once, though those
-of float32 take six passes of the matrix unit. "least" is the time that the peak rates imply for the count; it
-was not measured.
+of one step of ACCELERATOR_GRAIN.chunk weights, for feedback of one block of columns. Products count once,
+though those of float32 take six passes of the matrix unit. "least" is the time that the peak rates imply for
+the count; it was not measured.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,10 +29,11 @@ import numpy as np
 from jax import ShapeDtypeStruct as Shape
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from record import record
+from shapes import MODELS, Headers
 
 from jquant import models, parallel, transcode
 from jquant.calibrate import HESSIAN, SECOND_MOMENTS, init_all
-from jquant.core import CHUNK_WEIGHTS, TensorSpec
+from jquant.core import ACCELERATOR_GRAIN
 from jquant.formats import FORMATS
 from jquant.mesh import make_mesh
 from jquant.transforms import feedback
@@ -52,23 +53,6 @@ CHIPS = {
     "v5p": Chip(95e9, 459e12, 2765e9),
     "v6e": Chip(32e9, 918e12, 1640e9),
 }
-_LLAMA3 = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0, "vocab_size": 128256, "max_position_embeddings": 8192, "num_key_value_heads": 8,
-    "attention_bias": False, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 128000,
-    "eos_token_id": 128001,
-}  # fmt: skip
-# As published with Meta-Llama-3-8B and -70B.
-MODELS = {
-    "Llama-3-8B": {
-        **_LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-    },
-    "Llama-3-70B": {
-        **_LLAMA3, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
-        "num_hidden_layers": 80,
-    },
-}  # fmt: skip
 TOKENS, BATCH = 512, 4  # of a sample, and samples on a device, as `jquant analyze` has them by default
 
 
@@ -83,30 +67,6 @@ class Compiled(NamedTuple):
         return max(PASSES * self.flops / chip.flops, self.bytes / chip.bandwidth)
 
 
-class Headers:
-    """A Llama without weights."""
-
-    def __init__(self, config: Mapping) -> None:
-        width, hidden = config["hidden_size"], config["intermediate_size"]
-        keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
-        block = {
-            "attn_norm": (width,), "attn_q": (width, width), "attn_k": (keys, width), "attn_v": (keys, width),
-            "attn_output": (width, width), "ffn_norm": (width,), "ffn_gate": (hidden, width),
-            "ffn_up": (hidden, width), "ffn_down": (width, hidden),
-        }  # fmt: skip
-        shapes = {"token_embd.weight": (config["vocab_size"], width), "output_norm.weight": (width,)}
-        for i in range(config["num_hidden_layers"]):
-            shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in block.items()}
-        self.specs = {name: TensorSpec(name, shape, "BF16") for name, shape in shapes.items()}
-        self.metadata = models.for_config(dict(config)).metadata(dict(config), "headers only")
-
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        raise NotImplementedError(name)
-
-    def tensor(self, name: str) -> np.ndarray:
-        raise NotImplementedError(name)
-
-
 def compiled(what: str, function: Callable, *arguments: object) -> Compiled:
     made = function.lower(*arguments).compile()  # pyright: ignore[reportFunctionMemberAccess]
     memory, cost = made.memory_analysis(), made.cost_analysis()
@@ -117,9 +77,9 @@ def compiled(what: str, function: Callable, *arguments: object) -> Compiled:
 def encoders(device: jax.Device, types: list[str]) -> Iterator[Compiled]:
     """A slab of rows to each type, on one chip."""
     rows = Mesh(np.array([device]), ("rows",), axis_types=(AxisType.Auto,))
-    slab = (transcode.SLAB_STEPS, CHUNK_WEIGHTS)
+    slab = (transcode.slab_steps(ACCELERATOR_GRAIN), ACCELERATOR_GRAIN.chunk)
     for name in types:
-        encode = transcode._over(rows, FORMATS["BF16"], FORMATS[name], True)
+        encode = transcode._over(rows, FORMATS["BF16"], FORMATS[name], True, ACCELERATOR_GRAIN)
         given = Shape(slab, jnp.bfloat16), Shape(slab, jnp.float32), Shape((1,), jnp.int32)
         yield compiled(f"encode {name}", encode, *given)
 
@@ -145,7 +105,8 @@ def feedbacks(device: jax.Device, widths: list[int], types: list[str]) -> Iterat
             yield compiled(f"factor of {width}, groups of {G}", factor, shape((width, width)))
             factors = feedback.Factor(shape((width, width)), shape((width // G, G, G)))
             code = jax.jit(partial(feedback.feedback_rows, format=FORMATS[name]))
-            yield compiled(f"feedback of {width}, {name}", code, shape((feedback.ROWS, width)), factors)
+            rows = shape((feedback.ACCELERATOR_ROWS, width))
+            yield compiled(f"feedback of {width}, {name}", code, rows, factors)
 
 
 def blocks(devices: list[jax.Device], headers: Headers) -> Iterator[Compiled]:
