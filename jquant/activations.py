@@ -41,9 +41,12 @@ def _scale(x: Array, largest: float) -> Float[Array, "*n 1"]:
 
 
 def _divided(x: Array, y: Float[Array, "*n 1"]) -> Array:
-    """x / y, rounded once. XLA is apt to multiply by 1 / y, which rounds twice."""
-    y = lax.optimization_barrier(jnp.broadcast_to(y, x.shape))
-    return lax.optimization_barrier(x / y)
+    """x / y, rounded once. XLA is apt to multiply by 1 / y, which rounds twice, where one y is for many x.
+
+    So it is shown one that depends on x: a NaN divided by itself is what it would be divided by y. A barrier
+    would do too, but all of y and x / y would then lie in memory.
+    """
+    return x / jnp.where(jnp.isnan(x), x, y)
 
 
 QUANTIZERS: Mapping[str, Callable[[Array], Quantized]] = {"int8": int8, "fp8": fp8}

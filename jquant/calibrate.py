@@ -186,7 +186,8 @@ def real_tokens(
 
 def embed_into(x: Activations, model: BlockwiseModel, tokens: Int[np.ndarray, "s t"], batch: int = 1) -> None:
     """batch: whole batches are written at once."""
-    step = max(_EMBEDDED // batch, 1) * batch
+    sample = tokens.shape[1] * x.shape[-1] * 4
+    step = max(min(_EMBEDDED, _EMBEDDED_BYTES // sample) // batch, 1) * batch
     for start in range(0, len(tokens), step):
         x[start : start + step] = model.embed(tokens[start : start + step])
 
@@ -284,7 +285,8 @@ def padded(part: np.ndarray | Array, batch: int) -> Array:
     return jnp.asarray(np_or_jnp.pad(part, [(0, batch - len(part))] + [(0, 0)] * (part.ndim - 1)))
 
 
-_EMBEDDED = 256  # samples whose embedding is read at a time: one pass over the matrix for each
+# Samples, and their bytes, whose embedding is read at a time: one pass over the matrix for each.
+_EMBEDDED, _EMBEDDED_BYTES = 256, 1 << 30
 
 
 def init_all(block: Block, init: Callable[[tuple[int, ...]], Stats]) -> dict[str, Stats]:

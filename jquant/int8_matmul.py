@@ -7,7 +7,7 @@
 
 The sums are exact: every device and both kernels give the same integers. XLA's dot is the default. The Pallas
 kernel scales its tile before it is written, so that the int32 sums never leave the chip; choose it with
-`dot=pallas_dot` where it is faster.
+`dot=pallas_dot` where it is faster. On GPU it is not: XLA fuses the scales into its product.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def xla_dot(
 def _scaled(sums: Array, sx: Array, sw: Array) -> Array:
     """int32 [n, out] → float32. The order of the two products decides on the last bit."""
     by_token = sums.astype(jnp.float32) * jnp.broadcast_to(sx, sums.shape)
-    return lax.optimization_barrier(by_token) * jnp.broadcast_to(sw.T, sums.shape)
+    return by_token * jnp.broadcast_to(sw.T, sums.shape)
 
 
 def pallas_dot(
