@@ -334,6 +334,8 @@ def quantize(
     importance = imatrix_file.read(imatrix) if imatrix else None
     path = hub.resolve(model, revision=revision)
     opened = open_model(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
+    for remark in () if quiet else opened.remarks:
+        _show.remark(f"note: {remark}")
     needs_text = bool(search_seconds) or weighting is _targets.By.gradients
     needs_text |= target_kld is not None and calibration is not None
     data = None

@@ -50,6 +50,7 @@ class Model(NamedTuple):
     metadata: Metadata
     rounding: Rounding | None = None  # of the inputs of some of its matrices
     stored_bytes: int | None = None  # of its tensors, where `source` decodes them
+    remarks: tuple[str, ...] = ()  # what the user should know of it
 
     @property
     def tensor_bytes(self) -> int:
@@ -73,7 +74,11 @@ def open_model(path: Path, *, name: str | None = None, pre_tokenizer: str | None
         return Model(path, source.files, source, source.metadata)
     folder = path if path.is_dir() else path.parent
     files = [*source.files, folder / "config.json"]  # rope_freqs follows from the configuration
-    config = read_config(folder)
+    config, remarks = read_config(folder), ()
+    language = models.language_part(config, source)
+    if language is not None:
+        config, source = language
+        remarks = ("only the language model is converted: what sees images is a file of its own (mmproj).",)
     rounding = stored_bytes = None
     declared = config.get("quantization_config")
     if isinstance(declared, dict) and declared.get("quant_method") == METHOD:
@@ -85,7 +90,8 @@ def open_model(path: Path, *, name: str | None = None, pre_tokenizer: str | None
     architecture = models.for_config(config)
     metadata = architecture.metadata(config, name or folder.resolve().name)
     metadata |= tokenizer.metadata(folder, config, pre=pre_tokenizer)
-    return Model(path, files, architecture.as_gguf(source, config), metadata, rounding, stored_bytes)
+    seen = architecture.as_gguf(source, config)
+    return Model(path, files, seen, metadata, rounding, stored_bytes, remarks)
 
 
 def _rounding(config: dict, scheme: Scheme, source: Decompressed) -> Rounding | None:

@@ -17,6 +17,8 @@ def logits(config: Mapping, tensors: Mapping[str, np.ndarray], tokens: list[int]
     w = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or config["hidden_size"] // heads
+    given = config.get("rope_parameters") or config
+    turned = int(head * given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)))
     positions = np.arange(len(tokens))[:, None]
     scale = attention_factor(config)
     gemma = config["model_type"].startswith("gemma")
@@ -26,9 +28,9 @@ def logits(config: Mapping, tensors: Mapping[str, np.ndarray], tokens: list[int]
     for i in range(config["num_hidden_layers"]):
         width, local = window(config, i)
         freqs = (
-            10000.0 ** (-np.arange(0, head, 2) / head) if local else frequencies(config, head, len(tokens))
+            10000.0 ** (-np.arange(0, head, 2) / head) if local else frequencies(config, turned, len(tokens))
         )
-        angles = positions * freqs  # [token, head/2]
+        angles = positions * freqs  # [token, turned/2]
         layer = f"model.layers.{i}."
         p = {name.removeprefix(layer): tensor for name, tensor in w.items() if name.startswith(layer)}
         normed = rmsnorm(x, p["input_layernorm.weight"], config)
@@ -96,7 +98,7 @@ def attention(config, p, x, angles, scale, heads, head, width):
         return rmsnorm(y, p[f"self_attn.{norm}.weight"], config) if f"self_attn.{norm}.weight" in p else y
 
     q, k, v = split("q_proj", "q_norm"), split("k_proj", "k_norm"), split("v_proj")
-    q, k = (rotate(y, angles) * scale for y in (q, k))
+    q, k = (rotate(y, angles, scale) for y in (q, k))
     k, v = (np.repeat(y, heads // y.shape[1], axis=1) for y in (k, v))
     scores = np.einsum("ihd,jhd->hij", q, k) / math.sqrt(head)
     scores = capped(scores, config.get("attn_logit_softcapping"))
@@ -106,11 +108,12 @@ def attention(config, p, x, angles, scale, heads, head, width):
     return linear(p, "self_attn.o_proj", out.reshape(n, -1))
 
 
-def rotate(x, angles):
-    """The two halves of a head are the real and imaginary parts of its pairs."""
-    a, b = np.split(x, 2, axis=-1)
-    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+def rotate(x, angles, scale=1.0):
+    """The two halves of what is turned of a head are the real and imaginary parts of its pairs."""
+    turned, rest = np.split(x, [2 * angles.shape[-1]], axis=-1)
+    a, b = np.split(turned, 2, axis=-1)
+    cos, sin = scale * np.cos(angles)[:, None], scale * np.sin(angles)[:, None]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
 def mlp(p, prefix, x, names=("gate_proj", "up_proj", "down_proj"), activation=silu):

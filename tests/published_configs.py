@@ -92,4 +92,14 @@ PUBLISHED: dict[str, dict[str, object]] = {
         "output_router_logits": False, "rope_scaling": None, "router_aux_loss_coef": 0.001,
         "sliding_window": None, "tie_word_embeddings": False,
     },
+    "Phi-4-mini-instruct": {
+        **_COMMON, "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "embd_pdrop": 0.0,
+        "full_attn_mod": 1, "hidden_size": 3072, "interpolate_factor": 1, "intermediate_size": 8192,
+        "lm_head_bias": False, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "phi3",
+        "num_attention_heads": 24, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "original_max_position_embeddings": 4096, "pad_token_id": 199999, "partial_rotary_factor": 0.75,
+        "resid_pdrop": 0.0, "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True,
+        "vocab_size": 200064,
+        "rope_scaling": {"type": "longrope", "long_factor": [1.0] * 48, "short_factor": [1.0] * 48},
+    },
 }  # fmt: skip

@@ -20,6 +20,7 @@ PARAMETERS = {
     "Llama-2-7b-hf": 6738, "Llama-3.2-1B-Instruct": 1236, "SmolLM2-360M-Instruct": 362,
     "Mistral-7B-v0.1": 7242, "Mistral-Nemo-Base-2407": 12248, "Mixtral-8x7B-Instruct-v0.1": 46703,
     "Qwen2.5-0.5B": 494, "Qwen1.5-MoE-A2.7B": 14316, "Qwen3-0.6B": 596, "Qwen3-30B-A3B": 30532,
+    "Phi-4-mini-instruct": 3836,
 }  # fmt: skip
 
 
@@ -29,6 +30,27 @@ def test_published_configs_are_accepted_and_have_the_published_size(name):
     source = as_gguf(config, tiny_models.shapes(config))
     total = sum(spec.size for name, spec in source.specs.items() if name != "rope_freqs.weight")
     assert round(total / 1e6) == PARAMETERS[name]
+
+
+def test_gemma_3_4b_is_accepted_though_its_config_leaves_the_defaults_out():
+    """As published: what the class of transformers has as defaults is not there."""
+    text = {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    }  # fmt: skip
+    whole = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "text_config": text,
+        "eos_token_id": [1, 106],
+    }
+    # What shapes() cannot know.
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
+    shapes = tiny_models.shapes({**text, **sizes, "tie_word_embeddings": True})
+    found = models.language_part(whole, SpecsOnly({f"language_model.{k}": v for k, v in shapes.items()}))
+    assert found is not None
+    config, source = found
+    made = models.for_config(config).as_gguf(source, config)
+    assert sum(spec.size for spec in made.specs.values()) == 3_880_263_168  # published: 3.88 billion
 
 
 REFUSED = {

@@ -25,7 +25,8 @@ from tiny_models import (
 )
 
 from jquant import models
-from jquant.core import TensorSpec
+from jquant.convert import open_model
+from jquant.core import TensorSpec, UserError
 from jquant.io import tokenizer
 from jquant.models import ARCHITECTURES
 
@@ -80,6 +81,17 @@ CASES = {
         {"rope_scaling": {**LONGROPE, "type": "su"}, "original_max_position_embeddings": 256,
          "max_position_embeddings": 512},
     ),
+    "a part of each head": ("Phi3ForCausalLM", {"partial_rotary_factor": 0.75}),
+    "a part of each head, longrope": (
+        "Phi3ForCausalLM",
+        {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 16,
+         "rope_scaling": {key: value if key == "type" else value[:6] for key, value in LONGROPE.items()}},
+    ),
+    "a part of each head, transformers 5": (
+        "Phi3ForCausalLM",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+         "rope_theta": DROP},
+    ),
     "rope of each kind of block": (
         "Gemma3ForCausalLM",
         {"rope_parameters": {
@@ -99,6 +111,45 @@ def test_llama_cpp_computes_the_same_logits(architecture, tmp_path):
 @pytest.mark.parametrize(("architecture", "overrides"), CASES.values(), ids=CASES)
 def test_llama_cpp_computes_the_same_logits_of_every_variant(architecture, overrides, tmp_path):
     assert_same_logits(write_tiny(tmp_path / "hf", architecture, **overrides), tmp_path / "out.gguf")
+
+
+def with_eyes(folder: Path, prefix: str) -> Path:
+    """The language model of a folder inside one that also sees, as transformers saves it."""
+    config = json.loads((folder / "config.json").read_text())
+    tensors = dict(open_tiny(folder).tensors)
+    renamed = {prefix.format(name.removeprefix("model.")): value for name, value in tensors.items()}
+    eyes = {"vision_tower.vision_model.embeddings.position_embedding.weight": (9, 8)}
+    eyes |= {"multi_modal_projector.mm_input_projection_weight": (8, 64)}
+    outer = "model." if prefix.startswith("model.") else ""
+    renamed |= {outer + name: np.ones(shape, np.float32) for name, shape in eyes.items()}
+    special = {key: config.pop(key) for key in ("bos_token_id", "eos_token_id") if key in config}
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", **special}
+    whole |= {"text_config": {**config, "architectures": None}, "vision_config": {"hidden_size": 8}}
+    whole |= {"mm_tokens_per_image": 4, "boi_token_index": 5, "eoi_token_index": 6, "image_token_index": 7}
+    (folder / "config.json").write_text(json.dumps(whole))
+    tiny_models._save(folder, renamed, 1)
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.{}", "model.language_model.{}"])
+def test_the_language_model_of_one_that_sees_is_itself(prefix, tmp_path):
+    alone = open_model(write_tiny(tmp_path / "alone", "Gemma3ForCausalLM"), name="x")
+    inside = open_model(with_eyes(write_tiny(tmp_path / "eyes", "Gemma3ForCausalLM"), prefix), name="x")
+    assert inside.metadata.keys() == alone.metadata.keys()
+    for key, value in alone.metadata.items():
+        np.testing.assert_array_equal(inside.metadata[key], value, err_msg=key)
+    assert inside.source.specs == alone.source.specs
+    for name in alone.source.specs:
+        np.testing.assert_array_equal(inside.source.read(name), alone.source.read(name), err_msg=name)
+    assert "language model" in inside.remarks[0]
+    assert not alone.remarks
+
+
+def test_a_model_that_sees_without_its_text_config_is_refused(tmp_path):
+    folder = write_tiny(tmp_path, "Gemma3ForCausalLM")
+    (folder / "config.json").write_text('{"architectures": ["Gemma3ForConditionalGeneration"]}')
+    with pytest.raises(UserError, match="needs 'text_config'"):
+        open_model(folder)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

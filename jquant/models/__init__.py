@@ -12,12 +12,13 @@ import gguf
 from jquant.core import Metadata, UserError
 
 from ._decoder import Decoder, Parameters, Tensors, open_decoder, run_block
+from ._language_part import language_part
 from ._layers import Block, Precision
 from ._shared import Architecture, Weight
 
 __all__ = [
     "ARCHITECTURES", "Architecture", "Block", "Decoder", "Parameters", "Precision", "Weight", "decoder",
-    "for_config", "run_block",
+    "for_config", "language_part", "run_block",
 ]  # fmt: skip
 
 

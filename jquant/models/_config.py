@@ -65,7 +65,7 @@ _ROPE_FIXED |= {"partial_rotary_factor": 1}
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary embedding: the angle of pair i at position p is p · base^(−2i/head_dim), then scaled."""
+    """Rotary embedding: the angle of pair i at position p is p · base^(−2i/rotary_dims), then scaled."""
 
     base: float
     type: str = "default"
@@ -119,7 +119,7 @@ def read(
 
     Raises UserError naming the key, its value and, where there is one, the remedy.
     """
-    only = {**NEUTRAL, **only}
+    only = {**{key: allowed for key, allowed in NEUTRAL.items() if key not in keys}, **only}
     values = {key: default if config.get(key) is None else config[key] for key, default in keys.items()}
     for key, value in values.items():
         if value is REQUIRED:
@@ -131,6 +131,7 @@ def read(
             raise _unsupported(key, value, architecture, allowed)
     _check_layer_types(config, architecture, window_period)
     _fill_heads(values)
+    _fill_rotary_dims(values, config.get("rope_parameters") or {})
     return Config(values, _read_rope(config, values, rope_types))
 
 
@@ -189,6 +190,19 @@ def _fill_heads(values: dict[str, object]) -> None:
         raise _bad("head_dim", values["head_dim"], "even: rotary embedding turns pairs")
 
 
+def _fill_rotary_dims(values: dict[str, object], rope_parameters: object) -> None:
+    """How many rows of a head are turned, where a part of them may be: transformers 5 says so elsewhere."""
+    part = 1.0
+    if "partial_rotary_factor" in values:
+        if isinstance(rope_parameters, Mapping) and "partial_rotary_factor" in rope_parameters:
+            values["partial_rotary_factor"] = rope_parameters["partial_rotary_factor"]
+        part = _number(values, "partial_rotary_factor")
+    dims = int(_integer(values, "head_dim") * part)
+    if not 0 < part <= 1 or dims % 2 or not dims:
+        raise _bad("partial_rotary_factor", part, "a share of head_dim that is an even number of rows")
+    values["rotary_dims"] = dims
+
+
 def _read_rope(
     config: Mapping[str, object], values: Mapping[str, object], supported: Collection[str]
 ) -> Rope:
@@ -210,7 +224,7 @@ def _read_rope(
             f"config.json: rope scaling {type!r} is not supported; supported: {', '.join(sorted(supported))}."
         )
     for key, fixed in _ROPE_FIXED.items():
-        if scaling.get(key, fixed) != fixed:
+        if key not in values and scaling.get(key, fixed) != fixed:
             raise UserError(
                 f"config.json: rope scaling {type!r} with {key!r} = {_short(scaling[key])}: "
                 f"llama.cpp can only compute {key} = {_short(fixed)}."
@@ -258,12 +272,12 @@ def _read_longrope(base: float, scaling: Mapping[str, object], values: Mapping[s
     first = scaling.get(name, values.get(name))
     original = longest if first is None else _integer({name: first}, name)
     ratio = longest / original
-    pairs = _integer(values, "head_dim") // 2
+    pairs = _integer(values, "rotary_dims") // 2
     factors = {}
     for key in ("short_factor", "long_factor"):
         given = scaling.get(key)
         if not isinstance(given, list) or len(given) != pairs:
-            raise _bad(key, given, f"a list of head_dim / 2 = {pairs} numbers")
+            raise _bad(key, given, f"a list of {pairs} numbers, one for each pair that is turned")
         factors[key] = tuple(_number({key: value}, key) for value in given)
     return Rope(
         base=base,

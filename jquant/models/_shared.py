@@ -230,7 +230,7 @@ class Architecture:
             "attention.value_length": head_dim,
             "attention.layer_norm_rms_epsilon": np.float32(checked.number("rms_norm_eps")),
             "vocab_size": np.uint32(checked.size("vocab_size")),
-            "rope.dimension_count": head_dim,
+            "rope.dimension_count": np.uint32(checked.size("rotary_dims")),
             **_rope_metadata(checked.rope),
             **self.header(checked),
         }

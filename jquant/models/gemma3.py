@@ -36,6 +36,9 @@ GEMMA3 = Architecture(
     keys={
         **DECODER_KEYS,
         "rms_norm_eps": 1e-6,
+        "vocab_size": 262208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
         "head_dim": 256,
         "max_position_embeddings": 131072,
         "rope_theta": 1e6,

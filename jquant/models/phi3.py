@@ -1,4 +1,5 @@
-"""Phi-3, Phi-3.5 and Phi-4 (text): Llama with q, k, v in one matrix, and gate and up in another.
+"""Phi-3, Phi-3.5 and Phi-4 (text): Llama with q, k, v in one matrix, and gate and up in another. Phi-4-mini
+turns the first three quarters of each head only.
 
 Models for long contexts have two sets of divisors of the rotary frequencies (LongRoPE): one for texts within
 the original context, one for longer ones. llama.cpp turns halves: no rows reordered. It ignores the window
@@ -49,7 +50,14 @@ PHI3 = Architecture(
         "rms_norm_eps": 1e-5,
         "sliding_window": None,
         "original_max_position_embeddings": None,
+        "partial_rotary_factor": 1.0,
     },
-    only={"attention_bias": (False,), "mlp_bias": (False,)},
+    only={
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "lm_head_bias": (False, None),
+        "full_attn_mod": (1, None),
+        "interpolate_factor": (1, None),
+    },
     rope_types=frozenset({"default", "longrope"}),
 )
