@@ -21,7 +21,7 @@ _LLAMA3 = {
     **_LLAMA, "rope_theta": 500000.0, "vocab_size": 128256, "max_position_embeddings": 8192,
     "num_key_value_heads": 8, "bos_token_id": 128000, "eos_token_id": 128001,
 }  # fmt: skip
-# As published with Llama-2-7b, Meta-Llama-3-8B, -70B and -3.1-405B.
+# As published with Llama-2-7b, Meta-Llama-3-8B, -70B and -3.1-405B, and Qwen3-235B-A22B.
 MODELS = {
     "Llama-2-7B": {
         **_LLAMA, "rope_theta": 10000.0, "vocab_size": 32000, "max_position_embeddings": 4096,
@@ -40,22 +40,39 @@ MODELS = {
         **_LLAMA3, "hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128,
         "num_hidden_layers": 126,
     },
+    "Qwen3-235B-A22B": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu",
+        "attention_bias": False, "decoder_sparse_step": 1, "head_dim": 128, "hidden_size": 4096,
+        "intermediate_size": 12288, "max_position_embeddings": 40960, "mlp_only_layers": [],
+        "moe_intermediate_size": 1536, "norm_topk_prob": True, "num_attention_heads": 64, "num_experts": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 94, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "tie_word_embeddings": False, "use_sliding_window": False,
+        "vocab_size": 151936, "bos_token_id": 151643, "eos_token_id": 151645, "torch_dtype": "bfloat16",
+    },
 }  # fmt: skip
 
 
 def block_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
-    """Of a block of a Llama, by GGUF's names without the block's."""
-    width, hidden = config["hidden_size"], config["intermediate_size"]
-    keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
+    """Of a block of a Llama, or of a Qwen3 with experts, by GGUF's names without the block's."""
+    width, hidden, heads = (config[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    head = config.get("head_dim", width // heads)
+    queries, keys = head * heads, head * config["num_key_value_heads"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_norm": (width,), "attn_q": (queries, width), "attn_k": (keys, width), "attn_v": (keys, width),
+        "attn_output": (width, queries), "ffn_norm": (width,),
+    }  # fmt: skip
+    if "num_experts" not in config:
+        return {**shapes, "ffn_gate": (hidden, width), "ffn_up": (hidden, width), "ffn_down": (width, hidden)}
+    experts, inner = config["num_experts"], config["moe_intermediate_size"]
     return {
-        "attn_norm": (width,), "attn_q": (width, width), "attn_k": (keys, width), "attn_v": (keys, width),
-        "attn_output": (width, width), "ffn_norm": (width,), "ffn_gate": (hidden, width),
-        "ffn_up": (hidden, width), "ffn_down": (width, hidden),
+        **shapes, "attn_q_norm": (head,), "attn_k_norm": (head,), "ffn_gate_inp": (experts, width),
+        "ffn_gate_exps": (experts, inner, width), "ffn_up_exps": (experts, inner, width),
+        "ffn_down_exps": (experts, width, inner),
     }  # fmt: skip
 
 
 class Headers:
-    """A Llama without weights."""
+    """A model without weights."""
 
     def __init__(self, config: Mapping) -> None:
         width = config["hidden_size"]

@@ -3,10 +3,10 @@
 python benchmarks/tpu.py --topology v5e:4x4 --model Llama-3-8B --types Q4_K,IQ2_XXS [--json FILE]
 
 Needs `pip install libtpu`. Memory is what the compiler allocates: arguments, results and temporary buffers.
-Operations and bytes are the compiler's own count, which takes the body of a loop once: for encoders they are
-of one step of ACCELERATOR_GRAIN.chunk weights, for feedback of one block of columns. Products count once,
-though those of float32 take six passes of the matrix unit. "least" is the time that the peak rates imply for
-the count; it was not measured.
+Products of a block and of Hessians are bfloat16, those of feedback float32, which take six passes of the
+matrix unit and count once. Operations and bytes are the compiler's own count, which takes the body of a loop
+once: for encoders they are of one step of ACCELERATOR_GRAIN.chunk weights, for feedback of one block of
+columns. "least" is the time that the peak rates imply for the count; it was not measured.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 from record import record
 from shapes import MODELS, Headers
 
-from jquant import models, parallel, transcode
+from jquant import int8_matmul, models, parallel, transcode
 from jquant.calibrate import HESSIAN, SECOND_MOMENTS, init_all
 from jquant.core import ACCELERATOR_GRAIN
 from jquant.formats import FORMATS
@@ -61,17 +61,19 @@ class Compiled(NamedTuple):
     memory: int  # bytes a chip
     flops: float
     bytes: float
+    passes: float = 1  # of the matrix unit for a product of bfloat16
 
     def least(self, chip: Chip) -> float:
         """Seconds."""
-        return max(PASSES * self.flops / chip.flops, self.bytes / chip.bandwidth)
+        return max(self.passes * self.flops / chip.flops, self.bytes / chip.bandwidth)
 
 
-def compiled(what: str, function: Callable, *arguments: object) -> Compiled:
+def compiled(what: str, function: Callable, *arguments: object, passes: float = 1) -> Compiled:
     made = function.lower(*arguments).compile()  # pyright: ignore[reportFunctionMemberAccess]
     memory, cost = made.memory_analysis(), made.cost_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Compiled(what, held + memory.temp_size_in_bytes, cost["flops"], cost["bytes accessed"])
+    flops, moved = cost.get("flops", 0.0), cost.get("bytes accessed", 0.0)
+    return Compiled(what, held + memory.temp_size_in_bytes, flops, moved, passes)
 
 
 def encoders(device: jax.Device, types: list[str]) -> Iterator[Compiled]:
@@ -91,7 +93,7 @@ def hessians(device: jax.Device, widths: list[int]) -> Iterator[Compiled]:
     for width in widths:
         empty = jax.eval_shape(lambda width=width: HESSIAN.init(width))
         stats = jax.tree.map(lambda a: shape(a.shape, a.dtype), empty)
-        x, weight = (shape((TOKENS * BATCH, *more), jnp.float32) for more in ((width,), ()))
+        x, weight = shape((TOKENS * BATCH, width), jnp.bfloat16), shape((TOKENS * BATCH,), jnp.float32)
         yield compiled(f"Hessian of {width} inputs", update, stats, x, weight)
 
 
@@ -102,16 +104,31 @@ def feedbacks(device: jax.Device, widths: list[int], types: list[str]) -> Iterat
         for name in types:
             G = FORMATS[name].group_size
             factor = jax.jit(partial(feedback.factor, group_size=G))
-            yield compiled(f"factor of {width}, groups of {G}", factor, shape((width, width)))
+            given = shape((width, width))
+            yield compiled(f"factor of {width}, groups of {G}", factor, given, passes=PASSES)
             factors = feedback.Factor(shape((width, width)), shape((width // G, G, G)))
             code = jax.jit(partial(feedback.feedback_rows, format=FORMATS[name]))
             rows = shape((feedback.ACCELERATOR_ROWS, width))
-            yield compiled(f"feedback of {width}, {name}", code, rows, factors)
+            yield compiled(f"feedback of {width}, {name}", code, rows, factors, passes=PASSES)
+
+
+def int8(device: jax.Device, width: int) -> Iterator[Compiled]:
+    """A product of W8A8 on one chip, by XLA and by the kernel, of which the compiler counts nothing. Its peak
+    is twice that of bfloat16."""
+    place = SingleDeviceSharding(device)
+    sizes = TOKENS * BATCH, width
+    qx, qw = (Shape((size, width), jnp.int8, sharding=place) for size in sizes)
+    sx, sw = (Shape((size, 1), jnp.float32, sharding=place) for size in sizes)
+    given = qx, sx, qw, sw
+    by_xla = compiled(f"INT8 product of {width}, XLA", jax.jit(int8_matmul.xla_dot), *given, passes=0.5)
+    yield by_xla
+    by_kernel = compiled(f"INT8 product of {width}, Pallas", jax.jit(int8_matmul.pallas_dot), *given)
+    yield by_kernel._replace(flops=by_xla.flops, bytes=by_xla.bytes, passes=by_xla.passes)
 
 
 def blocks(devices: list[jax.Device], headers: Headers) -> Iterator[Compiled]:
     """A block's forward pass with its statistics: weights over the chips of a host, samples over hosts."""
-    block = models.decoder(headers, headers.metadata).blocks[0]
+    block = models.decoder(headers, headers.metadata).at("bfloat16").blocks[0]
     chips = sum(device.process_index == devices[0].process_index for device in devices)
     mesh = make_mesh({"model": chips}, devices)
     hosts = mesh.shape["data"]
@@ -123,32 +140,51 @@ def blocks(devices: list[jax.Device], headers: Headers) -> Iterator[Compiled]:
     params: dict[str, dict[str, Shape]] = {}
     for name, sizes in block.shapes:
         module, _, kind = name.partition(".")
-        params.setdefault(module, {})[kind] = shape(sizes, parallel.partition(name, sizes, chips))
+        dtype = jnp.bfloat16 if len(sizes) > 1 else jnp.float32
+        params.setdefault(module, {})[kind] = shape(sizes, parallel.partition(name, sizes, chips), dtype)
     width = headers.specs["token_embd.weight"].cols
     x = shape((BATCH * hosts, TOKENS, width), data)
     angles, real = shape((TOKENS, block.rotary_dims // 2), whole), shape((BATCH * hosts,), data, jnp.int32)
-    distinct = ("attn_k", "attn_output", "ffn_down", "ffn_gate")
     made = jax.eval_shape(lambda: init_all(block, lambda sizes: SECOND_MOMENTS.init(sizes[-1])))
 
     def of_each(a: Shape) -> Shape:
         return shape((hosts, *a.shape), data, a.dtype)
 
-    stats = {name: jax.tree.map(of_each, made[name]) for name in distinct}
+    first = {
+        "attn_k",
+        "attn_output",
+        "ffn_down",
+        "ffn_gate",
+        "ffn_down_exps",
+        "ffn_gate_exps",
+        "ffn_gate_inp",
+    }
+    stats = {name: jax.tree.map(of_each, made[name]) for name in sorted(first & made.keys())}
     step = parallel._step_over(block, SECOND_MOMENTS, mesh)
     yield compiled(f"block over {chips} chips, imatrix", step, params, stats, x, angles, real)
 
 
-def measure(topology: str, model: str, types: list[str]) -> Iterator[Compiled]:
-    """Everything for one topology; raises what libtpu raises where it is missing."""
+PARTS = ("hessians", "encoders", "int8", "blocks", "feedback")
+
+
+def measure(
+    topology: str, model: str, types: list[str], parts: Collection[str] = PARTS
+) -> Iterator[Compiled]:
+    """For one topology; raises what libtpu raises where it is missing."""
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     config = MODELS[model]
-    widths = [config["hidden_size"], config["intermediate_size"]]
-    yield from hessians(devices[0], widths)
-    yield from encoders(devices[0], types)
-    yield from feedbacks(devices[0], widths, types)
-    yield from blocks(devices, Headers(config))
+    widths = [config["hidden_size"], config.get("moe_intermediate_size", config["intermediate_size"])]
+    made = {
+        "hessians": lambda: hessians(devices[0], widths),
+        "encoders": lambda: encoders(devices[0], types),
+        "int8": lambda: int8(devices[0], widths[0]),
+        "blocks": lambda: blocks(devices, Headers(config)),
+        "feedback": lambda: feedbacks(devices[0], widths, types),
+    }
+    for part in parts:
+        yield from made[part]()
 
 
 def main() -> None:
@@ -156,11 +192,12 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:4x4", help="v5e:4x4, v5e:16x16, v5p:2x2x1, v6e:4x4, …")
     parser.add_argument("--model", choices=MODELS, default="Llama-3-8B")
     parser.add_argument("--types", default="Q4_K,IQ2_XXS")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     chip, found = CHIPS[args.topology.partition(":")[0]], []
     print("| compiled | a chip | fits | operations | bytes | least |\n|-|-|-|-|-|-|")
-    for one in measure(args.topology, args.model, args.types.split(",")):
+    for one in measure(args.topology, args.model, args.types.split(","), args.parts):
         found.append(one)
         fits, least = one.memory <= chip.memory, 1e3 * one.least(chip)
         counts = f"{one.memory / 1e9:.3f} GB | {fits} | {one.flops:.2e} | {one.bytes:.2e} | {least:.3f} ms"
