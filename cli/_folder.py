@@ -104,6 +104,7 @@ def quantize(
     from jquant.folders import open_checkpoint, plan_folder, write_folder
     from jquant.io import check_folder, hub
     from jquant.io import imatrix as imatrix_file
+    from jquant.io.paths import local
     from jquant.schemes import SCHEMES
     from jquant.smooth_report import smoothing_report, smoothing_table
     from jquant.w8a8 import smooth_model
@@ -111,7 +112,7 @@ def quantize(
     if out is not None and not dry_run:
         check_folder(out, force=force)
     importance = imatrix_file.read(imatrix) if imatrix else None
-    path = hub.resolve(model, revision=revision)
+    path = local(hub.resolve(model, revision=revision), f"--type {type}")
     checkpoint = open_checkpoint(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
     plan = plan_folder(checkpoint, SCHEMES[type], keep)
     if not quiet:

@@ -27,7 +27,9 @@ class Precision(str, Enum):
 
 @_errors.one_line_errors
 def analyze(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder, GGUF file, or hub id such as org/name.")],
+    model: Annotated[
+        str, typer.Argument(help="Hugging Face folder, GGUF file, hub id such as org/name, or URL: gs://….")
+    ],
     output: Annotated[
         Path | None,
         typer.Option(

@@ -130,6 +130,7 @@ def evaluate(
     from jquant.io import check_target, hub
     from jquant.io import questions as questions_file
     from jquant.io.held_out import read_held_out
+    from jquant.io.paths import local
     from jquant.text import human_size
 
     # Slips of the command line show before a download.
@@ -138,7 +139,7 @@ def evaluate(
     held_out = None if no_text else read_held_out(text)
     asked = questions_file.read(choices)[: questions or None] if choices else []
     paths = [hub.resolve(model, revision=revision) for model in (original, *(candidates or []))]
-    files = [open_file(path, pre_tokenizer=pre_tokenizer) for path in paths]
+    files = [open_file(local(path, "evaluate"), pre_tokenizer=pre_tokenizer) for path in paths]
     chosen = engine_for(files, engine, check=check)
     if not quiet and held_out is not None:
         for remark in held_out.remarks:

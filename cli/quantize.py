@@ -52,7 +52,9 @@ def quantize(
     context: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(help="Hugging Face folder, GGUF file (any architecture), or hub id such as org/name."),
+        typer.Argument(
+            help="Hugging Face folder, GGUF file (any architecture), hub id such as org/name, or URL: gs://…."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Argument(help="GGUF file to write, or folder. Not needed with --dry-run.")

@@ -29,6 +29,7 @@ from jquant.evaluate import Tokens
 from jquant.evaluate_report import Row
 from jquant.io import GgufSource, log_probs
 from jquant.io.log_probs import LogProbs
+from jquant.io.paths import local
 from jquant.io.questions import Question
 from jquant.io.samples import Text
 from jquant.scoring import (
@@ -69,7 +70,7 @@ def open_file(path: Path, *, pre_tokenizer: str | None = None) -> File:
     identity = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
     is_gguf = isinstance(model.source, GgufSource)
     return File(
-        model.files[0] if is_gguf else path,
+        local(model.files[0], "evaluate") if is_gguf else path,
         is_gguf,
         tuple(model.source.specs.values()),
         sum(weights),

@@ -26,6 +26,7 @@ from jquant.fitting import Feedback
 from jquant.formats import FORMATS
 from jquant.io import GgufSink, GgufSource, tokenizer
 from jquant.io.imatrix import Imatrix
+from jquant.io.paths import AnyPath
 from jquant.mesh import local_devices
 from jquant.pipeline import Progress, run
 from jquant.plan import FILE_TYPES, Plan
@@ -44,8 +45,8 @@ class Rounding(NamedTuple):
 class Model(NamedTuple):
     """A model as GGUF would describe it, wherever it comes from."""
 
-    path: Path
-    files: list[Path]  # that the tensors are made from
+    path: AnyPath
+    files: Sequence[AnyPath]  # that the tensors are made from
     source: Source  # tensors under GGUF names
     metadata: Metadata
     rounding: Rounding | None = None  # of the inputs of some of its matrices
@@ -60,7 +61,7 @@ class Model(NamedTuple):
         return sum(spec.nbytes for spec in self.source.specs.values())
 
 
-def open_model(path: Path, *, name: str | None = None, pre_tokenizer: str | None = None) -> Model:
+def open_model(path: AnyPath, *, name: str | None = None, pre_tokenizer: str | None = None) -> Model:
     """A GGUF file of any architecture, or a Hugging Face folder of one that we know. Reads headers only.
 
     The folder may be one of compressed-tensors, in a scheme that we write: its weights are then float32.
@@ -106,7 +107,7 @@ def _rounding(config: dict, scheme: Scheme, source: Decompressed) -> Rounding | 
     )
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder: AnyPath) -> dict:
     """config.json of a model's folder. Raises UserError where there is none."""
     path = folder / "config.json"
     try:
@@ -267,7 +268,7 @@ def fingerprint(model: Model, facts: Mapping[str, str]) -> str:
     return _digest([json.dumps([dict(facts), times]).encode()])
 
 
-def _ends(file: Path) -> Iterator[bytes]:
+def _ends(file: AnyPath) -> Iterator[bytes]:
     """Name, size, and some bytes of the beginning and of the end, which tell one training from another."""
     size = file.stat().st_size
     yield f"{file.name} {size}\n".encode()

@@ -24,8 +24,10 @@ from pathlib import Path
 import numpy as np
 
 from jquant.core import GGML_TYPES, MetadataValue, TensorSpec, UserError, block_and_bytes
+from jquant.io.paths import AnyPath, read_range
 
 MAGIC = b"GGUF"
+_REMOTE_HEADER = 16 << 20  # bytes of a remote file that are read at first
 VERSION = 3
 ALIGNMENT = 32  # where general.alignment is absent
 MAX_DIMS = 4
@@ -76,7 +78,7 @@ def alignment_of(metadata: Mapping[str, MetadataValue]) -> int:
 class _Cursor:
     """A position in the header that never passes the end of the file."""
 
-    def __init__(self, data: mmap.mmap | bytes, path: Path) -> None:
+    def __init__(self, data: mmap.mmap | bytes, path: AnyPath) -> None:
         self.data = data
         self.path = path
         self.pos = 0
@@ -177,7 +179,7 @@ class _Cursor:
         return spec, offset
 
 
-def parse(path: Path) -> Header:
+def parse(path: AnyPath) -> Header:
     """The header of the file at `path`; no tensor is read.
 
     Raises UserError where this is no GGUF file of version 2 or 3 in little endian, or where the header or a
@@ -191,10 +193,25 @@ def parse(path: Path) -> Header:
                     f"{path}: not a GGUF file: it begins with {magic!r} rather than {MAGIC!r}; "
                     "give a .gguf file or a folder with safetensors."
                 )
+            if not isinstance(path, Path):
+                return _parse_remote(path)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(_Cursor(data, path), len(data))
     except OSError as error:
-        raise UserError(f"{path}: cannot be opened: {error.strerror}.") from None
+        raise UserError(f"{path}: cannot be opened: {error.strerror or error}.") from None
+
+
+def _parse_remote(path: AnyPath) -> Header:
+    """How long a header is, it does not say: more and more of the file is read."""
+    size, length = path.stat().st_size, _REMOTE_HEADER
+    while True:
+        data = read_range(path, 0, min(length, size)).tobytes()
+        try:
+            return _parse(_Cursor(data, path), size)
+        except UserError:
+            if length >= size:
+                raise
+        length *= 4
 
 
 def _parse(cursor: _Cursor, file_size: int) -> Header:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 from jquant.core import UserError
+from jquant.io.paths import AnyPath
 
 Json = Mapping[str, object]
 
 
-def read_file(path: Path) -> Json:
+def read_file(path: AnyPath) -> Json:
     """A JSON table; {} where there is no such file."""
     if not path.is_file():
         return {}
@@ -24,7 +24,7 @@ def read_file(path: Path) -> Json:
     return value
 
 
-def read_text(path: Path) -> str:
+def read_text(path: AnyPath) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from jaxtyping import UInt8
 
 from jquant.core import TensorSpec, UserError
+from jquant.io.paths import AnyPath, read_range
 
 
 def read_rows(
-    path: Path, offset: int, spec: TensorSpec, start: int, stop: int | None
+    path: AnyPath, offset: int, spec: TensorSpec, start: int, stop: int | None
 ) -> UInt8[np.ndarray, "k b"]:
     """Rows [start, stop) of the tensor that begins at byte `offset`: uint8 [stop − start, row bytes].
 
@@ -26,9 +25,9 @@ def read_rows(
         raise ValueError(f"{spec.name} has {spec.rows} rows; got [{start}, {stop}).")
     count = (stop - start) * spec.row_bytes
     try:
-        data = np.fromfile(path, np.uint8, count, offset=offset + start * spec.row_bytes)
+        data = read_range(path, offset + start * spec.row_bytes, count)
     except OSError as error:
-        raise UserError(f"{path}: cannot read {spec.name}: {error.strerror}.") from None
+        raise UserError(f"{path}: cannot read {spec.name}: {error.strerror or error}.") from None
     if data.size != count:
         raise UserError(
             f"{path}: {spec.name} lacks {count - data.size} bytes; the file changed while it was read."

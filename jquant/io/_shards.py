@@ -26,9 +26,9 @@ class Shard:
         return self.path.with_name(self.path.name + ".partial")
 
 
-def shard_path(path: Path, index: int, count: int) -> Path:
-    """llama.cpp's name of shard `index` (from 0) of the model that is called `path`."""
-    return path.with_name(f"{path.name.removesuffix('.gguf')}-{index + 1:05d}-of-{count:05d}.gguf")
+def shard_name(name: str, index: int, count: int) -> str:
+    """llama.cpp's name of shard `index` (from 0) of the model whose file is called `name`."""
+    return f"{name.removesuffix('.gguf')}-{index + 1:05d}-of-{count:05d}.gguf"
 
 
 def shards(path: Path, metadata: Metadata, layout: Sequence[TensorSpec], limit: int | None) -> list[Shard]:
@@ -50,7 +50,8 @@ def shards(path: Path, metadata: Metadata, layout: Sequence[TensorSpec], limit: 
     found = []
     for i, part in enumerate(parts):
         keys = _split_keys(metadata, i, len(parts), len(layout))
-        found.append(Shard(shard_path(path, i, len(parts)), *encode(keys, part)))
+        shard = path.with_name(shard_name(path.name, i, len(parts)))
+        found.append(Shard(shard, *encode(keys, part)))
     return found
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import gguf
 
 from jquant.core import UserError
+from jquant.io.paths import AnyPath
 
 from . import _json, _pretokenizer, _sentencepiece
 from ._json import Json, entries, steps, table
@@ -42,7 +42,7 @@ class Vocabulary:
     added: Mapping[str, object] | None = None  # tokenizer.json's post-processor
 
 
-def read(folder: Path, settings: Json, pre: str | None) -> Vocabulary:
+def read(folder: AnyPath, settings: Json, pre: str | None) -> Vocabulary:
     """The folder's tokenizer, from the file that states it most exactly."""
     tokenizer = _json.read_file(folder / "tokenizer.json")
     byte_level = bool(tokenizer) and not _has_byte_fallback(tokenizer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -13,7 +12,8 @@ from jaxtyping import UInt8
 from jquant.core import Metadata, MetadataValue, TensorSpec, UserError
 from jquant.io._gguf_header import Header, parse
 from jquant.io._rows import read_rows
-from jquant.io._shards import shard_path
+from jquant.io._shards import shard_name
+from jquant.io.paths import AnyPath
 
 _SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
@@ -25,7 +25,7 @@ class GgufSource:
     left out. `read` may be called from several threads.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         """Reads headers only. Raises UserError where a header is not sound or a shard is missing."""
         self.path = path
         opened = parse(path)
@@ -33,7 +33,7 @@ class GgufSource:
         headers = [opened if file == path else parse(file) for file in self.files]
         self._check_split(headers)
         self._specs: dict[str, TensorSpec] = {}
-        self._where: dict[str, tuple[Path, int]] = {}
+        self._where: dict[str, tuple[AnyPath, int]] = {}
         for file, header in zip(self.files, headers, strict=True):
             for name, spec in header.specs.items():
                 if name in self._specs:
@@ -79,7 +79,7 @@ def _number(metadata: Metadata | dict[str, MetadataValue], key: str) -> int | No
     return int(value) if isinstance(value, np.integer) else None
 
 
-def _shard_paths(path: Path, header: Header) -> list[Path]:
+def _shard_paths(path: AnyPath, header: Header) -> list[AnyPath]:
     """Files of the model that `path` belongs to, in order."""
     count = _number(header.metadata, "split.count") or 1
     if count == 1:
@@ -90,7 +90,7 @@ def _shard_paths(path: Path, header: Header) -> list[Path]:
             f"{path}: one of {count} shards, but its name does not say which; "
             f"rename the shards to NAME-00001-of-{count:05d}.gguf and so on."
         )
-    paths = [shard_path(path.with_name(match["stem"]), i, count) for i in range(count)]
+    paths: list[AnyPath] = [path.with_name(shard_name(match["stem"], i, count)) for i in range(count)]
     missing = [p.name for p in paths if not p.is_file()]
     if missing:
         raise UserError(

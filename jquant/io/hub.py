@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 )
 
 from jquant.core import OutputError, UserError
+from jquant.io.paths import AnyPath, is_url, open_url
 
 _HUB_ID = re.compile(r"(hf:)?(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<tag>[\w][\w./-]*))?", re.ASCII)
 _FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".json", ".pt", ".pth")
@@ -52,8 +53,8 @@ def resolve(
     token: str | None = None,
     cache_dir: str | Path | None = None,
     endpoint: str | None = None,
-) -> Path:
-    """The local folder or file of `model`: a path, or a hub id, which is downloaded.
+) -> AnyPath:
+    """The folder or file of `model`: a path, a URL, or a hub id, which is downloaded.
 
     A hub id is "org/name"; "org/name:Q8_0" picks a GGUF file by its type, "org/name:file.gguf" by its name.
     "hf:org/name" is never taken for a path.
@@ -62,6 +63,8 @@ def resolve(
     Raises UserError where there is no such path, repository, revision or file, where the hub refuses access,
     and where it cannot be reached and the cache has no copy.
     """
+    if is_url(model):
+        return open_url(model)
     local = os.path.expanduser(model)  # noqa: PTH111  (unlike pathlib's, these two never raise)
     if os.path.exists(local):  # noqa: PTH110
         return Path(local)
@@ -98,7 +101,7 @@ def resolve(
 def name_of(model: str) -> str | None:
     """The name in a hub id; None for a path. A download lies in a folder that is named after its commit."""
     local = os.path.expanduser(model)  # noqa: PTH111  (as in `resolve`)
-    if os.path.exists(local):  # noqa: PTH110
+    if is_url(model) or os.path.exists(local):  # noqa: PTH110
         return None
     return re.split(r"[/:]", model.removeprefix("hf:"))[1]
 

@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 
 from jquant.core import TensorSpec, UserError, block_and_bytes
 from jquant.io._rows import read_rows
+from jquant.io.paths import AnyPath
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,7 +32,7 @@ _TORCH = ("*.bin", "*.pt", "*.pth")
 
 @dataclass(frozen=True)
 class File:
-    path: Path
+    path: AnyPath
     specs: dict[str, TensorSpec]
     offsets: dict[str, int]  # absolute, in bytes
     metadata: dict[str, str]
@@ -44,13 +45,13 @@ class SafetensorsSource:
     of the data in them. `read` may be called from several threads.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         """Reads headers only. Raises UserError where one is not sound, or a file or a tensor is missing."""
         self.path = path
         self.files, index = _files(path)
         files = [parse(p) for p in self.files]
         self._specs: dict[str, TensorSpec] = {}
-        self._where: dict[str, tuple[Path, int]] = {}
+        self._where: dict[str, tuple[AnyPath, int]] = {}
         for file in files:
             for name, spec in file.specs.items():
                 # Where two shards have a tensor, the index says which one counts.
@@ -77,7 +78,7 @@ class SafetensorsSource:
         return read_rows(*self._where[name], self._specs[name], start, stop)
 
 
-def _files(path: Path) -> tuple[list[Path], dict[str, str]]:
+def _files(path: AnyPath) -> tuple[list[AnyPath], dict[str, str]]:
     """Files of the model, and the index (name of a tensor → name of its file; empty without one)."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a folder with {SINGLE} or {INDEX}.")
@@ -114,7 +115,7 @@ def _files(path: Path) -> tuple[list[Path], dict[str, str]]:
     raise UserError(f"{path}: no safetensors here; expected {SINGLE}, or {INDEX} and its shards.")
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_index(path: AnyPath) -> dict[str, str]:
     try:
         index = json.loads(path.read_bytes())["weight_map"]
     except (ValueError, KeyError, TypeError):
@@ -129,7 +130,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return index
 
 
-def parse(path: Path) -> File:
+def parse(path: AnyPath) -> File:
     """The header of one file, checked: tensors follow one another and end where the file ends."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -174,7 +175,7 @@ def parse(path: Path) -> File:
     )
 
 
-def _entry(path: Path, name: str, entry: dict[str, Any]) -> tuple[TensorSpec, int, int]:
+def _entry(path: AnyPath, name: str, entry: dict[str, Any]) -> tuple[TensorSpec, int, int]:
     """Spec, begin and end of one tensor."""
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape)):

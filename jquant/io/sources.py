@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from jquant.core import UserError
 from jquant.io._gguf_header import MAGIC
 from jquant.io.gguf import GgufSource
+from jquant.io.paths import AnyPath
 from jquant.io.safetensors import SafetensorsSource
 
 _EXPECTED = "give a Hugging Face folder (config.json, *.safetensors) or a .gguf file"
 
 
-def open_source(path: Path) -> GgufSource | SafetensorsSource:
+def open_source(path: AnyPath) -> GgufSource | SafetensorsSource:
     """The model at `path`: a folder with safetensors or one GGUF model, or a file of either kind.
 
     Raises UserError where there is nothing, or nothing that can be read.
@@ -35,7 +34,7 @@ def open_source(path: Path) -> GgufSource | SafetensorsSource:
     raise UserError(f"{path}: neither GGUF nor safetensors (it begins with {head[:8]!r}); {_EXPECTED}.")
 
 
-def _open_folder(path: Path) -> GgufSource | SafetensorsSource:
+def _open_folder(path: AnyPath) -> GgufSource | SafetensorsSource:
     ggufs = sorted(path.glob("*.gguf"))
     if not ggufs or any(path.glob("*.safetensors*")):
         return SafetensorsSource(path)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import gguf
 import numpy as np
 
 from jquant.core import MetadataValue, UserError
+from jquant.io.paths import AnyPath
 
 from . import _json, _pretokenizer, _vocabulary
 from ._json import Json, entries, steps, table
@@ -23,7 +23,7 @@ _SPECIAL = {
 }  # fmt: skip
 
 
-def metadata(folder: Path, config: Json, *, pre: str | None = None) -> dict[str, MetadataValue]:
+def metadata(folder: AnyPath, config: Json, *, pre: str | None = None) -> dict[str, MetadataValue]:
     """The tokenizer of `folder`, padded to config's vocab_size. pre: a pre-tokenizer name to use as it is.
 
     Raises UserError where there is no tokenizer, or none that llama.cpp would apply in the same way.
@@ -87,7 +87,7 @@ def _check(vocabulary: Vocabulary) -> None:
         )
 
 
-def _special_ids(folder: Path, config: Json, settings: Json, tokens: list[str]) -> dict[str, int]:
+def _special_ids(folder: AnyPath, config: Json, settings: Json, tokens: list[str]) -> dict[str, int]:
     """Ids of bos, eos, …: named by the tokenizer's files, or numbered by the model's, in that order."""
     ids = {token: i for i, token in enumerate(tokens)}
     named = (settings, _json.read_file(folder / "special_tokens_map.json"))
@@ -147,7 +147,7 @@ def _template_ends(post: Json) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _chat_template(folder: Path, settings: Json) -> dict[str, MetadataValue]:
+def _chat_template(folder: AnyPath, settings: Json) -> dict[str, MetadataValue]:
     """chat_template.jinja, or `chat_template`: one text, or a list of named ones."""
     path = folder / "chat_template.jinja"
     template = _json.read_text(path) if path.is_file() else settings.get("chat_template")
