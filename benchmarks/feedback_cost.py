@@ -2,8 +2,9 @@
 
     python benchmarks/feedback_cost.py --models Llama-2-7B Llama-3-70B --samples 64 --chips 1 16
 
-Rates are those of one H200 (benchmarks/gpu.py); a chip of a pod is taken for such a one, with rows and samples
-spread evenly and nothing lost to communication. Reading the model, compiling and tuning are not counted.
+Rates are those of one H200 (benchmarks/gpu.py); a chip of a pod is taken for such a one, with rows and
+samples spread evenly and nothing lost to communication. Reading the model, compiling and tuning are not
+counted.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import NamedTuple
 
 from shapes import MODELS, block_shapes
 
-# Measured: operations a second of a block's forward pass and of Hessians in float32, of a Cholesky factor with
-# its solves (4096³ in 3 ms), and weights a second of the search with feedback.
+# Measured: operations a second of a block's forward pass and of Hessians in float32, of a Cholesky factor
+# with its solves (4096³ in 3 ms), and weights a second of the search with feedback.
 FORWARD, PRODUCTS, FACTOR = 48e12, 50e12, 4096**3 / 3e-3
 CODED = {"Q4_K": 226e6, "IQ2_XXS": 131e6}
 # The input of each matrix; those that share one come in one stage.
@@ -56,10 +57,8 @@ def cost(config: Mapping, samples: int, length: int, batch: int) -> Cost:
     factors = sum(2 * width**3 for width in widths.values())
     largest = max(widths.values())
     device = 2 * 4 * sum(sizes.values()) + 3 * 4 * largest**2 + 2 * 4 * batch * length * sum(widths.values())
-    streams = 2 * 4 * tokens * config["hidden_size"]
-    return Cost(
-        blocks * run, blocks * products, blocks * factors, blocks * sum(sizes.values()), device, streams
-    )
+    host, weights = 2 * 4 * tokens * config["hidden_size"], sum(sizes.values())
+    return Cost(blocks * run, blocks * products, blocks * factors, blocks * weights, device, host)
 
 
 def main() -> None:
@@ -72,15 +71,8 @@ def main() -> None:
     parser.add_argument("--chips", type=int, nargs="+", default=[1, 16])
     args = parser.parse_args()
     times = [(type, chips) for type in CODED for chips in args.chips]
-    head = [
-        "forward",
-        "H, C, W",
-        "factors",
-        "coded",
-        "device",
-        "host",
-        *(f"{t}, {n} chips" for t, n in times),
-    ]
+    head = ["forward", "H, C, W", "factors", "coded", "device", "host"]
+    head += [f"{type}, {chips} chips" for type, chips in times]
     print(f"| model | {' | '.join(head)} |\n|{'-|' * (len(head) + 1)}")
     for name in args.models:
         c = cost(MODELS[name], args.samples, args.sequence_length, args.batch)
