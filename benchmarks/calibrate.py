@@ -3,8 +3,9 @@
     python benchmarks/calibrate.py smol768-f16.gguf wikitext2-train-1MB.txt
 
 Both go through the same samples, with the same number of threads, by turns; llama.cpp computes the logits of
-each sample's last token only and collects nothing. The second table is of models of zeros with more and more
-blocks of 436 MB in float32: a block, and its activations, are in memory at a time.
+each sample's last token only and collects nothing; its weights are float16, as the file's. The second table is
+of models of zeros with more and more blocks of 436 MB in float32: a block, and its activations, are in memory
+at a time.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def throughput(args: argparse.Namespace) -> dict[str, float]:
         n_threads=args.threads, n_threads_batch=args.threads, verbose=False,
     )  # fmt: skip
 
-    def ours(calibrator: Calibrator) -> None:
-        collect(decoder, tokens, calibrator)
+    def ours(calibrator: Calibrator, precision: models.Precision = "float32") -> None:
+        collect(decoder.at(precision), tokens, calibrator)
 
     def theirs() -> None:
         for sample in tokens:
@@ -62,11 +63,16 @@ def throughput(args: argparse.Namespace) -> dict[str, float]:
 
     work = {
         "jquant, second moments": lambda: ours(SECOND_MOMENTS),
+        "jquant, second moments, bfloat16": lambda: ours(SECOND_MOMENTS, "bfloat16"),
         "jquant, Hessians": lambda: ours(HESSIAN),
         "llama.cpp": theirs,
     }
-    collect(decoder, tokens[:4], SECOND_MOMENTS)  # compiles
-    collect(decoder, tokens[:4], HESSIAN)
+    for calibrator, precision in (
+        (SECOND_MOMENTS, "float32"),
+        (SECOND_MOMENTS, "bfloat16"),
+        (HESSIAN, "float32"),
+    ):
+        collect(decoder.at(precision), tokens[:4], calibrator)  # compiles
     found: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(args.repeats):
         for name, run in work.items():
