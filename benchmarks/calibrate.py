@@ -3,9 +3,9 @@
     python benchmarks/calibrate.py smol768-f16.gguf wikitext2-train-1MB.txt
 
 Both go through the same samples, with the same number of threads, by turns; llama.cpp computes the logits of
-each sample's last token only and collects nothing; its weights are float16, as the file's. The second table is
-of models of zeros with more and more blocks of 436 MB in float32: a block, and its activations, are in memory
-at a time.
+each sample's last token only and collects nothing; its weights are float16, as the file's. The second table
+is of models of zeros with more and more blocks of 436 MB in float32: a block, and its activations, are in
+memory at a time.
 """
 
 from __future__ import annotations
