@@ -164,6 +164,17 @@ def test_matrices_of_different_models_do_not_merge():
         imatrix.merge([a, b])
 
 
+def test_precision_is_of_products_only_and_not_for_gradients(model, text, tmp_path):
+    for precision in ("float32", "bfloat16"):
+        run("analyze", model, "-o", tmp_path / precision, "-c", text, *SMALL, "--precision", precision)
+    exact, rounded = (imatrix.read(tmp_path / precision) for precision in ("float32", "bfloat16"))
+    for name, entry in exact.entries.items():
+        assert (rounded.entries[name] != entry).any()
+        np.testing.assert_allclose(rounded.entries[name], entry, rtol=0.1)
+    arguments = ("--method", "fisher", "--precision", "bfloat16")
+    assert "float32" in run("analyze", model, "-c", text, *arguments, code=2).stderr
+
+
 def test_what_a_user_can_mend_is_one_line(model, text, tmp_path):
     (tmp_path / "there.gguf").write_bytes(b"x")
     cases = [

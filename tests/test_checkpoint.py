@@ -98,6 +98,8 @@ def test_the_checkpoint_of_another_run_is_refused_with_what_differs(model, text,
     assert "another run (data: calibration.txt there, other.txt here; tokens: " in refused.stderr
     refused = run(*arguments, "--resume", "--batch", 3, code=3)
     assert "(batch: 2 there, 3 here)" in refused.stderr
+    refused = run(*arguments, "--resume", "--precision", "bfloat16", code=3)
+    assert "(precision: float32 there, bfloat16 here)" in refused.stderr
     assert "needs --checkpoint-dir" in run("analyze", model, "--resume", code=2).stderr
 
 
