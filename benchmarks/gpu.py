@@ -31,6 +31,7 @@ from shapes import MODELS, Headers, block_shapes, write_folder
 
 from jquant import SCALED_FORMATS, calibrate, core, int8_matmul, models, quantize
 from jquant.calibrate import HESSIAN, SECOND_MOMENTS
+from jquant.core import _grain
 from jquant.formats import FORMATS
 from jquant.transforms import feedback
 
@@ -243,7 +244,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.grain:
-        core.ACCELERATOR_GRAIN = core.Grain(1 << args.grain, 1 << args.grain)
+        _grain.ACCELERATOR_GRAIN = core.Grain(1 << args.grain, 1 << args.grain)
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
     found = []

@@ -1,0 +1,51 @@
+"""The nouns that all else is built from, and `quantize` and `dequantize`."""
+
+from jquant.core._effort import Effort, at_effort
+from jquant.core._encode import chunk_blocks, decode_chunk, dequantize, encode_chunk, quantize
+from jquant.core._errors import OutputError, UserError
+from jquant.core._files import (
+    GGML_TYPES,
+    Metadata,
+    MetadataValue,
+    Sink,
+    Source,
+    TensorSpec,
+    Writer,
+    bits_per_weight,
+    block_and_bytes,
+)
+from jquant.core._format import SCALE_DTYPES, Format, QuantizedTensor, ScaledFormat
+from jquant.core._grain import ACCELERATOR_GRAIN, CPU_GRAIN, Grain, grain
+from jquant.core._models import Block, BlockwiseModel, block_parameters
+
+__all__ = [
+    "ACCELERATOR_GRAIN",
+    "CPU_GRAIN",
+    "GGML_TYPES",
+    "SCALE_DTYPES",
+    "Block",
+    "BlockwiseModel",
+    "Effort",
+    "Format",
+    "Grain",
+    "Metadata",
+    "MetadataValue",
+    "OutputError",
+    "QuantizedTensor",
+    "ScaledFormat",
+    "Sink",
+    "Source",
+    "TensorSpec",
+    "UserError",
+    "Writer",
+    "at_effort",
+    "bits_per_weight",
+    "block_and_bytes",
+    "block_parameters",
+    "chunk_blocks",
+    "decode_chunk",
+    "dequantize",
+    "encode_chunk",
+    "grain",
+    "quantize",
+]

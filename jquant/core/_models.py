@@ -1,0 +1,54 @@
+"""A model whose blocks are run one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+from jax import Array
+
+_T = TypeVar("_T")
+
+
+@runtime_checkable
+class Block(Protocol):
+    """One block of a model: a Flax module that shows what each matrix is given in the collection "inputs":
+    {"x": [s, t, width]}, or for a stack of experts {"x": [tiles, tile, width], "expert": [tiles], "token":
+    [tiles, tile]}, where token counts from the first of all samples and −1 marks a row without one. What the
+    collection "nudges" has under the same names, {"y": …}, is added to the outputs of these matrices."""
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]  # of the parameters: ("ffn_down.weight", (out, in))
+
+    def apply(
+        self, variables: Mapping, x: Array, angles: Array, *, mutable: str
+    ) -> tuple[Array, Mapping]: ...
+
+
+def block_parameters(
+    shapes: Iterable[tuple[str, tuple[int, ...]]], value: Callable[[str, tuple[int, ...]], _T]
+) -> dict[str, dict[str, _T]]:
+    """What a block is applied to, {"attn_q": {"weight": …}}, of value(name, shape) for each of its `shapes`.
+    A matrix of one row, which is stored as a vector, is a matrix again."""
+    found: dict[str, dict[str, _T]] = {}
+    for name, shape in shapes:
+        module, _, kind = name.partition(".")
+        row = kind == "weight" and "norm" not in module and len(shape) == 1
+        found.setdefault(module, {})[kind] = value(name, (1, *shape) if row else shape)
+    return found
+
+
+@runtime_checkable
+class BlockwiseModel(Protocol):
+    """A model whose blocks are run one after the other, each loaded when it is its turn."""
+
+    @property
+    def blocks(self) -> Sequence[Block]: ...
+
+    def embed(self, tokens: np.ndarray) -> np.ndarray: ...
+
+    def load_block(self, i: int) -> dict[str, dict[str, Array]]: ...
+
+    def angles(self, i: int, tokens: int) -> np.ndarray: ...
+
+    def logits(self, x: Array) -> Array: ...
