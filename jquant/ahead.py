@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import Any
 
+import jax
 import numpy as np
 from jax import Array
 
@@ -40,8 +42,14 @@ class Ahead:
         ahead, self._next = self._next, None
         here = ahead[1].result() if ahead is not None and ahead[0] == i else self._model.load_block(i)
         if i + 1 < len(self.blocks):
-            self._next = i + 1, self._pool.submit(self._model.load_block, i + 1)
+            # What jax.default_device says is of a thread, and the next block goes where this one went.
+            device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+            self._next = i + 1, self._pool.submit(self._load, i + 1, device)
         return here
+
+    def _load(self, i: int, device: Any) -> Parameters:
+        with jax.default_device(device):
+            return self._model.load_block(i)
 
     def angles(self, i: int, tokens: int) -> np.ndarray:
         return self._model.angles(i, tokens)

@@ -114,6 +114,15 @@ def test_it_is_all_the_same_where_activations_lie_and_when_weights_are_read(cali
             np.testing.assert_array_equal(found[tensor][key], value, err_msg=tensor)
 
 
+def test_blocks_read_ahead_go_to_the_device_that_their_user_chose(tmp_path):
+    decoder, second = opened(write_tiny(tmp_path, "LlamaForCausalLM", num_hidden_layers=3)), jax.devices()[1]
+    with Ahead(decoder) as ahead, jax.default_device(second):
+        found = [ahead.load_block(i)["attn_q"]["weight"] for i in range(3)]
+    assert all(weight.devices() == {second} for weight in found)
+    for i, weight in enumerate(found):
+        np.testing.assert_array_equal(weight, decoder.load_block(i)["attn_q"]["weight"])
+
+
 @pytest.mark.parametrize("name", CALIBRATORS)
 def test_two_halves_merge_to_the_whole(name, tmp_path):
     calibrator, decoder = CALIBRATORS[name], opened(write_tiny(tmp_path, "Qwen2MoeForCausalLM"))
