@@ -426,8 +426,7 @@ def quantize(
         feedback = analyze and not several and pays(planned, protected)
         if feedback and not quiet:
             _show.remark(
-                "note: below 4 bits, layers are fitted with error feedback; the first block shows the time "
-                "that it takes, --no-feedback does without."
+                "note: below 4 bits, layers are fitted with error feedback; --no-feedback does without."
             )
     fed = None
     if feedback and data is not None:
@@ -435,6 +434,7 @@ def quantize(
             data,
             batch=batch,
             tuning=tuning.Settings() if effort is _Effort.best else None,
+            announce=None if quiet else lambda known: _show.remark(f"note: {known}"),
             progress=_calibration.progress(data, quiet=quiet),
             tuning_progress=_calibration.tuning_progress(quiet=quiet),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from jquant import models, sequential, tuning
 from jquant.core import Metadata, Source, TensorSpec, UserError
+from jquant.forecast import Forecast, forecast
 from jquant.formats import FORMATS
 from jquant.io import GgufSink
 from jquant.io._reporting import reporting
@@ -34,6 +35,7 @@ class Feedback(NamedTuple):
     tuning: tuning.Settings | None = None  # None: the file stays as feedback leaves it
     progress: sequential.Progress = lambda done, count: None
     tuning_progress: tuning.Progress = lambda done, count, divergence: None
+    announce: Callable[[Forecast], None] | None = None  # how long feedback will take, before it begins
 
     @property
     def aside(self) -> int:
@@ -88,10 +90,14 @@ def feed_back(
         raise UserError("tuning needs two samples or more: one to learn from, one to judge; got 1.")
     finished, found = set(sink.finished()), {}
     learned = slice(len(feedback.samples.tokens) - feedback.aside)
+    model, tokens = models.decoder(Weights(source), metadata), feedback.samples.tokens[learned]
+    formats = {entry.name: FORMATS[entry.type] for entry in entries}
+    if feedback.announce is not None and not formats.keys() <= finished:
+        feedback.announce(forecast(model, tokens, formats, batch=feedback.batch, threads=threads))
     blocks = sequential.feed_back(
-        models.decoder(Weights(source), metadata),
-        feedback.samples.tokens[learned],
-        {entry.name: FORMATS[entry.type] for entry in entries},
+        model,
+        tokens,
+        formats,
         lengths=feedback.samples.lengths[learned],
         settings=feedback.settings,
         earlier=lambda name: sink.read(name) if name in finished else None,

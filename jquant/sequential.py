@@ -16,7 +16,7 @@ One block is in memory twice, as it was and as it is quantized, beside both stre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -108,7 +108,7 @@ def feed_back(
         shared = shared_inputs(model, i)
         names = [name for name in shared if name in formats]
         known = {name: data for name in names if (data := earlier(name)) is not None}
-        run = _Run(
+        run = Run(
             block, original, dict(original), angles, streams[0], streams[1], real, batch, settings, threads
         )
         if len(known) == len(names):
@@ -123,6 +123,11 @@ def feed_back(
         yield done
 
 
+def stages(names: Iterable[str]) -> list[list[str]]:
+    """Matrices of a block in the order in which data meets them, those of one stage together."""
+    return [list(stage) for _, stage in groupby(sorted(names, key=lambda n: (_stage(n), n)), key=_stage)]
+
+
 def _stage(name: str) -> int:
     """Matrices of one stage do not see each other's output."""
     if name.startswith("attn"):
@@ -131,7 +136,7 @@ def _stage(name: str) -> int:
 
 
 @dataclass
-class _Run:
+class Run:
     """One block on its way."""
 
     block: Block
@@ -148,9 +153,8 @@ class _Run:
     def quantize(self, formats: Mapping[str, Format], i: int, shared: Mapping[str, str]) -> dict[str, Fed]:
         first = {within_block(name): within_block(one) for name, one in shared.items()}
         found: dict[str, Fed] = {}
-        for _, stage in groupby(sorted(formats, key=lambda name: (_stage(name), name)), key=_stage):
-            members = list(stage)
-            stats = self._gather(tuple(dict.fromkeys(first[name] for name in members)), i)
+        for members in stages(formats):
+            stats = self.gather(tuple(dict.fromkeys(first[name] for name in members)), i)
             for name in members:
                 fed = self._fit(name, stats[first[name]], formats[name])
                 found[f"blk.{i}.{name}.weight"] = fed
@@ -168,7 +172,7 @@ class _Run:
         for params, x in ((self.original, self.x0), (self.quantized, self.x)):
             run_through(self.block, params, self.angles, x, x, self.batch)
 
-    def _gather(self, inputs: tuple[str, ...], i: int) -> dict[str, Stats]:
+    def gather(self, inputs: tuple[str, ...], i: int) -> dict[str, Stats]:
         stats: dict[str, Stats] = {}
         for name in inputs:
             *experts, _, width = self.original[name]["weight"].shape
@@ -207,11 +211,11 @@ class _Run:
         if C is not None and s.strength:
             target = corrected(W, H, C, s.strength, s.correction_damping)
         factors = factor(H, format.group_size, s.damping)
-        data = self._rows(target, factors, format)
+        data = self.rows(target, factors, format)
         decoded = dequantize(QuantizedTensor({"blocks": jnp.asarray(data)}, format))
         return data, float(_quadratic(W - decoded, H)), float(_quadratic(W, H))
 
-    def _rows(self, W: Array, factors: Factor, format: Format) -> np.ndarray:
+    def rows(self, W: Array, factors: Factor, format: Format) -> np.ndarray:
         """Tiles of rows, as many at once as there are threads."""
 
         def encode(tile: Array) -> np.ndarray:

@@ -45,6 +45,9 @@ def test_feedback_is_the_default_where_text_is_read_and_bits_are_few(tmp_path, f
     report = json.loads(done.stdout)
     assert ("feedback" in report) == fed
     assert ("--no-feedback" in done.stderr) == (fed and "--feedback" not in options)
+    before, _, after = done.stderr.partition("error feedback: about ")
+    assert bool(after) == fed
+    assert before.count("block 1 of 2") == ("--analyze" in options)  # what it will take is said first
     assert "tuning" not in report
 
 

@@ -64,9 +64,10 @@ MAY_IMPORT = {
     | {"convert", "io", "models", "plan", "search", "sensitivity", "text"}
     | {"usual", "weights"},
     "sequential": CORE | {"between", "calibrate", "transforms"},
+    "forecast": CORE | {"calibrate", "sequential", "transforms"},
     "moving": CORE | {"formats", "models"},
     "tuning": CORE | {"between", "calibrate", "models", "moving"},
-    "fitting": CORE | {"formats", "io", "models", "plan", "sequential", "tuning", "weights"},
+    "fitting": CORE | {"forecast", "formats", "io", "models", "plan", "sequential", "tuning", "weights"},
     "convert": CORE
     | {
         "compressed",
