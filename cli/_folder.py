@@ -21,7 +21,7 @@ _SCHEMES = ("W8A8", "FP8", "W4A16")  # here too, for --help is not to wait for J
 _KNOWN = frozenset({
     "model", "out", "type", "keep", "alpha", "no_smooth", "imatrix", "analyze", "calibration", "samples",
     "sequence_length", "seed", "parse_special", "batch", "revision", "pre_tokenizer", "dry_run",
-    "max_shard_size", "force", "json", "quiet", "threads", "feedback",
+    "max_shard_size", "force", "json", "quiet", "threads", "feedback", "static_activations",
 })
 # fmt: on
 
@@ -51,6 +51,14 @@ NoSmooth = Annotated[
         "--no-smooth", help="W8A8: leave outliers of inputs where they are.", rich_help_panel=_PANEL
     ),
 ]
+StaticActivations = Annotated[
+    bool,
+    typer.Option(
+        "--static-activations",
+        help="W8A8, FP8: one calibrated scale for all inputs of a matrix, rather than one for each token.",
+        rich_help_panel=_PANEL,
+    ),
+]
 
 
 def is_scheme(type: str | None) -> bool:
@@ -66,6 +74,7 @@ def quantize(
     keep: list[str],
     alpha: float | None,
     no_smooth: bool,
+    static: bool,
     imatrix: Path | None,
     analyze: bool,
     feedback: bool | None,
@@ -90,6 +99,8 @@ def quantize(
         raise typer.BadParameter("is for W8A8", param_hint="--alpha, --no-smooth")
     if type != "W4A16" and feedback:
         raise typer.BadParameter("is for W4A16, and for the types of GGUF files", param_hint="--feedback")
+    if type not in ("W8A8", "FP8") and static:
+        raise typer.BadParameter("is for W8A8 and FP8", param_hint="--static-activations")
     smooths = type == "W8A8" and not no_smooth
     if smooths and (imatrix or analyze):
         raise typer.BadParameter(
@@ -97,6 +108,8 @@ def quantize(
         )
     start = time.monotonic()
     _runtime.start_jax()
+
+    from dataclasses import replace
 
     from jquant.core import UserError
     from jquant.fitting import Feedback
@@ -106,21 +119,21 @@ def quantize(
     from jquant.io import imatrix as imatrix_file
     from jquant.schemes import SCHEMES
     from jquant.smooth_report import smoothing_report, smoothing_table
-    from jquant.w8a8 import smooth_model
+    from jquant.w8a8 import smooth_model, static_scales
 
     if out is not None and not dry_run:
         check_folder(out, force=force)
     importance = imatrix_file.read(imatrix) if imatrix else None
     path = hub.resolve(model, revision=revision)
     checkpoint = open_checkpoint(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
-    plan = plan_folder(checkpoint, SCHEMES[type], keep)
+    plan = plan_folder(checkpoint, replace(SCHEMES[type], static=static), keep)
     if not quiet:
         _remark_groups(plan)
     if dry_run or out is None:
         _show.result_json(_plan_report(checkpoint, plan)) if json else _show.result(_plan_table(plan))
         return
-    data = smoothed = None
-    if analyze or smooths or feedback:
+    data = smoothed = input_scales = None
+    if analyze or smooths or feedback or static:
         data = _calibration.read(
             checkpoint.model,
             calibration,
@@ -145,7 +158,10 @@ def quantize(
             progress=_calibration.progress(data, quiet=quiet),
             searching=_searching(quiet),
         )
-        weights = smoothed.importance
+        weights, input_scales = smoothed.importance, smoothed.input_scales
+    elif static and data is not None:
+        shown = _calibration.progress(data, quiet=quiet)
+        input_scales = static_scales(checkpoint, plan, data, batch=batch, progress=shown)
     fed = ()
     if feedback and data is not None:
         shown = _calibration.progress(data, quiet=quiet)
@@ -158,6 +174,7 @@ def quantize(
             out,
             factors=smoothed.factors if smoothed else None,
             importance=weights,
+            input_scales=input_scales,
             fed=fed,
             max_shard_bytes=max_shard_bytes,
             force=force,
@@ -201,6 +218,7 @@ def _plan_report(
     return {
         "scheme": plan.scheme.name,
         "group_size": plan.scheme.weights.group_size,
+        "static_activations": plan.scheme.static,
         "ignore": list(plan.ignore),
         "source_tensor_bytes": sum(spec.nbytes for spec in checkpoint.source.specs.values()),
         "tensor_bytes": sum(spec.nbytes for spec in plan.layout),

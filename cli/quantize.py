@@ -158,6 +158,7 @@ def quantize(
     keep: _folder.Keep = None,
     alpha: _folder.Alpha = None,
     no_smooth: _folder.NoSmooth = False,
+    static_activations: _folder.StaticActivations = False,
     no_fallback: Annotated[
         bool,
         typer.Option(
@@ -264,6 +265,7 @@ def quantize(
             keep=keep or [],
             alpha=alpha,
             no_smooth=no_smooth,
+            static=static_activations,
             imatrix=imatrix,
             analyze=analyze,
             feedback=feedback,
@@ -286,6 +288,8 @@ def quantize(
         raise typer.BadParameter("is for W8A8, FP8 and W4A16; see --rule", param_hint="--keep")
     if alpha is not None or no_smooth:
         raise typer.BadParameter("is for W8A8", param_hint="--alpha, --no-smooth")
+    if static_activations:
+        raise typer.BadParameter("is for W8A8 and FP8", param_hint="--static-activations")
     target = _targets.target(target_size, target_bpw, target_kld)
     if target and (type or pure or like):
         raise typer.BadParameter("a target chooses the types itself", param_hint="--type, --pure, --like")

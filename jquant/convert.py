@@ -39,6 +39,7 @@ _END_BYTES = 1 << 16
 class Rounding(NamedTuple):
     kind: Activations
     tensors: frozenset[str]  # whose inputs are to be rounded
+    scales: Mapping[str, np.ndarray] | None = None  # of these inputs, [] or [experts]; None: each token's own
 
 
 class Model(NamedTuple):
@@ -94,10 +95,12 @@ def _rounding(config: dict, scheme: Scheme, source: Decompressed) -> Rounding | 
         return None
     architecture = models.for_config(config)
     weights = architecture.named(architecture.read_config(config))
-    return Rounding(
-        scheme.activations,
-        frozenset(name for name, weight in weights.items() if weight.parts[0] in source.decoded),
-    )
+    decoded = {name: weight for name, weight in weights.items() if weight.parts[0] in source.decoded}
+    scales = None
+    if scheme.static:
+        stored = {name: [source.input_scale(part) for part in w.parts] for name, w in decoded.items()}
+        scales = {n: np.array(s if decoded[n].stacked else s[0], np.float32) for n, s in stored.items()}
+    return Rounding(scheme.activations, frozenset(decoded), scales)
 
 
 def read_config(folder: Path) -> dict:

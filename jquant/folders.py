@@ -143,6 +143,8 @@ def _made(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
     ]
     if format.per_code > 1:
         made.append(TensorSpec(f"{module}.weight_shape", (2,), "I64"))
+    if scheme.static:
+        made.append(TensorSpec(f"{module}.input_scale", (1,), spec.type))
     return made
 
 
@@ -153,6 +155,7 @@ def write_folder(
     *,
     factors: Mapping[str, Factors] | None = None,
     importance: Mapping[str, np.ndarray] | None = None,
+    input_scales: Mapping[str, np.float32] | None = None,
     fed: Iterable[FedWeight] = (),
     max_shard_bytes: int | None = None,
     force: bool = False,
@@ -162,6 +165,7 @@ def write_folder(
 
     factors: what smoothing multiplies tensors by, see `smoothing.factors`.
     importance: per GGUF tensor float32 [matrices, cols], where a stack of experts has one row for each.
+    input_scales: of a scheme with static scales, by GGUF tensor, see `input_scales`.
     fed: weights that are quantized already, see `folder_feedback`.
     Raises OutputError where the folder cannot be written, UserError for weights that are no finite numbers.
     """
@@ -180,6 +184,10 @@ def write_folder(
         force=force,
     )
     with sink:
+        for name, scale in (input_scales or {}).items():
+            for part in checkpoint.weights[name].parts:
+                stored = np.array([[scale]], FLOAT_DTYPES[checkpoint.source.specs[part].type])
+                sink.write(f"{part.removesuffix('.weight')}.input_scale", 0, stored.view(np.uint8))
         for one in fed:
             spec = checkpoint.source.specs[one.name]
             _put(one.quantized, spec, 0, spec.rows, sink)

@@ -16,7 +16,7 @@ from typing import Literal
 from jquant.core import ScaledFormat, UserError
 from jquant.formats import SCALED_FORMATS
 
-# How the inputs of matrices are rounded, each token by a scale of its own; see `activations`.
+# How the inputs of matrices are rounded; see `activations`.
 Activations = Literal["int8", "fp8"]
 
 METHOD = "compressed-tensors"
@@ -27,6 +27,7 @@ class Scheme:
     name: str  # as on the command line
     weights: ScaledFormat
     activations: Activations | None
+    static: bool = False  # inputs by one scale a matrix, which is stored; else each token by its own
     layout: str  # compressed-tensors' name of the format
     about: str
 
@@ -91,7 +92,8 @@ def config_of(scheme: Scheme, ignore: Iterable[str]) -> dict[str, object]:
         "block_structure": None,
         "actorder": None,
     }
-    inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
+    by = {"strategy": "tensor", "dynamic": False} if scheme.static else {"strategy": "token", "dynamic": True}
+    inputs = {"num_bits": 8, "type": kind, "symmetric": True, **by}
     group = {
         "targets": ["Linear"],
         "weights": weights,
@@ -124,9 +126,9 @@ def scheme_of(config: Mapping[str, object]) -> Scheme:
                 break
             scheme = replace(scheme, weights=replace(scheme.weights, group_size=group))
         # What else it says must be what we would say.
-        wanted = config_of(scheme, ())["config_groups"]
-        if _facts(config.get("config_groups")) == _facts(wanted):
-            return scheme
+        for made in (scheme, replace(scheme, static=True)):
+            if _facts(config.get("config_groups")) == _facts(config_of(made, ())["config_groups"]):
+                return made
     raise UserError(
         f"config.json: 'quantization_config' of {config.get('quant_method')!r}, format {layout!r}, is none "
         f"that is known here ({', '.join(SCHEMES)}); use the 16-bit original."

@@ -83,7 +83,10 @@ MAY_IMPORT = {
     | {"transcode", "tuning"},
     "folder_feedback": CORE | {"fitting", "folders", "models", "sequential", "weights"},
     "smooth_report": CORE | {"smoothing", "text"},
-    "w8a8": CORE | {"calibrate", "folders", "io", "smooth_search", "smoothing", "transforms"},
+    "input_scales": CORE
+    | {"activations", "calibrate", "io", "models", "smooth_search", "smoothing", "transforms"},
+    "w8a8": CORE
+    | {"calibrate", "folders", "input_scales", "io", "smooth_search", "smoothing", "transcode", "transforms"},
     "smoothing": CORE | {"calibrate", "convert", "io", "models", "ranges", "transforms", "weights"},
     "smooth_search": CORE
     | {"activations", "calibrate", "convert", "io", "models", "smoothing", "transforms"},

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_decoder import divergence
-from test_folders import WIDE, run
-from tiny_models import write_tiny
+from test_folders import WIDE, read, run
+from tiny_models import LINES, write_tiny
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'jquant[interop]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -22,7 +22,7 @@ compressed_tensors = pytest.importorskip("compressed_tensors", reason="compresse
 
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize  # noqa: E402
 
-from jquant.activations import QUANTIZERS  # noqa: E402
+from jquant.activations import QUANTIZERS, STATIC_QUANTIZERS  # noqa: E402
 from jquant.engines import FlaxEngine  # noqa: E402
 from jquant.engines._flax import FlaxEngine as Engine  # noqa: E402
 
@@ -33,6 +33,13 @@ every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM")
 STORIES = Path(__file__).resolve().parents[2] / "shared/data/models/stories260K"
 TOKENS = np.random.default_rng(7).integers(3, 350, (2, 60)).astype(np.int32)
+
+
+def static(tmp_path: Path) -> list[object]:
+    """Options for scales of inputs that are calibrated."""
+    (tmp_path / "text.txt").write_text("\n".join(LINES * 12))
+    text = ["-c", tmp_path / "text.txt", "--samples", "6", "--sequence-length", "48"]
+    return ["--static-activations", *text]
 
 
 def loaded(folder: Path):
@@ -93,11 +100,28 @@ def test_inputs_are_rounded_to_the_same_bits(scheme, kind, tmp_path):
     np.testing.assert_array_equal(np.asarray(codes).astype(np.float32) * np.asarray(scale), wanted.numpy())
 
 
+@pytest.mark.parametrize(("scheme", "kind"), [("W8A8", "int8"), ("FP8", "fp8")])
+def test_inputs_are_rounded_by_the_stored_scale_to_the_same_bits(scheme, kind, tmp_path):
+    folder = write_tiny(tmp_path / "in", "LlamaForCausalLM", **WIDE)
+    smooths = ["--alpha", "0.5"] if scheme == "W8A8" else []
+    run(folder, tmp_path / "out", "--type", scheme, "-q", *smooths, *static(tmp_path))
+    layer = loaded(tmp_path / "out").model.layers[0].mlp.up_proj
+    stored = read(tmp_path / "out")["model.layers.0.mlp.up_proj.input_scale"]
+    assert stored == layer.input_scale.numpy()
+    x = np.random.default_rng(1).standard_normal((3, 50, 128)).astype(np.float32)
+    x[..., 7] -= 30  # beyond the largest
+    x[1, 2] = 0
+    wanted = forward_quantize(layer, torch.tensor(x), "input", layer.quantization_scheme.input_activations)
+    codes, scale = STATIC_QUANTIZERS[kind](jnp.asarray(x), jnp.asarray(stored[0]))
+    np.testing.assert_array_equal(np.asarray(codes).astype(np.float32) * np.asarray(scale), wanted.numpy())
+
+
+@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("scheme", ["W8A8", "FP8"])
-def test_predictions_agree_as_nearly_as_torch_agrees_with_itself(scheme, tmp_path):
+def test_predictions_agree_as_nearly_as_torch_agrees_with_itself(scheme, is_static, tmp_path):
     if not STORIES.is_dir():
         pytest.skip(f"{STORIES}: not here")
-    run(STORIES, tmp_path / "out", "--type", scheme, "-q")
+    run(STORIES, tmp_path / "out", "--type", scheme, "-q", *(static(tmp_path) if is_static else []))
     tokens = np.random.default_rng(3).integers(3, 500, (8, 120)).astype(np.int32)
     model, original = loaded(tmp_path / "out"), loaded(STORIES)
     wanted = logits(model, tokens)

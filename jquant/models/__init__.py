@@ -12,12 +12,12 @@ import gguf
 from jquant.core import Metadata, UserError
 
 from ._decoder import Decoder, Parameters, Tensors, open_decoder, run_block
-from ._layers import Block, Precision
+from ._layers import Block, Precision, Rounding
 from ._shared import Architecture, Weight
 
 __all__ = [
-    "ARCHITECTURES", "Architecture", "Block", "Decoder", "Parameters", "Precision", "Weight", "decoder",
-    "for_config", "run_block",
+    "ARCHITECTURES", "Architecture", "Block", "Decoder", "Parameters", "Precision", "Rounding", "Weight",
+    "decoder", "for_config", "run_block",
 ]  # fmt: skip
 
 
