@@ -1,4 +1,4 @@
-"""`jquant quantize MODEL OUTDIR --type W8A8`: a folder in a scheme of compressed-tensors."""
+"""`jquant quantize MODEL OUTDIR --type W8A8`: a folder in a scheme of compressed-tensors, GPTQ or AWQ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jquant.folders import Checkpoint, FolderPlan
 
 _PANEL = "Types"
-_SCHEMES = ("W8A8", "FP8", "W4A16")  # here too, for --help is not to wait for JAX
+_SCHEMES = ("W8A8", "FP8", "W4A16", "GPTQ", "AWQ")  # here too, for --help is not to wait for JAX
 # fmt: off
 _KNOWN = frozenset({
     "model", "out", "type", "keep", "alpha", "no_smooth", "imatrix", "analyze", "calibration", "samples",
@@ -29,8 +29,8 @@ Keep = Annotated[
     list[str] | None,
     typer.Option(
         "--keep",
-        help="W8A8, FP8, W4A16: REGEX of weights to leave as they are, by their names in the folder. "
-        "Repeatable.",
+        help="W8A8, FP8, W4A16, GPTQ, AWQ: REGEX of weights to leave as they are, by their names in the "
+        "folder. Repeatable.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -97,8 +97,8 @@ def quantize(
     type = type.upper()
     if type != "W8A8" and (alpha is not None or no_smooth):
         raise typer.BadParameter("is for W8A8", param_hint="--alpha, --no-smooth")
-    if type != "W4A16" and feedback:
-        raise typer.BadParameter("is for W4A16, and for the types of GGUF files", param_hint="--feedback")
+    if type in ("W8A8", "FP8") and feedback:
+        raise typer.BadParameter("is for 4 bits, and for the types of GGUF files", param_hint="--feedback")
     if type not in ("W8A8", "FP8") and static:
         raise typer.BadParameter("is for W8A8 and FP8", param_hint="--static-activations")
     smooths = type == "W8A8" and not no_smooth

@@ -62,8 +62,8 @@ def quantize(
         typer.Option(
             "--type",
             "-t",
-            help="llama.cpp's file type: Q4_K_M, Q8_0, Q2_K, F16, …, or W8A8, FP8, W4A16 for a folder. "
-            "Default: the profile's, else Q4_K_M.",
+            help="llama.cpp's file type: Q4_K_M, Q8_0, Q2_K, F16, …, or W8A8, FP8, W4A16, GPTQ, AWQ for a "
+            "folder. Default: the profile's, else Q4_K_M.",
             autocompletion=_complete_type,
         ),
     ] = None,
@@ -245,7 +245,7 @@ def quantize(
         typer.Option("--verbose", "-v", help="Show the type of every tensor.", rich_help_panel=REPORTING),
     ] = False,
 ) -> None:
-    """Quantize a model to a GGUF file, or with --type W8A8, FP8 or W4A16 to a folder for vLLM.
+    """Quantize a model to a GGUF file, or with --type W8A8, FP8, W4A16, GPTQ or AWQ to a folder.
 
     jquant quantize SmolLM2-135M-Instruct smol-q4.gguf --type Q4_K_M
     """
@@ -285,7 +285,7 @@ def quantize(
         )
         return
     if keep:
-        raise typer.BadParameter("is for W8A8, FP8 and W4A16; see --rule", param_hint="--keep")
+        raise typer.BadParameter("is for W8A8, FP8, W4A16, GPTQ and AWQ; see --rule", param_hint="--keep")
     if alpha is not None or no_smooth:
         raise typer.BadParameter("is for W8A8", param_hint="--alpha, --no-smooth")
     if static_activations:

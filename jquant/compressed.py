@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 
 from jquant.core import QuantizedTensor, ScaledFormat, Source, TensorSpec, UserError, dequantize
 
-_DTYPES = {
+DTYPES = {
     "I8": np.dtype(np.int8),
     "I32": np.dtype(np.int32),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
@@ -90,4 +90,4 @@ class Decompressed:
         return np.asarray(dequantize(QuantizedTensor(parts, format))).view(np.uint8)
 
     def _rows(self, name: str, start: int, stop: int | None) -> np.ndarray:
-        return self._source.read(name, start, stop).view(_DTYPES[self._source.specs[name].type])
+        return self._source.read(name, start, stop).view(DTYPES[self._source.specs[name].type])

@@ -29,8 +29,9 @@ from jquant.io.imatrix import Imatrix
 from jquant.mesh import local_devices
 from jquant.pipeline import Progress, run
 from jquant.plan import FILE_TYPES, Plan
-from jquant.schemes import METHOD, Activations, Scheme, scheme_of
+from jquant.schemes import METHOD, METHODS, Activations, Scheme, layout_of, scheme_of
 from jquant.transcode import LOW_BPW
+from jquant.transposed import Transposed
 
 RECIPE = "jquant.recipe"  # metadata key
 _END_BYTES = 1 << 16
@@ -63,7 +64,8 @@ class Model(NamedTuple):
 def open_model(path: Path, *, name: str | None = None, pre_tokenizer: str | None = None) -> Model:
     """A GGUF file of any architecture, or a Hugging Face folder of one that we know. Reads headers only.
 
-    The folder may be one of compressed-tensors, in a scheme that we write: its weights are then float32.
+    The folder may be one of compressed-tensors in a scheme that we write, or of GPTQ or AWQ in 4 bits: its
+    weights are then float32.
 
     name: general.name of a model that has none of its own; default: the folder's.
     pre_tokenizer: GGUF's name for the way the tokenizer splits text, where it cannot be recognised.
@@ -77,12 +79,15 @@ def open_model(path: Path, *, name: str | None = None, pre_tokenizer: str | None
     config = read_config(folder)
     rounding = stored_bytes = None
     declared = config.get("quantization_config")
-    if isinstance(declared, dict) and declared.get("quant_method") == METHOD:
-        scheme = scheme_of(declared)
+    if isinstance(declared, dict) and declared.get("quant_method") in METHODS:
         config = {key: value for key, value in config.items() if key != "quantization_config"}
         stored_bytes = sum(spec.nbytes for spec in source.specs.values())
-        source = Decompressed(source, scheme.weights)
-        rounding = _rounding(config, scheme, source)
+        if declared["quant_method"] == METHOD:
+            scheme = scheme_of(declared)
+            source = Decompressed(source, scheme.weights)
+            rounding = _rounding(config, scheme, source)
+        else:
+            source = Transposed(source, layout_of(declared))
     architecture = models.for_config(config)
     metadata = architecture.metadata(config, name or folder.resolve().name)
     metadata |= tokenizer.metadata(folder, config, pre=pre_tokenizer)

@@ -98,7 +98,8 @@ class Format:
 class ScaledFormat:
     """How rows are written as codes and scales, tensors of their own, as safetensors have them. Hashable.
 
-    A scale is shared by the `group_size` weights of a group, or by a whole row. Of n groups of g weights:
+    A scale is shared by the `group_size` weights of a group, or by a whole row; where the format has `zeros`,
+    scales are pairs of arrays, w ≈ s (q − z). Of n groups of g weights:
 
         fit(groups [n, g], importance [n, g] | None) -> scales [n]     the search; what is stored is rounded
         assign(groups [n, g], scales [n]) -> codes [n, g]              the nearest codes
@@ -114,7 +115,8 @@ class ScaledFormat:
     type: str  # stored type of the codes, as safetensors call it
     per_code: int = 1  # codes in one stored number
     scale_type: Literal["F32", "F16", "BF16"] = "F32"
-    fit: Callable[..., Array] = field(repr=False)
+    zeros: bool = False
+    fit: Callable[..., PyTree] = field(repr=False)
     assign: Callable[..., Array] = field(repr=False)
     reconstruct: Callable[..., Array] = field(repr=False)
     pack: Callable[[Array], Array] = field(repr=False)
@@ -127,6 +129,11 @@ class ScaledFormat:
         """Scales of a row."""
         return 1 if self.group_size is None else cols // self.group_size
 
+    @property
+    def scale_parts(self) -> tuple[str, ...]:
+        """What the arrays of the scales are called."""
+        return ("weight_scale", "weight_zero_point") if self.zeros else ("weight_scale",)
+
 
 SCALE_DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 
@@ -138,8 +145,8 @@ class QuantizedTensor:
 
     Of a Format parts["blocks"] is uint8 [*rows, blocks per row · block_bytes]: what GGUF stores. Of a
     ScaledFormat parts[format.part] are the codes, [*rows, cols] where not packed, and parts["weight_scale"]
-    the scales, [*rows, groups]. The shape is derived from the leaves, so it stays right under `vmap` and when
-    a leading axis is sliced or stacked.
+    the scales, [*rows, groups]; "weight_zero_point" their zeros, likewise. The shape is derived from the
+    leaves, so it stays right under `vmap` and when a leading axis is sliced or stacked.
     """
 
     parts: dict[str, Any]  # arrays; while JAX transforms the tree, its placeholders
@@ -324,16 +331,20 @@ def _encode_scaled(x: Array, importance: Array | None, format: ScaledFormat) -> 
         return jnp.broadcast_to(a, x.shape).astype(jnp.float32).reshape(-1, cols // groups)
 
     found = format.fit(grouped(x), None if importance is None else grouped(importance))
-    stored = lax.optimization_barrier(found.astype(SCALE_DTYPES[format.scale_type]))
-    codes = format.assign(grouped(x), stored.astype(jnp.float32))
-    return {format.part: format.pack(codes.reshape(x.shape)), "weight_scale": stored.reshape(*rows, groups)}
+    dtype = SCALE_DTYPES[format.scale_type]
+    stored = lax.optimization_barrier(jax.tree.map(lambda a: a.astype(dtype), found))
+    codes = format.assign(grouped(x), jax.tree.map(lambda a: a.astype(jnp.float32), stored))
+    by_name = zip(format.scale_parts, jax.tree.leaves(stored), strict=True)
+    scales = {name: a.reshape(*rows, groups) for name, a in by_name}
+    return {format.part: format.pack(codes.reshape(x.shape)), **scales}
 
 
 @partial(jax.jit, static_argnames="format")
 def _decode_scaled(parts: dict[str, Array], format: ScaledFormat) -> Array:
     codes = format.unpack(parts[format.part])
-    scales = parts["weight_scale"].astype(jnp.float32).reshape(-1)
-    return format.reconstruct(codes.reshape(scales.size, -1), scales).reshape(codes.shape)
+    scales = tuple(parts[name].astype(jnp.float32).reshape(-1) for name in format.scale_parts)
+    groups = codes.reshape(scales[0].size, -1)
+    return format.reconstruct(groups, scales if format.zeros else scales[0]).reshape(codes.shape)
 
 
 def quantize(

@@ -13,16 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_decoder import divergence
-from test_folders import WIDE, read, run
+from test_folders import WIDE, config_of, read, run
 from tiny_models import LINES, write_tiny
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'jquant[interop]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 compressed_tensors = pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
 
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # noqa: E402
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize  # noqa: E402
 
 from jquant.activations import QUANTIZERS, STATIC_QUANTIZERS  # noqa: E402
+from jquant.convert import open_model  # noqa: E402
 from jquant.engines import FlaxEngine  # noqa: E402
 from jquant.engines._flax import FlaxEngine as Engine  # noqa: E402
 
@@ -84,6 +86,30 @@ def test_transformers_reads_the_weights_that_we_read(architecture, scheme, tmp_p
     assert (found.argmax(-1) == wanted.argmax(-1)).mean() >= 0.999
     original = loaded(folder)
     assert divergence(logits(original, TOKENS), wanted) > 100 * divergence(wanted, found)
+
+
+def test_the_converter_of_compressed_tensors_reads_awq_as_we_do(tmp_path):
+    from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
+
+    folder = write_tiny(tmp_path / "in", "LlamaForCausalLM", torch_dtype="float16", **WIDE)
+    run(folder, tmp_path / "out", "--type", "AWQ", "-q", "--keep", "0.*down_proj")
+    tensors = {name: torch.tensor(t) for name, t in read(tmp_path / "out").items()}
+    declared = config_of(tmp_path / "out")["quantization_config"]
+    converter = AutoAWQConverter.from_autoawq_config(declared)
+    converter.validate(tensors)
+    made, view = converter.process(tensors), open_model(tmp_path / "out").source
+    packed = [name for name in made if name.endswith("weight_packed")]
+    assert len(packed) == 13
+    for name in packed:
+        module = name.removesuffix(".weight_packed")
+        scale = made[f"{module}.weight_scale"].float()
+        shape = torch.Size(made[f"{module}.weight_shape"].tolist())
+        codes = unpack_from_int32(made[name], 4, shape).float()
+        zeros = unpack_from_int32(made[f"{module}.weight_zero_point"], 4, scale.shape, packed_dim=0).float()
+        groups = codes.reshape(*scale.shape, -1) - zeros[..., None]
+        wanted = (groups * scale[..., None]).reshape(shape).numpy()
+        found = view._source.read(f"{module}.weight").view(np.float32)
+        np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize(("scheme", "kind"), [("W8A8", "int8"), ("FP8", "fp8")])
