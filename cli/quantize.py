@@ -159,6 +159,8 @@ def quantize(
     alpha: _folder.Alpha = None,
     no_smooth: _folder.NoSmooth = False,
     static_activations: _folder.StaticActivations = False,
+    target_error: _folder.TargetError = None,
+    export_scales: _folder.ExportScales = None,
     no_fallback: Annotated[
         bool,
         typer.Option(
@@ -266,6 +268,8 @@ def quantize(
             alpha=alpha,
             no_smooth=no_smooth,
             static=static_activations,
+            target_error=target_error,
+            export_scales=export_scales,
             imatrix=imatrix,
             analyze=analyze,
             feedback=feedback,
@@ -288,6 +292,10 @@ def quantize(
         raise typer.BadParameter("is for W8A8, FP8, W4A16, GPTQ and AWQ; see --rule", param_hint="--keep")
     if alpha is not None or no_smooth:
         raise typer.BadParameter("is for W8A8", param_hint="--alpha, --no-smooth")
+    if target_error is not None:
+        raise typer.BadParameter("is for W8A8", param_hint="--target-error")
+    if export_scales is not None:
+        raise typer.BadParameter("is for W8A8, FP8, W4A16, GPTQ and AWQ", param_hint="--export-scales")
     if static_activations:
         raise typer.BadParameter("is for W8A8 and FP8", param_hint="--static-activations")
     target = _targets.target(target_size, target_bpw, target_kld)

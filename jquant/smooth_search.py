@@ -11,7 +11,7 @@ alpha, or than no smoothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
@@ -233,23 +233,57 @@ def search(
     Every block is searched on what the original gives it. In memory are one block, and activations of
     `samples` + `checked` samples of `tokens` tokens, the first ones.
     """
-    x, real = embedded(decoder, samples, settings)
-    count = len(x)
-    half = max(count * settings.samples // (settings.samples + settings.checked), 1)
-    # A single sample has to serve for both.
-    parts = slice(0, half), slice(half, None) if count > 1 else slice(0, 1)
     places: list[Place] = []
-    errors: list[tuple[float, float]] = []
-    for i, block in enumerate(decoder.blocks):
-        params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, x.shape[1]))
-        y = run_block(block, params, x, angles)
-        train, check = (_Data(x[p], y[p], weights_of(x[p], real[p])) for p in parts)
-        here = frozenset(n.split(".")[2] for n in quantized if n.startswith(f"blk.{i}."))
+    found_errors: list[tuple[float, float]] = []
+    for i, block, params, angles, train, check in _blocks(decoder, samples, settings):
+        here = _within(quantized, i)
         found_places = smooth.couplings(block)
         inputs = {place.name: maxima(place, i, stats) for place in found_places}
         found = search_block(block, here, params, inputs, train, check, angles, settings, rounding)
         places += described(i, found_places, stats, found.logs, found.alphas)
-        errors.append((found.before, found.after))
+        found_errors.append((found.before, found.after))
         progress(i + 1, len(decoder.blocks))
+    return Smoothing(tuple(places), tuple(found_errors))
+
+
+def errors(
+    decoder: Decoder,
+    samples: Samples,
+    smoothing: Smoothing,
+    quantized: frozenset[str],
+    *,
+    settings: Search = DEFAULT,
+    rounding: Rounding = by_token,
+) -> tuple[tuple[float, float], ...]:
+    """`Smoothing.errors` of factors from elsewhere, on the samples that decide in the search."""
+    found = []
+    for i, block, params, angles, _, check in _blocks(decoder, samples, settings):
+        logs = {name: jnp.log(jnp.asarray(s)) for name, s in smoothing.scales(i).items()}
+        none = jax.tree.map(jnp.zeros_like, logs)
+        made = (
+            error(block, _within(quantized, i), params, tried, check, angles, rounding)
+            for tried in (none, logs)
+        )
+        before, after = map(float, made)
+        found.append((before, after))
+    return tuple(found)
+
+
+def _blocks(
+    decoder: Decoder, samples: Samples, settings: Search
+) -> Iterator[tuple[int, Block, Parameters, Array, _Data, _Data]]:
+    """Block after block its number, parameters and angles, the data that steps see, and those that decide."""
+    x, real = embedded(decoder, samples, settings)
+    half = max(len(x) * settings.samples // (settings.samples + settings.checked), 1)
+    # A single sample has to serve for both.
+    parts = slice(0, half), slice(half, None) if len(x) > 1 else slice(0, 1)
+    for i, block in enumerate(decoder.blocks):
+        params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, x.shape[1]))
+        y = run_block(block, params, x, angles)
+        train, check = (_Data(x[p], y[p], weights_of(x[p], real[p])) for p in parts)
+        yield i, block, params, angles, train, check
         x = y
-    return Smoothing(tuple(places), tuple(errors))
+
+
+def _within(quantized: frozenset[str], i: int) -> frozenset[str]:
+    return frozenset(n.split(".")[2] for n in quantized if n.startswith(f"blk.{i}."))

@@ -88,6 +88,7 @@ MAY_IMPORT = {
     | {"activations", "calibrate", "io", "models", "smooth_search", "smoothing", "transforms"},
     "w8a8": CORE
     | {"calibrate", "folders", "input_scales", "io", "smooth_search", "smoothing", "transcode", "transforms"},
+    "scale_export": CORE | {"calibrate", "folders", "io", "transcode", "w8a8"},
     "smoothing": CORE | {"calibrate", "convert", "io", "models", "ranges", "transforms", "weights"},
     "smooth_search": CORE
     | {"activations", "calibrate", "convert", "io", "models", "smoothing", "transforms"},
