@@ -17,11 +17,13 @@ USAGE = 2  # typer's: an unknown option, a missing argument
 INPUT = 3  # the model, the imatrix or a rule cannot be used
 OUTPUT = 4  # the output exists, cannot be written, or the disk is full
 INCOHERENT = 5  # --check: the file was written, but does not speak
+UNREACHED = 6  # --target-error: the folder was written, but smoothing leaves more error than that
 INTERRUPTED = 130  # Ctrl-C; --resume continues
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 internal error; 2 wrong command line; 3 the input cannot be used; "
-    "4 the output cannot be written; 5 the file fails --check; 130 interrupted."
+    "4 the output cannot be written; 5 the file fails --check; "
+    "6 smoothing misses --target-error; 130 interrupted."
 )
 
 

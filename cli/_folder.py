@@ -1,4 +1,4 @@
-"""`jquant quantize MODEL OUTDIR --type W8A8`: a folder in a scheme of compressed-tensors."""
+"""`jquant quantize MODEL OUTDIR --type W8A8`: a folder in a scheme of compressed-tensors, GPTQ or AWQ."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import _calibration, _runtime, _show
+from . import _calibration, _errors, _runtime, _show
+from ._options import OUTPUT
 from ._progress import ProgressBar
 
 if TYPE_CHECKING:
     from jquant.calibrate import Progress
     from jquant.folders import Checkpoint, FolderPlan
+    from jquant.smoothing import Smoothing
 
 _PANEL = "Types"
-_SCHEMES = ("W8A8", "FP8", "W4A16")  # here too, for --help is not to wait for JAX
+_SCHEMES = ("W8A8", "FP8", "W4A16", "GPTQ", "AWQ")  # here too, for --help is not to wait for JAX
 # fmt: off
 _KNOWN = frozenset({
     "model", "out", "type", "keep", "alpha", "no_smooth", "imatrix", "analyze", "calibration", "samples",
     "sequence_length", "seed", "parse_special", "batch", "revision", "pre_tokenizer", "dry_run",
-    "max_shard_size", "force", "json", "quiet", "threads", "feedback",
+    "max_shard_size", "force", "json", "quiet", "threads", "feedback", "static_activations",
+    "target_error", "export_scales",
 })
 # fmt: on
 
@@ -29,8 +32,8 @@ Keep = Annotated[
     list[str] | None,
     typer.Option(
         "--keep",
-        help="W8A8, FP8, W4A16: REGEX of weights to leave as they are, by their names in the folder. "
-        "Repeatable.",
+        help="W8A8, FP8, W4A16, GPTQ, AWQ: REGEX of weights to leave as they are, by their names in the "
+        "folder. Repeatable.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -51,6 +54,33 @@ NoSmooth = Annotated[
         "--no-smooth", help="W8A8: leave outliers of inputs where they are.", rich_help_panel=_PANEL
     ),
 ]
+StaticActivations = Annotated[
+    bool,
+    typer.Option(
+        "--static-activations",
+        help="W8A8, FP8: one calibrated scale for all inputs of a matrix, rather than one for each token.",
+        rich_help_panel=_PANEL,
+    ),
+]
+TargetError = Annotated[
+    float | None,
+    typer.Option(
+        "--target-error",
+        min=0.0,
+        help="W8A8: relative output error, mean |ŷ − y|² / |y|², that smoothing is to leave in no block; "
+        "exit code 6 where it does.",
+        rich_help_panel=_PANEL,
+    ),
+]
+ExportScales = Annotated[
+    Path | None,
+    typer.Option(
+        "--export-scales",
+        help="W8A8, FP8, W4A16, GPTQ, AWQ: also write scales of weights and, where they were measured, "
+        "smoothing factors and ranges of inputs to this safetensors file.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 
 def is_scheme(type: str | None) -> bool:
@@ -66,6 +96,9 @@ def quantize(
     keep: list[str],
     alpha: float | None,
     no_smooth: bool,
+    static: bool,
+    target_error: float | None,
+    export_scales: Path | None,
     imatrix: Path | None,
     analyze: bool,
     feedback: bool | None,
@@ -88,9 +121,13 @@ def quantize(
     type = type.upper()
     if type != "W8A8" and (alpha is not None or no_smooth):
         raise typer.BadParameter("is for W8A8", param_hint="--alpha, --no-smooth")
-    if type != "W4A16" and feedback:
-        raise typer.BadParameter("is for W4A16, and for the types of GGUF files", param_hint="--feedback")
+    if type in ("W8A8", "FP8") and feedback:
+        raise typer.BadParameter("is for 4 bits, and for the types of GGUF files", param_hint="--feedback")
+    if type not in ("W8A8", "FP8") and static:
+        raise typer.BadParameter("is for W8A8 and FP8", param_hint="--static-activations")
     smooths = type == "W8A8" and not no_smooth
+    if target_error is not None and not smooths:
+        raise typer.BadParameter("is for W8A8 that is smoothed", param_hint="--target-error")
     if smooths and (imatrix or analyze):
         raise typer.BadParameter(
             "is measured anyway where W8A8 is smoothed", param_hint="--imatrix, --analyze"
@@ -98,30 +135,36 @@ def quantize(
     start = time.monotonic()
     _runtime.start_jax()
 
+    from dataclasses import replace
+
     from jquant.core import UserError
     from jquant.fitting import Feedback
     from jquant.folder_feedback import feed_back
     from jquant.folders import open_checkpoint, plan_folder, write_folder
-    from jquant.io import check_folder, hub
+    from jquant.io import check_folder, check_target, hub
     from jquant.io import imatrix as imatrix_file
+    from jquant.io import scales as scales_file
     from jquant.io.paths import local
+    from jquant.scale_export import scales_of
     from jquant.schemes import SCHEMES
     from jquant.smooth_report import smoothing_report, smoothing_table
-    from jquant.w8a8 import smooth_model
+    from jquant.w8a8 import block_errors, measure_model, smooth_model
 
     if out is not None and not dry_run:
         check_folder(out, force=force)
+        if export_scales is not None:
+            check_target(export_scales, force=force)
     importance = imatrix_file.read(imatrix) if imatrix else None
     path = local(hub.resolve(model, revision=revision), f"--type {type}")
     checkpoint = open_checkpoint(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
-    plan = plan_folder(checkpoint, SCHEMES[type], keep)
+    plan = plan_folder(checkpoint, replace(SCHEMES[type], static=static), keep)
     if not quiet:
         _remark_groups(plan)
     if dry_run or out is None:
         _show.result_json(_plan_report(checkpoint, plan)) if json else _show.result(_plan_table(plan))
         return
-    data = smoothed = None
-    if analyze or smooths or feedback:
+    data = calibrated = smoothing = None
+    if analyze or smooths or feedback or static:
         data = _calibration.read(
             checkpoint.model,
             calibration,
@@ -137,7 +180,7 @@ def quantize(
     if importance and not weights:
         raise UserError(f"{imatrix}: none of its tensors is in {path}; it was made from another model.")
     if smooths and data is not None:
-        smoothed = smooth_model(
+        calibrated = smooth_model(
             checkpoint,
             plan,
             data,
@@ -146,7 +189,12 @@ def quantize(
             progress=_calibration.progress(data, quiet=quiet),
             searching=_searching(quiet),
         )
-        weights = smoothed.importance
+        weights, smoothing = calibrated.importance, calibrated.smoothing
+        if target_error is not None and smoothing is not None:
+            smoothing = smoothing._replace(errors=block_errors(checkpoint, plan, data, smoothing))
+    elif static and data is not None:
+        shown = _calibration.progress(data, quiet=quiet)
+        calibrated = measure_model(checkpoint, plan, data, batch=batch, progress=shown)
     fed = ()
     if feedback and data is not None:
         shown = _calibration.progress(data, quiet=quiet)
@@ -157,26 +205,53 @@ def quantize(
             checkpoint,
             plan,
             out,
-            factors=smoothed.factors if smoothed else None,
+            factors=calibrated.factors if calibrated else None,
             importance=weights,
+            input_scales=calibrated.input_scales if calibrated else None,
             fed=fed,
             max_shard_bytes=max_shard_bytes,
             force=force,
             progress=progress,
         )
+    if export_scales is not None:
+        found = scales_of(checkpoint, plan, out, calibrated)
+        scales_file.write(export_scales, found, {"scheme": plan.scheme.name, "model": model}, force=force)
+    missed = _missed(out, smoothing, target_error) if smoothing and target_error is not None else ""
     report = _plan_report(checkpoint, plan, written.errors) | {
         "model": model,
-        "smoothing": smoothing_report(smoothed.smoothing) if smoothed else None,
+        "smoothing": smoothing_report(smoothing) if smoothing else None,
+        **(
+            {"target_error": {"target": target_error, "reached": not missed}}
+            if target_error is not None
+            else {}
+        ),
         "files": [{"path": str(file), "bytes": file.stat().st_size} for file in written.files],
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory_bytes": _runtime.peak_memory(),
     }
     if json:
         _show.result_json(report)
-        return
-    if smoothed and not quiet:
-        _show.remark(smoothing_table(smoothed.smoothing))
-    _show.result(_summary(out, plan, report))
+    else:
+        if smoothing and not quiet:
+            _show.remark(smoothing_table(smoothing))
+        _show.result(_summary(out, plan, report))
+    if missed:
+        _show.remark(f"jquant: {missed}")
+        raise typer.Exit(_errors.UNREACHED)
+
+
+def _missed(out: Path, smoothing: Smoothing, target: float) -> str:
+    """What is to be said where blocks have more error than the target; "" where none has."""
+    errors = [after for _, after in smoothing.errors]
+    above = [i for i, error in enumerate(errors) if not error <= target]
+    if not above:
+        return ""
+    worst = max(above, key=errors.__getitem__)
+    return (
+        f"{out}: written, but smoothing leaves {len(above)} of {len(errors)} blocks above --target-error "
+        f"{target:g}, block {worst} the most: {errors[worst]:.2e}; keep it in 16 bit with "
+        f"--keep 'layers\\.{worst}\\.', or calibrate on more --samples."
+    )
 
 
 def _refuse_others(context: typer.Context, type: str) -> None:
@@ -202,6 +277,7 @@ def _plan_report(
     return {
         "scheme": plan.scheme.name,
         "group_size": plan.scheme.weights.group_size,
+        "static_activations": plan.scheme.static,
         "ignore": list(plan.ignore),
         "source_tensor_bytes": sum(spec.nbytes for spec in checkpoint.source.specs.values()),
         "tensor_bytes": sum(spec.nbytes for spec in plan.layout),

@@ -64,8 +64,8 @@ def quantize(
         typer.Option(
             "--type",
             "-t",
-            help="llama.cpp's file type: Q4_K_M, Q8_0, Q2_K, F16, …, or W8A8, FP8, W4A16 for a folder. "
-            "Default: the profile's, else Q4_K_M.",
+            help="llama.cpp's file type: Q4_K_M, Q8_0, Q2_K, F16, …, or W8A8, FP8, W4A16, GPTQ, AWQ for a "
+            "folder. Default: the profile's, else Q4_K_M.",
             autocompletion=_complete_type,
         ),
     ] = None,
@@ -160,6 +160,9 @@ def quantize(
     keep: _folder.Keep = None,
     alpha: _folder.Alpha = None,
     no_smooth: _folder.NoSmooth = False,
+    static_activations: _folder.StaticActivations = False,
+    target_error: _folder.TargetError = None,
+    export_scales: _folder.ExportScales = None,
     no_fallback: Annotated[
         bool,
         typer.Option(
@@ -246,7 +249,7 @@ def quantize(
         typer.Option("--verbose", "-v", help="Show the type of every tensor.", rich_help_panel=REPORTING),
     ] = False,
 ) -> None:
-    """Quantize a model to a GGUF file, or with --type W8A8, FP8 or W4A16 to a folder for vLLM.
+    """Quantize a model to a GGUF file, or with --type W8A8, FP8, W4A16, GPTQ or AWQ to a folder.
 
     jquant quantize SmolLM2-135M-Instruct smol-q4.gguf --type Q4_K_M
     """
@@ -266,6 +269,9 @@ def quantize(
             keep=keep or [],
             alpha=alpha,
             no_smooth=no_smooth,
+            static=static_activations,
+            target_error=target_error,
+            export_scales=export_scales,
             imatrix=imatrix,
             analyze=analyze,
             feedback=feedback,
@@ -285,9 +291,15 @@ def quantize(
         )
         return
     if keep:
-        raise typer.BadParameter("is for W8A8, FP8 and W4A16; see --rule", param_hint="--keep")
+        raise typer.BadParameter("is for W8A8, FP8, W4A16, GPTQ and AWQ; see --rule", param_hint="--keep")
     if alpha is not None or no_smooth:
         raise typer.BadParameter("is for W8A8", param_hint="--alpha, --no-smooth")
+    if target_error is not None:
+        raise typer.BadParameter("is for W8A8", param_hint="--target-error")
+    if export_scales is not None:
+        raise typer.BadParameter("is for W8A8, FP8, W4A16, GPTQ and AWQ", param_hint="--export-scales")
+    if static_activations:
+        raise typer.BadParameter("is for W8A8 and FP8", param_hint="--static-activations")
     target = _targets.target(target_size, target_bpw, target_kld)
     if target and (type or pure or like):
         raise typer.BadParameter("a target chooses the types itself", param_hint="--type, --pure, --like")

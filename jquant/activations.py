@@ -1,7 +1,9 @@
-"""Inputs of matrices as 8-bit numbers, each token (row) with a scale of its own.
+"""Inputs of matrices as 8-bit numbers, each token (row) with a scale of its own, or all with a given one.
 
     int8  s = max|x| / 127.5, q = round(x / s) in [−128, 127]
     fp8   s = max|x| / 448,   q = x / s as e4m3
+
+What a given scale makes too large is clipped.
 
 Source: compressed-tensors, compute_dynamic_scales_and_zp; vLLM divides by 127 instead.
 """
@@ -15,21 +17,31 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
+# max|x| / s: what the largest magnitude is divided by.
+LARGEST: Mapping[str, float] = {"int8": 127.5, "fp8": 448.0}
+
 
 class Quantized(NamedTuple):
     codes: Array  # [*n, width]
-    scale: Array  # float32 [*n, 1]
+    scale: Array  # float32 [*n, 1], or the one given
 
 
 def int8(x: Float[Array, "*n width"]) -> Quantized:
     """Bit for bit what Torch computes: −max|x| comes to −127.5, and the last bit decides on −127 or −128."""
-    scale = _scale(x, 127.5)
+    return static_int8(x, _scale(x, LARGEST["int8"]))
+
+
+def fp8(x: Float[Array, "*n width"]) -> Quantized:
+    return static_fp8(x, _scale(x, LARGEST["fp8"]))
+
+
+def static_int8(x: Float[Array, "*n width"], scale: Float[Array, "..."]) -> Quantized:
+    """scale > 0: broadcast to x."""
     codes = jnp.clip(jnp.round(_divided(x.astype(jnp.float32), scale)), -128, 127)
     return Quantized(codes.astype(jnp.int8), scale)
 
 
-def fp8(x: Float[Array, "*n width"]) -> Quantized:
-    scale = _scale(x, 448.0)
+def static_fp8(x: Float[Array, "*n width"], scale: Float[Array, "..."]) -> Quantized:
     codes = jnp.clip(_divided(x.astype(jnp.float32), scale), -448, 448)  # beyond them e4m3 knows only NaN
     return Quantized(codes.astype(jnp.float8_e4m3fn), scale)
 
@@ -40,7 +52,7 @@ def _scale(x: Array, largest: float) -> Float[Array, "*n 1"]:
     return jnp.where(absmax > 0, _divided(absmax, jnp.full_like(absmax, largest)), 1.0)
 
 
-def _divided(x: Array, y: Float[Array, "*n 1"]) -> Array:
+def _divided(x: Array, y: Float[Array, "..."]) -> Array:
     """x / y, rounded once. XLA is apt to multiply by 1 / y, which rounds twice, where one y is for many x.
 
     So it is shown one that depends on x: a NaN divided by itself is what it would be divided by y. A barrier
@@ -49,18 +61,27 @@ def _divided(x: Array, y: Float[Array, "*n 1"]) -> Array:
     return x / jnp.where(jnp.isnan(x), x, y)
 
 
+# By name: of x with scales of its own, and of x and a scale.
 QUANTIZERS: Mapping[str, Callable[[Array], Quantized]] = {"int8": int8, "fp8": fp8}
+STATIC_QUANTIZERS: Mapping[str, Callable[[Array, Array], Quantized]] = {
+    "int8": static_int8,
+    "fp8": static_fp8,
+}
 
 
-def _rounding(quantize: Callable[[Array], Quantized]) -> Callable[[Array], Array]:
-    def rounded(x: Float[Array, "*n width"]) -> Float[Array, "*n width"]:
+def _rounding(quantize: Callable[..., Quantized]) -> Callable[..., Array]:
+    def rounded(x: Float[Array, "*n width"], *scale: Float[Array, "..."]) -> Float[Array, "*n width"]:
         """x as these numbers have it. Its gradient is that of x itself (straight-through)."""
-        codes, scale = quantize(lax.stop_gradient(x))
-        return x + lax.stop_gradient(codes.astype(jnp.float32) * scale - x)
+        codes, used = quantize(lax.stop_gradient(x), *scale)
+        decoded = codes.astype(jnp.float32) * jnp.broadcast_to(used, x.shape)
+        return x + lax.stop_gradient(decoded - x)
 
     return rounded
 
 
 ROUNDINGS: Mapping[str, Callable[[Array], Array]] = {
     name: _rounding(quantize) for name, quantize in QUANTIZERS.items()
+}
+STATIC_ROUNDINGS: Mapping[str, Callable[[Array, Array], Array]] = {
+    name: _rounding(quantize) for name, quantize in STATIC_QUANTIZERS.items()
 }

@@ -1,4 +1,7 @@
-"""A checkpoint of codes and scales as the float32 weights that they stand for: a Source over a Source."""
+"""A checkpoint of codes and scales as the float32 weights that they stand for: a Source over a Source.
+
+Of a folder with static scales of inputs X.input_scale is apart: `input_scale`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from jaxtyping import UInt8
 
 from jquant.core import QuantizedTensor, ScaledFormat, Source, TensorSpec, UserError, dequantize
 
-_DTYPES = {
+DTYPES = {
     "I8": np.dtype(np.int8),
     "I32": np.dtype(np.int32),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
@@ -21,7 +24,8 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_SCALE, _SHAPE = "weight_scale", "weight_shape"
+_FLOATS = ("F32", "F16", "BF16")
+_SCALE, _SHAPE, _INPUT = "weight_scale", "weight_shape", "input_scale"
 
 
 class Decompressed:
@@ -38,18 +42,14 @@ class Decompressed:
             if module in scaled and part == format.part:
                 weight = self._decoded(module, spec)
                 self._specs[weight.name] = weight
-            elif module not in scaled or part not in (_SCALE, _SHAPE):
+            elif module not in scaled or part not in (_SCALE, _SHAPE, _INPUT):
                 self._specs[name] = spec
 
     def _decoded(self, module: str, spec: TensorSpec) -> TensorSpec:
         scale = self._source.specs[f"{module}.{_SCALE}"]
         shape = (*spec.shape[:-1], spec.cols * self._format.per_code)
         wanted = (*spec.shape[:-1], self._format.groups(shape[-1]))
-        if (
-            spec.type != self._format.type
-            or scale.type not in ("F32", "F16", "BF16")
-            or scale.shape != wanted
-        ):
+        if spec.type != self._format.type or scale.type not in _FLOATS or scale.shape != wanted:
             raise UserError(
                 f"{spec.name}: {spec.type} {spec.shape} with scales {scale.type} {scale.shape} is not what "
                 f"config.json declares ({self._format}, scales {wanted}); the folder is damaged."
@@ -67,6 +67,19 @@ class Decompressed:
         """Names of the weights that are stored as codes."""
         return self._formats.keys()
 
+    def input_scale(self, name: str) -> np.float32:
+        """That of the inputs of a decoded weight. Raises UserError where it has none, or none above 0."""
+        stored = f"{name.removesuffix('.weight')}.{_INPUT}"
+        spec = self._source.specs.get(stored)
+        if spec is None or spec.size != 1 or spec.type not in _FLOATS:
+            raise UserError(
+                f"{stored}: config.json declares one number, which is not there; use the original."
+            )
+        scale = np.float32(self._rows(stored, 0, 1).item())
+        if not 0 < scale < np.inf:
+            raise UserError(f"{stored}: is {scale}; the folder is damaged.")
+        return scale
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> UInt8[np.ndarray, "k b"]:
         if name not in self._formats:
             return self._source.read(name, start, stop)
@@ -77,4 +90,4 @@ class Decompressed:
         return np.asarray(dequantize(QuantizedTensor(parts, format))).view(np.uint8)
 
     def _rows(self, name: str, start: int, stop: int | None) -> np.ndarray:
-        return self._source.read(name, start, stop).view(_DTYPES[self._source.specs[name].type])
+        return self._source.read(name, start, stop).view(DTYPES[self._source.specs[name].type])

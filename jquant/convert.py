@@ -30,8 +30,9 @@ from jquant.io.paths import AnyPath
 from jquant.mesh import local_devices
 from jquant.pipeline import Progress, run
 from jquant.plan import FILE_TYPES, Plan
-from jquant.schemes import METHOD, Activations, Scheme, scheme_of
+from jquant.schemes import METHOD, METHODS, Activations, Scheme, layout_of, scheme_of
 from jquant.transcode import LOW_BPW
+from jquant.transposed import Transposed
 
 RECIPE = "jquant.recipe"  # metadata key
 _END_BYTES = 1 << 16
@@ -40,6 +41,7 @@ _END_BYTES = 1 << 16
 class Rounding(NamedTuple):
     kind: Activations
     tensors: frozenset[str]  # whose inputs are to be rounded
+    scales: Mapping[str, np.ndarray] | None = None  # of these inputs, [] or [experts]; None: each token's own
 
 
 class Model(NamedTuple):
@@ -64,7 +66,8 @@ class Model(NamedTuple):
 def open_model(path: AnyPath, *, name: str | None = None, pre_tokenizer: str | None = None) -> Model:
     """A GGUF file of any architecture, or a Hugging Face folder of one that we know. Reads headers only.
 
-    The folder may be one of compressed-tensors, in a scheme that we write: its weights are then float32.
+    The folder may be one of compressed-tensors in a scheme that we write, or of GPTQ or AWQ in 4 bits: its
+    weights are then float32.
 
     name: general.name of a model that has none of its own; default: the folder's.
     pre_tokenizer: GGUF's name for the way the tokenizer splits text, where it cannot be recognised.
@@ -82,12 +85,15 @@ def open_model(path: AnyPath, *, name: str | None = None, pre_tokenizer: str | N
         remarks = ("only the language model is converted: what sees images is a file of its own (mmproj).",)
     rounding = stored_bytes = None
     declared = config.get("quantization_config")
-    if isinstance(declared, dict) and declared.get("quant_method") == METHOD:
-        scheme = scheme_of(declared)
+    if isinstance(declared, dict) and declared.get("quant_method") in METHODS:
         config = {key: value for key, value in config.items() if key != "quantization_config"}
         stored_bytes = sum(spec.nbytes for spec in source.specs.values())
-        source = Decompressed(source, scheme.weights)
-        rounding = _rounding(config, scheme, source)
+        if declared["quant_method"] == METHOD:
+            scheme = scheme_of(declared)
+            source = Decompressed(source, scheme.weights)
+            rounding = _rounding(config, scheme, source)
+        else:
+            source = Transposed(source, layout_of(declared))
     architecture = models.for_config(config)
     metadata = architecture.metadata(config, name or folder.resolve().name)
     metadata |= tokenizer.metadata(folder, config, pre=pre_tokenizer)
@@ -101,10 +107,12 @@ def _rounding(config: dict, scheme: Scheme, source: Decompressed) -> Rounding | 
         return None
     architecture = models.for_config(config)
     weights = architecture.named(architecture.read_config(config))
-    return Rounding(
-        scheme.activations,
-        frozenset(name for name, weight in weights.items() if weight.parts[0] in source.decoded),
-    )
+    decoded = {name: weight for name, weight in weights.items() if weight.parts[0] in source.decoded}
+    scales = None
+    if scheme.static:
+        stored = {name: [source.input_scale(part) for part in w.parts] for name, w in decoded.items()}
+        scales = {n: np.array(s if decoded[n].stacked else s[0], np.float32) for n, s in stored.items()}
+    return Rounding(scheme.activations, frozenset(decoded), scales)
 
 
 def read_config(folder: AnyPath) -> dict:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import PyTree
 
 from jquant import models, sequential
 from jquant.core import SCALE_DTYPES, Format, QuantizedTensor, ScaledFormat
@@ -51,48 +52,54 @@ def feed_back(checkpoint: Checkpoint, plan: FolderPlan, feedback: Feedback) -> I
 
 @cache
 def by_groups(format: ScaledFormat) -> Format:
-    """The format whose blocks are the groups: int8 codes, then the scale as float32."""
+    """The format whose blocks are the groups: int8 codes, then the scale, and the zero, as float32."""
     size = format.group_size
     assert size is not None, f"{format}: a scale for a whole row is no block"
     return Format(
         name=format.name,
         ggml_type=None,
         block_size=size,
-        block_bytes=size + SCALE_BYTES,
+        block_bytes=size + SCALE_BYTES * len(format.scale_parts),
         fit=partial(_fit, format),
         assign=partial(_assign, format),
         reconstruct=partial(_reconstruct, format),
         pack=_pack,
-        unpack=_unpack,
+        unpack=partial(_unpack, format),
     )
 
 
-def _fit(format: ScaledFormat, blocks: Array, importance: Array | None = None) -> Array:
+def _fit(format: ScaledFormat, blocks: Array, importance: Array | None = None) -> PyTree:
     scales = format.fit(blocks.T, None if importance is None else importance.T)
-    return scales.astype(SCALE_DTYPES[format.scale_type]).astype(jnp.float32)
+    dtype = SCALE_DTYPES[format.scale_type]
+    return jax.tree.map(lambda a: a.astype(dtype).astype(jnp.float32), scales)
 
 
-def _assign(format: ScaledFormat, blocks: Array, importance: Array | None, scales: Array) -> Array:
+def _assign(format: ScaledFormat, blocks: Array, importance: Array | None, scales: PyTree) -> Array:
     return format.assign(blocks.T, scales).T
 
 
-def _reconstruct(format: ScaledFormat, codes: Array, scales: Array) -> Array:
+def _reconstruct(format: ScaledFormat, codes: Array, scales: PyTree) -> Array:
     return format.reconstruct(codes.T, scales).T
 
 
-def _pack(codes: Array, scales: Array) -> Array:
-    bytes_ = lax.bitcast_convert_type(scales, jnp.uint8).T
-    return jnp.concatenate([lax.bitcast_convert_type(codes, jnp.uint8), bytes_])
+def _pack(codes: Array, scales: PyTree) -> Array:
+    bytes_ = [lax.bitcast_convert_type(a, jnp.uint8).T for a in jax.tree.leaves(scales)]
+    return jnp.concatenate([lax.bitcast_convert_type(codes, jnp.uint8), *bytes_])
 
 
-def _unpack(data: Array) -> tuple[Array, Array]:
-    codes = lax.bitcast_convert_type(data[:-SCALE_BYTES], jnp.int8)
-    return codes, lax.bitcast_convert_type(data[-SCALE_BYTES:].T, jnp.float32)
+def _unpack(format: ScaledFormat, data: Array) -> tuple[Array, PyTree]:
+    start = len(data) - SCALE_BYTES * len(format.scale_parts)
+    codes, *scales = jnp.split(data, list(range(start, len(data), SCALE_BYTES)))
+    found = tuple(lax.bitcast_convert_type(a.T, jnp.float32) for a in scales)
+    return lax.bitcast_convert_type(codes, jnp.int8), found if format.zeros else found[0]
 
 
 def _taken_apart(rows: np.ndarray, format: ScaledFormat) -> QuantizedTensor:
     """rows: uint8 [rows, groups · block bytes] of `by_groups`."""
-    codes, scales = jax.device_get(_unpack(jnp.asarray(rows.reshape(-1, by_groups(format).block_bytes).T)))
-    stored = jnp.asarray(scales.reshape(len(rows), -1), SCALE_DTYPES[format.scale_type])
+    blocks = jnp.asarray(rows.reshape(-1, by_groups(format).block_bytes).T)
+    codes, scales = jax.device_get(_unpack(format, blocks))
     packed = format.pack(jnp.asarray(codes.T.reshape(len(rows), -1)))
-    return QuantizedTensor({format.part: packed, "weight_scale": stored}, format)
+    dtype = SCALE_DTYPES[format.scale_type]
+    stored = [jnp.asarray(a.reshape(len(rows), -1), dtype) for a in jax.tree.leaves(scales)]
+    by_name = zip(format.scale_parts, stored, strict=True)
+    return QuantizedTensor({format.part: packed, **dict(by_name)}, format)

@@ -1,4 +1,4 @@
-"""From a model's folder to a folder in a scheme of compressed-tensors: what vLLM and transformers load.
+"""From a model's folder to a folder in a scheme of its own: what vLLM and transformers load.
 
 checkpoint = open_checkpoint(Path("SmolLM2-135M"))
 plan = plan_folder(checkpoint, SCHEMES["W8A8"])
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jquant import models
+from jquant import models, transposed
 from jquant.convert import Model, open_model, read_config
 from jquant.core import (
     OutputError,
@@ -31,7 +31,7 @@ from jquant.core import (
 from jquant.io import ModelFolder, SafetensorsSource
 from jquant.io.model_folder import files_beside
 from jquant.models import Weight
-from jquant.schemes import METHOD, Scheme, config_of, fitting
+from jquant.schemes import METHODS, Scheme, config_of, fitting
 from jquant.smoothing import Smoothing
 from jquant.transcode import FLOAT_DTYPES, slab_rows
 from jquant.transforms.smooth import Factors
@@ -84,7 +84,7 @@ def open_checkpoint(path: Path, *, name: str | None = None, pre_tokenizer: str |
     folder = path if path.is_dir() else path.parent
     config = read_config(folder)
     declared = config.get("quantization_config")
-    if isinstance(declared, dict) and declared.get("quant_method") == METHOD:
+    if isinstance(declared, dict) and declared.get("quant_method") in METHODS:
         raise UserError(f"{folder}: is quantized already; start from the original.")
     model = open_model(path, name=name, pre_tokenizer=pre_tokenizer)
     architecture = models.for_config(config)
@@ -135,6 +135,8 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 def _made(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
     """The tensors that stand for a quantized weight."""
+    if scheme.transposed is not None:
+        return transposed.specs_of(scheme.transposed, spec)
     format, module = scheme.weights, spec.name.removesuffix(".weight")
     rows, cols = spec.shape
     made = [
@@ -143,6 +145,8 @@ def _made(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
     ]
     if format.per_code > 1:
         made.append(TensorSpec(f"{module}.weight_shape", (2,), "I64"))
+    if scheme.static:
+        made.append(TensorSpec(f"{module}.input_scale", (1,), spec.type))
     return made
 
 
@@ -153,6 +157,7 @@ def write_folder(
     *,
     factors: Mapping[str, Factors] | None = None,
     importance: Mapping[str, np.ndarray] | None = None,
+    input_scales: Mapping[str, np.float32] | None = None,
     fed: Iterable[FedWeight] = (),
     max_shard_bytes: int | None = None,
     force: bool = False,
@@ -162,6 +167,7 @@ def write_folder(
 
     factors: what smoothing multiplies tensors by, see `smoothing.factors`.
     importance: per GGUF tensor float32 [matrices, cols], where a stack of experts has one row for each.
+    input_scales: of a scheme with static scales, by GGUF tensor, see `input_scales`.
     fed: weights that are quantized already, see `folder_feedback`.
     Raises OutputError where the folder cannot be written, UserError for weights that are no finite numbers.
     """
@@ -180,9 +186,13 @@ def write_folder(
         force=force,
     )
     with sink:
+        for name, scale in (input_scales or {}).items():
+            for part in checkpoint.weights[name].parts:
+                stored = np.array([[scale]], FLOAT_DTYPES[checkpoint.source.specs[part].type])
+                sink.write(f"{part.removesuffix('.weight')}.input_scale", 0, stored.view(np.uint8))
         for one in fed:
             spec = checkpoint.source.specs[one.name]
-            _put(one.quantized, spec, 0, spec.rows, sink)
+            _put(one.quantized, spec, plan.scheme, 0, spec.rows, sink)
             errors[one.name] = one.error
             progress(spec.name, spec.nbytes)
         for spec in checkpoint.source.specs.values():
@@ -287,7 +297,7 @@ def _write_quantized(
     sink: ModelFolder,
     progress: Progress,
 ) -> float:
-    format = stored_format(scheme, spec)
+    format, held = stored_format(scheme, spec), list[QuantizedTensor]()
     w = None if importance is None else jnp.asarray(importance, jnp.float32)
     loss = total = 0.0
     step = min(slab_rows(spec.cols), spec.rows)
@@ -300,22 +310,40 @@ def _write_quantized(
         rest = x - np.asarray(dequantize(q))[: len(x)]
         loss += float(np.sum(np.square(rest, dtype=np.float64)))
         total += float(np.sum(np.square(x, dtype=np.float64)))
-        _put(q, spec, start, len(x), sink)
+        if scheme.transposed is None:
+            _put(q, spec, scheme, start, len(x), sink)
+        else:  # rows become columns: none is whole before all are there
+            held.append(_rows_of(q, len(x)))
         progress(spec.name, (stop - start) * spec.row_bytes)
+    if held:
+        parts = {name: np.concatenate([q.parts[name] for q in held]) for name in held[0].parts}
+        _put(QuantizedTensor(parts, format), spec, scheme, 0, spec.rows, sink)
     return loss / total if total else 0.0
 
 
+def _rows_of(q: QuantizedTensor, count: int) -> QuantizedTensor:
+    """The first `count` rows, in the host's memory."""
+    return QuantizedTensor({name: np.asarray(value)[:count] for name, value in q.parts.items()}, q.format)
+
+
 def stored_format(scheme: Scheme, spec: TensorSpec) -> ScaledFormat:
-    """The scheme's format for a weight of the checkpoint: its scales have the weight's own type."""
-    return replace(scheme.weights, scale_type=spec.type)
+    """The scheme's format for a weight of the checkpoint: its scales have the weight's own type, or its
+    layout's."""
+    return replace(scheme.weights, scale_type=spec.type if scheme.transposed is None else "F16")
 
 
-def _put(q: QuantizedTensor, spec: TensorSpec, start: int, count: int, sink: ModelFolder) -> None:
+def _put(
+    q: QuantizedTensor, spec: TensorSpec, scheme: Scheme, start: int, count: int, sink: ModelFolder
+) -> None:
     """The first `count` rows of q, which are the weight's from `start`; with the last ones its shape."""
     module = spec.name.removesuffix(".weight")
-    for part, value in q.parts.items():
-        rows = np.asarray(value)[:count]
-        sink.write(f"{module}.{part}", start, rows.view(np.uint8).reshape(count, -1))
+    if scheme.transposed is not None:
+        for part, value in transposed.stored(scheme.transposed, q).items():
+            rows = np.ascontiguousarray(np.atleast_2d(value))
+            sink.write(f"{module}.{part}", 0, rows.view(np.uint8))
+        return
+    for part, value in _rows_of(q, count).parts.items():
+        sink.write(f"{module}.{part}", start, value.view(np.uint8).reshape(count, -1))
     if start + count == spec.rows and isinstance(q.format, ScaledFormat) and q.format.per_code > 1:
         shape = np.array([spec.shape], np.int64)
         sink.write(f"{module}.weight_shape", 0, shape.view(np.uint8))

@@ -11,7 +11,7 @@ alpha, or than no smoothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from jquant.activations import int8
+from jquant.activations import LARGEST, int8, static_int8
 from jquant.calibrate import Progress, Stats, embed_into, real_tokens, weights_of
 from jquant.io.samples import Samples
-from jquant.models import Block, Decoder, Parameters, run_block
+from jquant.models import Block, Decoder, Parameters, Rounding, run_block
 from jquant.smoothing import Place, Smoothing, described, maxima
 from jquant.transforms import smooth
 
@@ -60,11 +60,19 @@ def _round(x: Array, scale: Array, codes: Array) -> Array:
     return x + scale * error
 
 
-def _rounded_inputs(x: Float[Array, "*n width"]) -> Float[Array, "*n width"]:
+def by_token(x: Float[Array, "*n width"]) -> Float[Array, "*n width"]:
+    """Inputs rounded each token by a scale of its own."""
     codes, scale = int8(lax.stop_gradient(x))
     absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = jnp.where(absmax > 0, absmax / 127.5, scale)
+    scale = jnp.where(absmax > 0, absmax / LARGEST["int8"], scale)
     return _round(x, jnp.broadcast_to(scale, x.shape), codes)
+
+
+def by_tensor(x: Float[Array, "*n width"]) -> Float[Array, "*n width"]:
+    """Inputs rounded by one scale, that of the largest here."""
+    absmax = jnp.max(jnp.abs(x))
+    scale = jnp.broadcast_to(jnp.where(absmax > 0, absmax / LARGEST["int8"], 1.0), x.shape)
+    return _round(x, scale, static_int8(*lax.stop_gradient((x, scale))).codes)
 
 
 def _rounded_weights(w: Float[Array, "*rows cols"]) -> Float[Array, "*rows cols"]:
@@ -75,26 +83,33 @@ def _rounded_weights(w: Float[Array, "*rows cols"]) -> Float[Array, "*rows cols"
 
 
 def _error(
-    block: Block, quantized: frozenset[str], params: Parameters, logs: Logs, data: _Data, angles: Array
+    block: Block,
+    quantized: frozenset[str],
+    params: Parameters,
+    logs: Logs,
+    data: _Data,
+    angles: Array,
+    rounding: Rounding = by_token,
 ) -> Array:
     """Mean over tokens of |ŷ − y|² / |y|²: the norm behind the block divides each token by its size."""
     made = smooth.smoothed(block, params, jax.tree.map(jnp.exp, logs))
     for name in quantized:
         made[name] = {**made[name], "weight": _rounded_weights(made[name]["weight"])}
-    rounding = block.clone(rounding=_rounded_inputs, rounded=quantized)
-    out = cast(Array, rounding.apply({"params": made}, data.x, angles))
+    rounded = block.clone(rounding=rounding, rounded=quantized)
+    out = cast(Array, rounded.apply({"params": made}, data.x, angles))
     lost = jnp.sum(jnp.square(out - data.y), axis=-1) / jnp.sum(jnp.square(data.y), axis=-1)
     return jnp.sum(lost.reshape(-1) * data.weight) / jnp.sum(data.weight)
 
 
-error = partial(jax.jit, static_argnums=(0, 1))(_error)
+error = partial(jax.jit, static_argnums=(0, 1, 6))(_error)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _adam(
     block: Block,
     quantized: frozenset[str],
     settings: Search,
+    rounding: Rounding,
     params: Parameters,
     logs: Logs,
     state: optax.OptState,
@@ -107,7 +122,9 @@ def _adam(
     def step(carry: tuple[Logs, optax.OptState], _: None) -> tuple[tuple[Logs, optax.OptState], None]:
         logs, state = carry
         # Relative errors are tiny; Adam does not mind, and their logarithm has gradients of a usual size.
-        gradient = jax.grad(lambda logs: jnp.log(_error(block, quantized, params, logs, data, angles)))(logs)
+        gradient = jax.grad(
+            lambda logs: jnp.log(_error(block, quantized, params, logs, data, angles, rounding))
+        )(logs)
         finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0.0), gradient)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of counts
             updates, state = optimizer.update(finite, state)
@@ -139,8 +156,9 @@ def search_block(
     check: _Data,
     angles: Array,
     settings: Search = DEFAULT,
+    rounding: Rounding = by_token,
 ) -> Found:
-    """The factors of one block. inputs: max|x| of the channels of each place."""
+    """The factors of one block. inputs: max|x| of the channels of each place. rounding: of inputs."""
     places = smooth.couplings(block)
     weights = {place.name: smooth.weight_maxima(place, params) for place in places}
     none: Logs = {place.name: jnp.zeros(place.shape, jnp.float32) for place in places}
@@ -149,7 +167,7 @@ def search_block(
         return none[name] if alpha is None else smooth.smooth(inputs[name], weights[name], alpha)
 
     def on(data: _Data, logs: Logs) -> float:
-        found = float(error(block, quantized, params, logs, data, angles))
+        found = float(error(block, quantized, params, logs, data, angles, rounding))
         return found if np.isfinite(found) else np.inf
 
     best: list[tuple[float, Logs, dict[str, float | None]]] = []
@@ -179,13 +197,24 @@ def search_block(
     _, logs, alphas = min(best, key=lambda found: found[0])
     state, waited = _optimizer(settings).init(logs), 0
     for _ in range(0, settings.steps, settings.every):
-        logs, state = _adam(block, quantized, settings, params, logs, state, train, angles)
+        logs, state = _adam(block, quantized, settings, rounding, params, logs, state, train, angles)
         least = min(e for e, *_ in best)
         waited = 0 if consider(logs, dict.fromkeys(none)) < least else waited + 1
         if waited == settings.patience:
             break
     after, logs, alphas = min(best, key=lambda found: found[0])
     return Found(logs, alphas, before, one_alpha, after)
+
+
+def embedded(
+    decoder: Decoder, samples: Samples, settings: Search
+) -> tuple[Float[Array, "s t width"], Int[Array, " s"]]:
+    """What goes into the first block of the samples that steps see and that decide; their real tokens."""
+    tokens = samples.tokens[: settings.samples + settings.checked, : settings.tokens]
+    lengths = np.minimum(real_tokens(samples.tokens, samples.lengths)[: len(tokens)], tokens.shape[1])
+    x = np.empty((*tokens.shape, decoder.width), np.float32)
+    embed_into(x, decoder, tokens)
+    return jnp.asarray(x), jnp.asarray(lengths, jnp.int32)
 
 
 def search(
@@ -195,34 +224,66 @@ def search(
     quantized: frozenset[str],
     *,
     settings: Search = DEFAULT,
+    rounding: Rounding = by_token,
     progress: Progress = lambda done, count: None,
 ) -> Smoothing:
-    """The factors of all blocks. quantized: GGUF names of the matrices that will be rounded.
+    """The factors of all blocks. quantized: GGUF names of the matrices that will be rounded. rounding: of
+    their inputs, `by_token` or `by_tensor`.
 
     Every block is searched on what the original gives it. In memory are one block, and activations of
     `samples` + `checked` samples of `tokens` tokens, the first ones.
     """
-    count = min(settings.samples + settings.checked, len(samples.tokens))
-    tokens = samples.tokens[:count, : settings.tokens]
-    lengths = np.minimum(real_tokens(samples.tokens, samples.lengths)[:count], tokens.shape[1])
-    x = np.empty((*tokens.shape, decoder.width), np.float32)
-    embed_into(x, decoder, tokens)
-    x, real = jnp.asarray(x), jnp.asarray(lengths, jnp.int32)
-    half = max(count * settings.samples // (settings.samples + settings.checked), 1)
-    # A single sample has to serve for both.
-    parts = slice(0, half), slice(half, None) if count > 1 else slice(0, 1)
     places: list[Place] = []
-    errors: list[tuple[float, float]] = []
-    for i, block in enumerate(decoder.blocks):
-        params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, tokens.shape[1]))
-        y = run_block(block, params, x, angles)
-        train, check = (_Data(x[p], y[p], weights_of(x[p], real[p])) for p in parts)
-        here = frozenset(n.split(".")[2] for n in quantized if n.startswith(f"blk.{i}."))
+    found_errors: list[tuple[float, float]] = []
+    for i, block, params, angles, train, check in _blocks(decoder, samples, settings):
+        here = _within(quantized, i)
         found_places = smooth.couplings(block)
         inputs = {place.name: maxima(place, i, stats) for place in found_places}
-        found = search_block(block, here, params, inputs, train, check, angles, settings)
+        found = search_block(block, here, params, inputs, train, check, angles, settings, rounding)
         places += described(i, found_places, stats, found.logs, found.alphas)
-        errors.append((found.before, found.after))
+        found_errors.append((found.before, found.after))
         progress(i + 1, len(decoder.blocks))
+    return Smoothing(tuple(places), tuple(found_errors))
+
+
+def errors(
+    decoder: Decoder,
+    samples: Samples,
+    smoothing: Smoothing,
+    quantized: frozenset[str],
+    *,
+    settings: Search = DEFAULT,
+    rounding: Rounding = by_token,
+) -> tuple[tuple[float, float], ...]:
+    """`Smoothing.errors` of factors from elsewhere, on the samples that decide in the search."""
+    found = []
+    for i, block, params, angles, _, check in _blocks(decoder, samples, settings):
+        logs = {name: jnp.log(jnp.asarray(s)) for name, s in smoothing.scales(i).items()}
+        none = jax.tree.map(jnp.zeros_like, logs)
+        made = (
+            error(block, _within(quantized, i), params, tried, check, angles, rounding)
+            for tried in (none, logs)
+        )
+        before, after = map(float, made)
+        found.append((before, after))
+    return tuple(found)
+
+
+def _blocks(
+    decoder: Decoder, samples: Samples, settings: Search
+) -> Iterator[tuple[int, Block, Parameters, Array, _Data, _Data]]:
+    """Block after block its number, parameters and angles, the data that steps see, and those that decide."""
+    x, real = embedded(decoder, samples, settings)
+    half = max(len(x) * settings.samples // (settings.samples + settings.checked), 1)
+    # A single sample has to serve for both.
+    parts = slice(0, half), slice(half, None) if len(x) > 1 else slice(0, 1)
+    for i, block in enumerate(decoder.blocks):
+        params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, x.shape[1]))
+        y = run_block(block, params, x, angles)
+        train, check = (_Data(x[p], y[p], weights_of(x[p], real[p])) for p in parts)
+        yield i, block, params, angles, train, check
         x = y
-    return Smoothing(tuple(places), tuple(errors))
+
+
+def _within(quantized: frozenset[str], i: int) -> frozenset[str]:
+    return frozenset(n.split(".")[2] for n in quantized if n.startswith(f"blk.{i}."))

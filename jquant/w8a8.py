@@ -1,4 +1,4 @@
-"""The factors with which a checkpoint becomes W8A8: searched or of one alpha, and as they are stored."""
+"""What a checkpoint needs to become W8A8: factors, searched or of one alpha, and static scales of inputs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jquant import smoothing
-from jquant.calibrate import Progress
+from jquant import input_scales, smoothing
+from jquant.calibrate import Progress, Stats
 from jquant.folders import Checkpoint, FolderPlan, as_stored
 from jquant.io.samples import Samples
-from jquant.smooth_search import DEFAULT, Search, search
+from jquant.smooth_search import DEFAULT, Search, by_tensor, by_token, errors, search
 from jquant.smoothing import Smoothing
+from jquant.transcode import FLOAT_DTYPES
 from jquant.transforms.smooth import Factors
 
 
-class Smoothed(NamedTuple):
-    smoothing: Smoothing
+class Calibrated(NamedTuple):
+    stats: Mapping[str, Stats]  # of the inputs of all matrices, before smoothing
+    smoothing: Smoothing | None
     factors: Mapping[str, Factors]  # for `write_folder`
     importance: Mapping[str, np.ndarray]  # of the smoothed inputs, likewise
+    input_scales: Mapping[str, np.float32] | None  # likewise, where the plan's scheme has static ones
 
 
 def smooth_model(
@@ -32,18 +35,71 @@ def smooth_model(
     batch: int = 4,
     progress: Progress = lambda done, count: None,
     searching: Progress = lambda done, count: None,
-) -> Smoothed:
+) -> Calibrated:
     """alpha: of the plain method; None: search. progress: of measuring; searching: of the search.
 
     Raises UserError for a bad alpha, and for inputs that are not finite.
     """
     stats = smoothing.measure(checkpoint.model, samples, batch=batch, progress=progress)
-    decoder, chosen = smoothing.open_decoder(checkpoint.model), set(plan.quantized)
+    decoder = smoothing.open_decoder(checkpoint.model)
     if alpha is None:
-        quantized = frozenset(n for n, w in checkpoint.weights.items() if w.parts[0] in chosen)
-        found = search(decoder, samples, stats, quantized, settings=settings, progress=searching)
+        quantized = _quantized(checkpoint, plan)
+        rounding = by_tensor if plan.scheme.static else by_token
+        found = search(
+            decoder, samples, stats, quantized, settings=settings, rounding=rounding, progress=searching
+        )
     else:
         found = smoothing.fixed(decoder, stats, alpha)
     found = as_stored(checkpoint, found)
     importance = smoothing.importance(decoder, stats, found)
-    return Smoothed(found, smoothing.factors(decoder, found), importance)
+    scales = _scales(checkpoint, plan, samples, stats, found) if plan.scheme.static else None
+    return Calibrated(stats, found, smoothing.factors(decoder, found), importance, scales)
+
+
+def measure_model(
+    checkpoint: Checkpoint,
+    plan: FolderPlan,
+    samples: Samples,
+    *,
+    batch: int = 4,
+    progress: Progress = lambda done, count: None,
+) -> Calibrated:
+    """Of a model that is not smoothed. Raises UserError for inputs that are not finite."""
+    stats = smoothing.measure(checkpoint.model, samples, batch=batch, progress=progress)
+    scales = _scales(checkpoint, plan, samples, stats, None) if plan.scheme.static else None
+    return Calibrated(stats, None, {}, {}, scales)
+
+
+def block_errors(
+    checkpoint: Checkpoint, plan: FolderPlan, samples: Samples, found: Smoothing, settings: Search = DEFAULT
+) -> tuple[tuple[float, float], ...]:
+    """`Smoothing.errors`, measured where the search has not done so."""
+    if found.errors:
+        return found.errors
+    decoder, rounding = (
+        smoothing.open_decoder(checkpoint.model),
+        by_tensor if plan.scheme.static else by_token,
+    )
+    return errors(decoder, samples, found, _quantized(checkpoint, plan), settings=settings, rounding=rounding)
+
+
+def _quantized(checkpoint: Checkpoint, plan: FolderPlan) -> frozenset[str]:
+    """GGUF names of the matrices that the plan quantizes."""
+    chosen = set(plan.quantized)
+    return frozenset(name for name, weight in checkpoint.weights.items() if weight.parts[0] in chosen)
+
+
+def _scales(
+    checkpoint: Checkpoint,
+    plan: FolderPlan,
+    samples: Samples,
+    stats: Mapping[str, Stats],
+    found: Smoothing | None,
+) -> dict[str, np.float32]:
+    decoder, kind = smoothing.open_decoder(checkpoint.model), plan.scheme.activations
+    assert kind is not None, f"{plan.scheme.name} leaves inputs as they are"
+    dtypes = {
+        name: FLOAT_DTYPES[checkpoint.source.specs[checkpoint.weights[name].parts[0]].type]
+        for name in _quantized(checkpoint, plan)
+    }
+    return input_scales.calibrate(decoder, samples, stats, dtypes, kind, found)

@@ -1,4 +1,4 @@
-"""W4A16 with error feedback: the search around a ScaledFormat, and the folder that comes of it."""
+"""4 bits with error feedback: the search around a ScaledFormat, and the folder that comes of it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ INT4 = SCALED_FORMATS["INT4"]
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "torch_dtype": "bfloat16"}
 
 
-def test_the_output_is_nearer_than_with_importance_alone():
+@pytest.mark.parametrize("format", [INT4, SCALED_FORMATS["UINT4"]], ids=str)
+def test_the_output_is_nearer_than_with_importance_alone(format):
     W, H = matrix(32, 512), hessian(512)
-    fed = feedback(W, factor(H, 1), by_groups(INT4))
-    plain = quantize(W, INT4, jnp.diagonal(H))
+    fed = feedback(W, factor(H, 1), by_groups(format))
+    plain = quantize(W, format, jnp.diagonal(H))
     assert output_error(W, fed, H) < 0.7 * output_error(W, plain, H)
 
 

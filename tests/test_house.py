@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "weights": CORE | {"formats", "transcode"},
     "activations": set(),
     "int8_matmul": CORE | {"activations"},
-    "schemes": CORE | {"formats"},
+    "transposed": CORE | {"compressed"},
+    "schemes": CORE | {"formats", "transposed"},
     "compressed": CORE,
     "plan": CORE | {"formats", "text"},
     "quality": CORE | {"plan"},
@@ -81,14 +82,19 @@ MAY_IMPORT = {
         "schemes",
         "sequential",
     }
-    | {"transcode", "tuning"},
+    | {"transcode", "transposed", "tuning"},
     "folder_feedback": CORE | {"fitting", "folders", "models", "sequential", "weights"},
     "smooth_report": CORE | {"smoothing", "text"},
-    "w8a8": CORE | {"calibrate", "folders", "io", "smooth_search", "smoothing", "transforms"},
+    "input_scales": CORE
+    | {"activations", "calibrate", "io", "models", "smooth_search", "smoothing", "transforms"},
+    "w8a8": CORE
+    | {"calibrate", "folders", "input_scales", "io", "smooth_search", "smoothing", "transcode", "transforms"},
+    "scale_export": CORE | {"calibrate", "folders", "io", "transcode", "w8a8"},
     "smoothing": CORE | {"calibrate", "convert", "io", "models", "ranges", "transforms", "weights"},
     "smooth_search": CORE
     | {"activations", "calibrate", "convert", "io", "models", "smoothing", "transforms"},
-    "folders": CORE | {"convert", "io", "models", "schemes", "smoothing", "transcode", "transforms"},
+    "folders": CORE
+    | {"convert", "io", "models", "schemes", "smoothing", "transcode", "transforms", "transposed"},
 }
 SOURCES = sorted((ROOT / "jquant").rglob("*.py"))
 

@@ -13,16 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_decoder import divergence
-from test_folders import WIDE, run
-from tiny_models import write_tiny
+from test_folders import WIDE, config_of, read, run
+from tiny_models import LINES, write_tiny
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'jquant[interop]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 compressed_tensors = pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
 
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # noqa: E402
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize  # noqa: E402
 
-from jquant.activations import QUANTIZERS  # noqa: E402
+from jquant.activations import QUANTIZERS, STATIC_QUANTIZERS  # noqa: E402
+from jquant.convert import open_model  # noqa: E402
 from jquant.engines import FlaxEngine  # noqa: E402
 from jquant.engines._flax import FlaxEngine as Engine  # noqa: E402
 
@@ -33,6 +35,13 @@ every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM")
 STORIES = Path(__file__).resolve().parents[2] / "shared/data/models/stories260K"
 TOKENS = np.random.default_rng(7).integers(3, 350, (2, 60)).astype(np.int32)
+
+
+def static(tmp_path: Path) -> list[object]:
+    """Options for scales of inputs that are calibrated."""
+    (tmp_path / "text.txt").write_text("\n".join(LINES * 12))
+    text = ["-c", tmp_path / "text.txt", "--samples", "6", "--sequence-length", "48"]
+    return ["--static-activations", *text]
 
 
 def loaded(folder: Path):
@@ -79,6 +88,30 @@ def test_transformers_reads_the_weights_that_we_read(architecture, scheme, tmp_p
     assert divergence(logits(original, TOKENS), wanted) > 100 * divergence(wanted, found)
 
 
+def test_the_converter_of_compressed_tensors_reads_awq_as_we_do(tmp_path):
+    from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
+
+    folder = write_tiny(tmp_path / "in", "LlamaForCausalLM", torch_dtype="float16", **WIDE)
+    run(folder, tmp_path / "out", "--type", "AWQ", "-q", "--keep", "0.*down_proj")
+    tensors = {name: torch.tensor(t) for name, t in read(tmp_path / "out").items()}
+    declared = config_of(tmp_path / "out")["quantization_config"]
+    converter = AutoAWQConverter.from_autoawq_config(declared)
+    converter.validate(tensors)
+    made, view = converter.process(tensors), open_model(tmp_path / "out").source
+    packed = [name for name in made if name.endswith("weight_packed")]
+    assert len(packed) == 13
+    for name in packed:
+        module = name.removesuffix(".weight_packed")
+        scale = made[f"{module}.weight_scale"].float()
+        shape = torch.Size(made[f"{module}.weight_shape"].tolist())
+        codes = unpack_from_int32(made[name], 4, shape).float()
+        zeros = unpack_from_int32(made[f"{module}.weight_zero_point"], 4, scale.shape, packed_dim=0).float()
+        groups = codes.reshape(*scale.shape, -1) - zeros[..., None]
+        wanted = (groups * scale[..., None]).reshape(shape).numpy()
+        found = view._source.read(f"{module}.weight").view(np.float32)
+        np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize(("scheme", "kind"), [("W8A8", "int8"), ("FP8", "fp8")])
 def test_inputs_are_rounded_to_the_same_bits(scheme, kind, tmp_path):
     folder = write_tiny(tmp_path / "in", "LlamaForCausalLM", **WIDE)
@@ -93,11 +126,28 @@ def test_inputs_are_rounded_to_the_same_bits(scheme, kind, tmp_path):
     np.testing.assert_array_equal(np.asarray(codes).astype(np.float32) * np.asarray(scale), wanted.numpy())
 
 
+@pytest.mark.parametrize(("scheme", "kind"), [("W8A8", "int8"), ("FP8", "fp8")])
+def test_inputs_are_rounded_by_the_stored_scale_to_the_same_bits(scheme, kind, tmp_path):
+    folder = write_tiny(tmp_path / "in", "LlamaForCausalLM", **WIDE)
+    smooths = ["--alpha", "0.5"] if scheme == "W8A8" else []
+    run(folder, tmp_path / "out", "--type", scheme, "-q", *smooths, *static(tmp_path))
+    layer = loaded(tmp_path / "out").model.layers[0].mlp.up_proj
+    stored = read(tmp_path / "out")["model.layers.0.mlp.up_proj.input_scale"]
+    assert stored == layer.input_scale.numpy()
+    x = np.random.default_rng(1).standard_normal((3, 50, 128)).astype(np.float32)
+    x[..., 7] -= 30  # beyond the largest
+    x[1, 2] = 0
+    wanted = forward_quantize(layer, torch.tensor(x), "input", layer.quantization_scheme.input_activations)
+    codes, scale = STATIC_QUANTIZERS[kind](jnp.asarray(x), jnp.asarray(stored[0]))
+    np.testing.assert_array_equal(np.asarray(codes).astype(np.float32) * np.asarray(scale), wanted.numpy())
+
+
+@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("scheme", ["W8A8", "FP8"])
-def test_predictions_agree_as_nearly_as_torch_agrees_with_itself(scheme, tmp_path):
+def test_predictions_agree_as_nearly_as_torch_agrees_with_itself(scheme, is_static, tmp_path):
     if not STORIES.is_dir():
         pytest.skip(f"{STORIES}: not here")
-    run(STORIES, tmp_path / "out", "--type", scheme, "-q")
+    run(STORIES, tmp_path / "out", "--type", scheme, "-q", *(static(tmp_path) if is_static else []))
     tokens = np.random.default_rng(3).integers(3, 500, (8, 120)).astype(np.int32)
     model, original = loaded(tmp_path / "out"), loaded(STORIES)
     wanted = logits(model, tokens)

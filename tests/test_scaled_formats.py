@@ -14,6 +14,8 @@ import specs
 from jquant import SCALED_FORMATS, QuantizedTensor, dequantize, quantize
 
 every_format = pytest.mark.parametrize("format", SCALED_FORMATS.values(), ids=str)
+UINT4 = SCALED_FORMATS["UINT4"]
+about_zero = pytest.mark.parametrize("format", [f for f in SCALED_FORMATS.values() if not f.zeros], ids=str)
 RANGES = {"INT8": (-127, 127, 127), "FP8": (-448, 448, 448), "INT4": (-8, 7, 7.5)}
 
 
@@ -28,7 +30,7 @@ def loss(x: np.ndarray, rounded: np.ndarray, w: np.ndarray | float = 1.0) -> np.
     return np.sum(w * (x - rounded) ** 2, axis=-1)
 
 
-@every_format
+@about_zero
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "importance"])
 def test_the_error_is_near_that_of_the_best_of_a_thousand_scales(format, weighted):
     cols, group = 1024, format.group_size or 1024
@@ -48,7 +50,7 @@ def test_the_error_is_near_that_of_the_best_of_a_thousand_scales(format, weighte
     assert loss(x, found, w).sum() < plain.sum()
 
 
-@every_format
+@about_zero
 @pytest.mark.parametrize("type", ["F32", "F16", "BF16"])
 def test_codes_are_the_nearest_for_the_scale_as_it_is_stored(format, type):
     x = specs.student_t(16, 256)
@@ -95,6 +97,38 @@ def test_four_bits_are_packed_from_the_lowest():
     scale = jnp.full((1, 1), 0.5)
     q = QuantizedTensor({"weight_packed": jnp.asarray(packed.view(np.int32)), "weight_scale": scale}, format)
     np.testing.assert_array_equal(dequantize(q), codes * 0.5)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "importance"])
+def test_a_zero_makes_the_error_near_that_of_the_best_scale_and_zero_there_are(weighted, shift):
+    """All zeros, each with 200 scales; rows that lie more and more to one side."""
+    x = (specs.student_t(4, 256) + shift * 0.5).astype(np.float64).reshape(-1, 128)
+    w = specs.importance(256).astype(np.float64)
+    q = quantize(
+        jnp.asarray(x.reshape(4, 256), jnp.float32), UINT4, jnp.asarray(w, jnp.float32) if weighted else None
+    )
+    w = np.tile(w.reshape(2, 128), (4, 1)) if weighted else np.ones_like(x)
+    span = np.maximum(x.max(-1), 0) - np.minimum(x.min(-1), 0)
+    best = np.full(len(x), np.inf)
+    for zero in range(16):
+        for clip in np.linspace(0.4, 1.1, 200):
+            scale = (span * clip / 15)[:, None]
+            codes = np.clip(np.rint(x / scale) + zero, 0, 15)
+            best = np.minimum(best, loss(x, (codes - zero) * scale, w))
+    found = np.asarray(dequantize(q), np.float64).reshape(-1, 128)
+    assert loss(x, found, w).sum() <= 1.03 * best.sum()
+
+
+@pytest.mark.parametrize("type", ["F32", "F16", "BF16"])
+def test_codes_with_a_zero_are_the_nearest_for_the_scale_as_it_is_stored(type):
+    x = specs.student_t(16, 256) + np.float32(0.3)
+    stored = quantize(jnp.asarray(x), replace(UINT4, scale_type=type))
+    scale, zero = (np.asarray(stored.parts[p]).astype(np.float64)[..., None] for p in UINT4.scale_parts)
+    assert set(np.unique(zero)) <= set(range(16))
+    groups = x.astype(np.float64).reshape(16, 2, 128)
+    wanted = (np.clip(np.rint(groups / scale) + zero, 0, 15) - zero) * scale
+    np.testing.assert_allclose(np.asarray(dequantize(stored)).reshape(wanted.shape), wanted, rtol=1e-6)
 
 
 def test_rows_that_are_no_whole_groups_are_refused():

@@ -123,16 +123,20 @@ def _encode_scaled(x: Array, importance: Array | None, format: ScaledFormat) -> 
         return jnp.broadcast_to(a, x.shape).astype(jnp.float32).reshape(-1, cols // groups)
 
     found = format.fit(grouped(x), None if importance is None else grouped(importance))
-    stored = lax.optimization_barrier(found.astype(SCALE_DTYPES[format.scale_type]))
-    codes = format.assign(grouped(x), stored.astype(jnp.float32))
-    return {format.part: format.pack(codes.reshape(x.shape)), "weight_scale": stored.reshape(*rows, groups)}
+    dtype = SCALE_DTYPES[format.scale_type]
+    stored = lax.optimization_barrier(jax.tree.map(lambda a: a.astype(dtype), found))
+    codes = format.assign(grouped(x), jax.tree.map(lambda a: a.astype(jnp.float32), stored))
+    by_name = zip(format.scale_parts, jax.tree.leaves(stored), strict=True)
+    scales = {name: a.reshape(*rows, groups) for name, a in by_name}
+    return {format.part: format.pack(codes.reshape(x.shape)), **scales}
 
 
 @partial(jax.jit, static_argnames="format")
 def _decode_scaled(parts: dict[str, Array], format: ScaledFormat) -> Array:
     codes = format.unpack(parts[format.part])
-    scales = parts["weight_scale"].astype(jnp.float32).reshape(-1)
-    return format.reconstruct(codes.reshape(scales.size, -1), scales).reshape(codes.shape)
+    scales = tuple(parts[name].astype(jnp.float32).reshape(-1) for name in format.scale_parts)
+    groups = codes.reshape(scales[0].size, -1)
+    return format.reconstruct(groups, scales if format.zeros else scales[0]).reshape(codes.shape)
 
 
 def quantize(

@@ -68,7 +68,8 @@ class Format:
 class ScaledFormat:
     """How rows are written as codes and scales, tensors of their own, as safetensors have them. Hashable.
 
-    A scale is shared by the `group_size` weights of a group, or by a whole row. Of n groups of g weights:
+    A scale is shared by the `group_size` weights of a group, or by a whole row; where the format has `zeros`,
+    scales are pairs of arrays, w ≈ s (q − z). Of n groups of g weights:
 
         fit(groups [n, g], importance [n, g] | None) -> scales [n]     the search; what is stored is rounded
         assign(groups [n, g], scales [n]) -> codes [n, g]              the nearest codes
@@ -84,7 +85,8 @@ class ScaledFormat:
     type: str  # stored type of the codes, as safetensors call it
     per_code: int = 1  # codes in one stored number
     scale_type: Literal["F32", "F16", "BF16"] = "F32"
-    fit: Callable[..., Array] = field(repr=False)
+    zeros: bool = False
+    fit: Callable[..., PyTree] = field(repr=False)
     assign: Callable[..., Array] = field(repr=False)
     reconstruct: Callable[..., Array] = field(repr=False)
     pack: Callable[[Array], Array] = field(repr=False)
@@ -97,6 +99,11 @@ class ScaledFormat:
         """Scales of a row."""
         return 1 if self.group_size is None else cols // self.group_size
 
+    @property
+    def scale_parts(self) -> tuple[str, ...]:
+        """What the arrays of the scales are called."""
+        return ("weight_scale", "weight_zero_point") if self.zeros else ("weight_scale",)
+
 
 SCALE_DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 
@@ -108,8 +115,8 @@ class QuantizedTensor:
 
     Of a Format parts["blocks"] is uint8 [*rows, blocks per row · block_bytes]: what GGUF stores. Of a
     ScaledFormat parts[format.part] are the codes, [*rows, cols] where not packed, and parts["weight_scale"]
-    the scales, [*rows, groups]. The shape is derived from the leaves, so it stays right under `vmap` and when
-    a leading axis is sliced or stacked.
+    the scales, [*rows, groups]; "weight_zero_point" their zeros, likewise. The shape is derived from the
+    leaves, so it stays right under `vmap` and when a leading axis is sliced or stacked.
     """
 
     parts: dict[str, Any]  # arrays; while JAX transforms the tree, its placeholders

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from jquant import models
-from jquant.activations import ROUNDINGS
+from jquant.activations import ROUNDINGS, STATIC_ROUNDINGS
 from jquant.between import Scratch
 from jquant.convert import open_model
 from jquant.core import UserError
@@ -44,8 +44,9 @@ class FlaxEngine:
             )
         self._decoder = models.decoder(Weights(model.source), model.metadata)
         if model.rounding is not None:
-            kind, tensors = model.rounding
-            self._decoder = self._decoder.rounded(ROUNDINGS[kind], tensors)
+            kind, tensors, scales = model.rounding
+            rounding = ROUNDINGS[kind] if scales is None else STATIC_ROUNDINGS[kind]
+            self._decoder = self._decoder.rounded(rounding, tensors, scales)
         self._tokenizer = token_ids.from_metadata(model.metadata)
         self.vocab = self._decoder.vocab
         self.bos = self._tokenizer.bos

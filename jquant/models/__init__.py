@@ -13,12 +13,12 @@ from jquant.core import Metadata, UserError
 
 from ._decoder import Decoder, Parameters, Tensors, open_decoder, run_block
 from ._language_part import language_part
-from ._layers import Block, Precision
+from ._layers import Block, Precision, Rounding
 from ._shared import Architecture, Weight
 
 __all__ = [
-    "ARCHITECTURES", "Architecture", "Block", "Decoder", "Parameters", "Precision", "Weight", "decoder",
-    "for_config", "language_part", "run_block",
+    "ARCHITECTURES", "Architecture", "Block", "Decoder", "Parameters", "Precision", "Rounding", "Weight",
+    "decoder", "for_config", "language_part", "run_block",
 ]  # fmt: skip
 
 

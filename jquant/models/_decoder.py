@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, cast, runtime_checkable
 
@@ -66,14 +66,20 @@ class Decoder:
     eps: float
     embedding_scale: float
     final_softcap: float
+    input_scales: Mapping[str, np.ndarray] = field(default_factory=dict, hash=False)
 
-    def rounded(self, rounding: Rounding, names: Collection[str]) -> Decoder:
-        """The decoder whose matrices of these GGUF names are given what `rounding` makes of their inputs."""
+    def rounded(
+        self, rounding: Rounding, names: Collection[str], scales: Mapping[str, np.ndarray] | None = None
+    ) -> Decoder:
+        """The decoder whose matrices of these GGUF names are given what `rounding` makes of their inputs.
+
+        scales: that it is given too, by name; float32 [], of a stack [experts].
+        """
         blocks = []
         for i, block in enumerate(self.blocks):
             here = {n.split(".")[2] for n in names if n.startswith(f"blk.{i}.")}
             blocks.append(block.clone(rounding=rounding, rounded=frozenset(here)))
-        return replace(self, blocks=tuple(blocks))
+        return replace(self, blocks=tuple(blocks), input_scales=scales or {})
 
     def at(self, precision: Precision) -> Decoder:
         """The decoder whose blocks multiply factors of this precision, and hold their matrices in it."""
@@ -94,13 +100,18 @@ class Decoder:
 
     def load_block(self, i: int) -> Parameters:
         """The parameters of block i on the device: {"attn_q": {"weight": [out, in]}, …}, float32, or matrices
-        as the block multiplies them."""
+        as the block multiplies them; "input_scale" beside the weight where the inputs have one."""
 
         def value(name: str, shape: tuple[int, ...]) -> Array:
             stored = jnp.asarray(self.tensors.tensor(f"blk.{i}.{name}").reshape(shape))
             return stored.astype(self.blocks[i].precision) if len(shape) > 1 else stored
 
-        return block_parameters(self.blocks[i].shapes, value)
+        params = block_parameters(self.blocks[i].shapes, value)
+        for module, values in params.items():
+            scale = self.input_scales.get(f"blk.{i}.{module}.weight")
+            if scale is not None:
+                values["input_scale"] = jnp.asarray(scale)
+        return params
 
     def angles(self, i: int, tokens: int) -> Float32[np.ndarray, "t pairs"]:
         """What block i turns its heads by at positions 0, 1, …: radians."""

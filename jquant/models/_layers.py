@@ -9,6 +9,7 @@ A matrix `blk.3.attn_q.weight` of the file is the parameter attn_q/weight of blo
 Every product with a matrix goes through Linear or Experts, which show what they are given in the collection
 "inputs": `block.apply(variables, x, angles, mutable="inputs")`. Nothing is stored unless that is asked for.
 A matrix in `Block.rounded` is multiplied by what `Block.rounding` makes of its input; shown is the input.
+Where it has a parameter input_scale, of a stack one for each expert, that is given to the rounding too.
 What the collection "nudges" has for them, {"attn_q": {"y": …}}, is added to their outputs: the gradient with
 respect to an output is that with respect to its nudge.
 
@@ -41,7 +42,7 @@ SMALLEST_SUM = (
 )
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-Rounding = Callable[[Array], Array]  # of the inputs of a matrix, [*n, width]
+Rounding = Callable[..., Array]  # of the inputs of a matrix: f(x [*n, width]), or f(x, scale)
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -55,7 +56,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*n in"]) -> Float[Array, "*n out"]:
         _show(self, x=x)
-        x = x if self.rounding is None else self.rounding(x)
+        x = _rounded(self, self.rounding, x)
         weight = self.param("weight", nn.initializers.lecun_normal(), self.shape)
         y = lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), **_EXACT)
         if self.bias:
@@ -80,7 +81,7 @@ class Experts(nn.Module):
         token: Int[Array, "tiles tile"],
     ) -> Float[Array, "tiles tile out"]:
         _show(self, x=x, expert=expert, token=token)
-        x = x if self.rounding is None else self.rounding(x)
+        x = _rounded(self, self.rounding, x, expert)
         weight = self.param("weight", nn.initializers.lecun_normal(batch_axis=(0,)), self.shape)
         weight = weight.astype(x.dtype)
         y = lax.map(lambda tile: jnp.dot(tile[0], weight[tile[1]].T, **_EXACT), (x, expert))
@@ -90,6 +91,16 @@ class Experts(nn.Module):
 def _show(module: nn.Module, **inputs: Array) -> None:
     for name, value in inputs.items():
         module.sow("inputs", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: jnp.zeros(()))
+
+
+def _rounded(module: nn.Module, rounding: Rounding | None, x: Array, expert: Array | None = None) -> Array:
+    """expert: of each tile of x [tiles, tile, width]."""
+    if rounding is None:
+        return x
+    if not module.has_variable("params", "input_scale"):
+        return rounding(x)
+    scale = module.get_variable("params", "input_scale")
+    return rounding(x, scale if expert is None else scale[expert][:, None, None])
 
 
 def _nudged(module: nn.Module, y: Array) -> Array:
