@@ -103,7 +103,9 @@ def test_a_killed_process_and_another_number_of_them_give_the_same_file(before, 
     arguments = [str(model), str(out), "Q8_0"]
     ended = run(QUANTIZE, before, *arguments, "", "1")
     assert ended[1].code == -signal.SIGKILL
-    assert [e.code for i, e in enumerate(ended) if i != 1] == [3] * (before - 1)
+    assert ended[0].code == 3
+    # JAX aborts a process whose coordinator, process 0, is gone before it has seen the loss itself.
+    assert {e.code for e in ended[2:]} <= {3, -signal.SIGABRT}
     assert "a process of this run is gone" in ended[0].err
     assert not out.exists()
     journals = {p.name: p.read_text().count("\n") for p in tmp_path.glob("*.jsonl")}
