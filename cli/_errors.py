@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable
 from typing import ParamSpec
@@ -33,15 +32,14 @@ def one_line_errors(command: Callable[_Options, None]) -> Callable[_Options, Non
     @functools.wraps(command)
     def wrapped(*args: _Options.args, **kwargs: _Options.kwargs) -> None:
         from jquant.core import OutputError, UserError
-        from jquant.mesh import LostError, together
+        from jquant.mesh import LostError, leave, together
 
         try:
             with together():
                 command(*args, **kwargs)
         except LostError as error:
             print(f"jquant: {error}", file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            os._exit(INPUT)
+            leave(INPUT)
         except UserError as error:
             _fail(str(error), OUTPUT if isinstance(error, OutputError) else INPUT)
         except OSError as error:

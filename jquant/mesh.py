@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NoReturn, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -25,6 +28,7 @@ from jquant.core import UserError
 AXES = ("data", "model")  # samples are spread over the first, the weights of a block over the second
 AUTO = "auto"  # for --coordinator: Cloud TPU, SLURM, Open MPI, Kubernetes, as JAX detects them
 JOIN_SECONDS = 300.0
+LEAVE_SECONDS = 5.0
 
 # JAX ends the whole process, in C++, where its own time-out passes: ours has to pass first.
 _NEVER = 7 * 24 * 3600
@@ -44,7 +48,7 @@ class SharedError(UserError):
 
 
 class LostError(SharedError):
-    """A process is gone without a word. JAX's own shutdown, at exit, waits for it: os._exit does not."""
+    """A process is gone without a word. JAX's own shutdown, at exit, waits for it: `leave` does not."""
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -220,6 +224,18 @@ def together() -> Iterator[None]:
             _exchange({"failed": _first_line(error)})
         raise
     exchange()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process after a LostError.
+
+    Process 0 gives the others LEAVE_SECONDS to see the loss too: JAX aborts those whose coordinator is gone.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+        time.sleep(LEAVE_SECONDS)
+    os._exit(code)
 
 
 def _exchange(message: dict[str, object]) -> list[str]:

@@ -130,7 +130,7 @@ def test_a_killed_process_ends_the_others():
         f"    if process == 1: os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
         "    mesh.exchange()\n"
         "except mesh.LostError as error:\n"
-        "    print(error, file=sys.stderr, flush=True); os._exit(3)\n"
+        "    print(error, file=sys.stderr, flush=True); mesh.leave(3)\n"
     )
     first, second = run(script, 2)
     assert second.code == -signal.SIGKILL
