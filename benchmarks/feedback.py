@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", type=Path, help="16-bit GGUF file")
     parser.add_argument("--imatrix", type=Path, required=True)
-    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--calibration", nargs="+", required=True, help="texts, in equal shares")
     parser.add_argument("--samples", default="42")
     parser.add_argument("--types", nargs="+", default=["IQ2_XXS"])
     parser.add_argument("--kinds", nargs="+", default=["llama.cpp", "importance", "feedback", "tuned"])
@@ -58,7 +58,8 @@ def make(args: argparse.Namespace, file: Path, type: str, kind: str) -> None:
     command = [JQUANT, "quantize", str(args.model), str(file), "--type", type, "--quiet", "--resume"]
     command += ["--imatrix", str(args.imatrix)]
     if kind != "importance":
-        command += ["--feedback", "--calibration", args.calibration, "--samples", args.samples]
+        command += ["--feedback", "--samples", args.samples]
+        command += [part for text in args.calibration for part in ("--calibration", text)]
     if kind == "tuned":
         command += ["--effort", "best"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -22,7 +22,7 @@ _NAMED = 8  # experts in a line
 
 def read(
     model: Model,
-    calibration: str | None,
+    calibration: list[str] | None,
     *,
     samples: int,
     sequence_length: int,

@@ -102,7 +102,7 @@ def quantize(
     imatrix: Path | None,
     analyze: bool,
     feedback: bool | None,
-    calibration: str | None,
+    calibration: list[str] | None,
     samples: int,
     sequence_length: int,
     seed: int | None,

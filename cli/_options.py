@@ -25,12 +25,12 @@ PreTokenizer = Annotated[
 
 # How a command is given the text that it calibrates on.
 Calibration = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--calibration",
         "-c",
-        help="Text file, JSON lines, parquet, dataset on the hub (org/name:config:split), wikitext2, pydoc. "
-        "Default: wikitext2, else pydoc.",
+        help="Text file, JSON lines, parquet, dataset on the hub (org/name:config:split), wikitext2, pydoc, "
+        "python (source code). Repeatable: samples are shared equally. Default: wikitext2, else pydoc.",
         rich_help_panel=CALIBRATION,
     ),
 ]

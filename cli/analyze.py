@@ -150,7 +150,8 @@ def analyze(
     if figures is not None:
         analysis.check_figures(figures, force=force)
     earlier = [imatrix_file.read(file) for file in merge or []]
-    check(calibration)
+    for name in calibration or ():
+        check(name)
     path = hub.resolve(model, revision=revision)
     opened = open_model(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
     for file, matrix in zip(merge or [], earlier, strict=True):

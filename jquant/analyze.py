@@ -26,7 +26,7 @@ from jquant.core import OutputError, TensorSpec, UserError
 from jquant.io import check_target
 from jquant.io.checkpoint import Checkpoint
 from jquant.io.imatrix import Imatrix
-from jquant.io.samples import Samples, Table, Text, read_text, sample
+from jquant.io.samples import Samples, Table, Text, read_texts, sample
 from jquant.io.token_ids import from_metadata
 from jquant.mesh import agree
 from jquant.models import Decoder, Precision
@@ -42,7 +42,7 @@ FIGURES = ("importance", "channels", "concentration", "super_weights")
 
 def load_samples(
     model: Model,
-    calibration: str | Text | Table | None,
+    calibration: str | Text | Table | Sequence[str] | None,
     *,
     samples: int,
     sequence_length: int,
@@ -51,11 +51,12 @@ def load_samples(
 ) -> Samples:
     """Samples of a text, tokenized as the model's own tokenizer does it.
 
-    calibration: a text, a table, or what `read_text` takes. Raises UserError for bad data.
+    calibration: a text, a table, what `read_text` takes, or several of these for equal shares of each.
+    Raises UserError for bad data.
     """
     template = model.metadata.get("tokenizer.chat_template")
     found = sample(
-        calibration if isinstance(calibration, Text | Table) else read_text(calibration),
+        calibration if isinstance(calibration, Text | Table) else read_texts(calibration),
         from_metadata(model.metadata),
         samples=samples,
         sequence_length=sequence_length,

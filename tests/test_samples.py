@@ -128,6 +128,39 @@ def test_messages_need_a_chat_template(tokenizer):
         sample(jsonl({"messages": []}), tokenizer, samples=1, sequence_length=9)
 
 
+def test_several_texts_share_the_samples_in_turns(tokenizer):
+    texts = [Text(name, f"{name} said so. ".encode() * 400) for name in ("Ada", "Bob", "Cleo")]
+    alone = [sample(text, tokenizer, samples=9, sequence_length=20) for text in texts]
+    mixed = sample(texts, tokenizer, samples=8, sequence_length=20)
+    rows = mixed.tokens.tolist()
+    whose = [[i for i, one in enumerate(alone) if row in one.tokens.tolist()] for row in rows]
+    assert sorted(whose) == [[0]] * 3 + [[1]] * 3 + [[2]] * 2  # the remainder is the first ones'
+    assert all(len({i for [i] in whose[start : start + 3]}) >= 2 for start in range(6))
+    for i, one in enumerate(alone):
+        ours = [row for row, [who] in zip(rows, whose, strict=True) if who == i]
+        assert ours == one.tokens.tolist()[: len(ours)]
+    assert mixed.dataset == "Ada + Bob + Cleo"
+    assert mixed.digest not in [one.digest for one in alone]
+    assert mixed.remarks == ("8 samples; 128 to 1024 are usual.",)
+
+
+def test_a_short_text_of_several_is_remarked(tokenizer):
+    texts = [Text("long", b"one two three " * 400), Text("short", b"four five six " * 12)]
+    found = sample(texts, tokenizer, samples=40, sequence_length=20)
+    assert any(remark.startswith("short has ") for remark in found.remarks)
+    assert 20 < len(found.tokens) < 40
+
+
+def test_source_code_is_of_many_modules(tmp_path, monkeypatch):
+    found = read_text("python")
+    assert isinstance(found, Text)
+    assert found.data.count(b"\ndef ") > 50
+    assert len(found.data) > 200_000
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match="no source code of its library"):
+        read_text("python")
+
+
 def test_without_a_connection_the_default_is_pythons_manual(monkeypatch):
     def offline(*args):
         raise UserError("no hub.")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from jquant.core import UserError
 
-from .samples import PYDOC, WIKITEXT2, Text, pydoc, wikitext2
+from ._python_texts import pydoc
+from .samples import PYDOC, WIKITEXT2, Text, wikitext2
 
 _PART = "the last quarter of Python's manual pages, which calibration on pydoc has seen"
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -24,10 +25,11 @@ from jaxtyping import Int32
 from jquant.core import UserError
 
 from . import _chat, _tables, datasets, hub
+from ._python_texts import pydoc, python
 from ._tables import Row, Table
 from .token_ids import TokenIds
 
-WIKITEXT2, PYDOC = "wikitext2", "pydoc"
+WIKITEXT2, PYDOC, PYTHON = "wikitext2", "pydoc", "python"
 FEWEST, MOST = 128, 1024  # samples between which more or fewer are not worth a remark
 _HEAD = 64  # rows that show whether rows are lines
 _SPREAD = 16  # with a seed, samples are chosen among so many times as many, where rows are lines
@@ -58,26 +60,30 @@ class Text:
 
 def check(calibration: str | None) -> None:
     """Raises UserError for what `read_text` refuses before it asks the hub: a file that is not there."""
-    if calibration is None or calibration in (WIKITEXT2, PYDOC) or datasets.parse(calibration) is not None:
+    if calibration is None or calibration in (WIKITEXT2, PYDOC, PYTHON):
+        return
+    if datasets.parse(calibration) is not None:
         return
     path = Path(calibration)
     try:
         path.open("rb").close()
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read: {error.strerror}; give a file, {WIKITEXT2}, {PYDOC} or a dataset "
-            "of the hub, such as org/name."
+            f"{path}: cannot be read: {error.strerror}; give a file, {WIKITEXT2}, {PYDOC}, {PYTHON} or a "
+            "dataset of the hub, such as org/name."
         ) from None
 
 
 def read_text(calibration: str | None) -> Text | Table:
     """A file; a dataset on the hub, "org/name:config:split"; "wikitext2" (from the hub); "pydoc" (Python's
-    manual pages); or None: the first of these two that is there.
+    manual pages); "python" (its library's source code); or None: WikiText-2 if the hub has it, else "pydoc".
 
     Raises UserError where the file cannot be read or the hub does not answer.
     """
     if calibration == PYDOC:
         return Text(PYDOC, pydoc())
+    if calibration == PYTHON:
+        return Text(PYTHON, python())
     if calibration == WIKITEXT2:
         return wikitext2("train")
     if calibration is None:
@@ -95,11 +101,10 @@ def read_text(calibration: str | None) -> Text | Table:
     return Text(path.name, path.read_bytes())
 
 
-def pydoc() -> bytes:
-    """Python's manual pages."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name].strip() for name in sorted(topics)).encode()
+def read_texts(calibration: str | Sequence[str] | None) -> list[Text | Table]:
+    """What one name or each of several means; none: what None means to `read_text`."""
+    names = [calibration] if isinstance(calibration, str) else calibration or [None]
+    return [read_text(name) for name in names]
 
 
 def wikitext2(part: str) -> Text:
@@ -117,7 +122,7 @@ def wikitext2(part: str) -> Text:
 
 
 def sample(
-    text: Text | Table,
+    texts: Text | Table | Sequence[Text | Table],
     tokenizer: TokenIds,
     *,
     samples: int,
@@ -128,11 +133,37 @@ def sample(
 ) -> Samples:
     """At most `samples` samples: the first ones, or with a seed ones chosen at random.
 
-    Of several files of a dataset, those chosen are from the first one, or from so many as have enough rows.
-    chat_template: Jinja, for messages. Raises UserError where the text is empty, no text, too short, or a row
+    Several texts give equal shares, in turns, so that any part of the samples is of all texts. Of several
+    files of a dataset, those chosen are from the first one, or from so many as have enough rows.
+    chat_template: Jinja, for messages. Raises UserError where a text is empty, no text, too short, or a row
     of it is wrong.
     """
+    given = [texts] if isinstance(texts, Text | Table) else list(texts)
     cut = _Cut(tokenizer, sequence_length, parse_special, chat_template)
+    shares = [(samples + i) // len(given) for i in reversed(range(len(given)))]
+    parts = [_part(text, cut, share, seed) for text, share in zip(given, shares, strict=True) if share]
+    rows = _in_turns([part.rows for part in parts])
+    remarks = [remark for part in parts for remark in part.remarks]
+    if not FEWEST <= len(rows) <= MOST:
+        remarks.append(f"{len(rows)} samples; {FEWEST} to {MOST} are usual.")
+    tokens = np.zeros((len(rows), sequence_length), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    lengths = np.array([len(row) for row in rows], np.int32)
+    digests = [part.digest for part in parts]
+    digest = digests[0] if len(parts) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return Samples(tokens, lengths, " + ".join(text.name for text in given), digest, tuple(remarks))
+
+
+class _Part(NamedTuple):
+    """What one text gives."""
+
+    rows: list[list[int]]
+    digest: str
+    remarks: list[str]
+
+
+def _part(text: Text | Table, cut: _Cut, samples: int, seed: int | None) -> _Part:
     if isinstance(text, Table):
         rows, digest = _of_table(text, cut, samples, seed)
     else:
@@ -148,15 +179,14 @@ def sample(
         order = np.random.default_rng(seed).permutation(len(rows))[:samples]
         rows = [rows[i] for i in np.sort(order)]
     if len(rows) < samples:
-        remarks.append(f"{text.name} has {len(rows)} samples of {sequence_length} tokens, not {samples}.")
-    rows = rows[:samples]
-    if not FEWEST <= len(rows) <= MOST:
-        remarks.append(f"{len(rows)} samples; {FEWEST} to {MOST} are usual.")
-    tokens = np.zeros((len(rows), sequence_length), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    lengths = np.array([len(row) for row in rows], np.int32)
-    return Samples(tokens, lengths, text.name, digest, tuple(remarks))
+        remarks.append(f"{text.name} has {len(rows)} samples of {cut.length} tokens, not {samples}.")
+    return _Part(rows[:samples], digest, remarks)
+
+
+def _in_turns(parts: Sequence[list[list[int]]]) -> list[list[int]]:
+    """Rows of all parts, those of each spread evenly from first to last."""
+    placed = [((i + 0.5) / len(rows), row) for rows in parts for i, row in enumerate(rows)]
+    return [row for _, row in sorted(placed, key=lambda item: item[0])]
 
 
 def decode(text: Text) -> str:
