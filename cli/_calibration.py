@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from . import _runtime, _show
+from . import _options, _runtime, _show
 
 if TYPE_CHECKING:
     from jquant import tuning
@@ -20,26 +20,17 @@ if TYPE_CHECKING:
 _NAMED = 8  # experts in a line
 
 
-def read(
-    model: Model,
-    calibration: list[str] | None,
-    *,
-    samples: int,
-    sequence_length: int,
-    seed: int | None,
-    parse_special: bool,
-    quiet: bool,
-) -> Samples:
-    """Samples of the text that the user named, with what is to be said of them."""
+def read(model: Model, texts: _options.Texts, *, quiet: bool) -> Samples:
+    """Samples of the texts that the user named, with what is to be said of them."""
     from jquant.analyze import load_samples
 
     data = load_samples(
         model,
-        calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        parse_special=parse_special,
+        texts.calibration,
+        samples=texts.samples,
+        sequence_length=texts.sequence_length,
+        seed=texts.seed,
+        parse_special=texts.parse_special,
     )
     if not quiet:
         for remark in data.remarks:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import _calibration, _errors, _runtime, _show
+from . import _calibration, _errors, _options, _runtime, _show
 from ._options import OUTPUT
 from ._progress import ProgressBar
 
@@ -102,11 +102,7 @@ def quantize(
     imatrix: Path | None,
     analyze: bool,
     feedback: bool | None,
-    calibration: list[str] | None,
-    samples: int,
-    sequence_length: int,
-    seed: int | None,
-    parse_special: bool,
+    texts: _options.Texts,
     batch: int,
     revision: str | None,
     pre_tokenizer: str | None,
@@ -165,15 +161,7 @@ def quantize(
         return
     data = calibrated = smoothing = None
     if analyze or smooths or feedback or static:
-        data = _calibration.read(
-            checkpoint.model,
-            calibration,
-            samples=samples,
-            sequence_length=sequence_length,
-            seed=seed,
-            parse_special=parse_special,
-            quiet=quiet,
-        )
+        data = _calibration.read(checkpoint.model, texts, quiet=quiet)
         if analyze:
             importance = _calibration.importance(checkpoint.model, data, batch=batch, quiet=quiet)
     weights = importance.by_tensor(checkpoint.model.source.specs.values()) if importance else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -54,6 +54,18 @@ ParseSpecial = Annotated[
         rich_help_panel=CALIBRATION,
     ),
 ]
+
+
+class Texts(NamedTuple):
+    """What these five say: which text to calibrate on, and how much of it."""
+
+    calibration: list[str] | None
+    samples: int
+    sequence_length: int
+    seed: int | None
+    parse_special: bool
+
+
 Batch = Annotated[
     int, typer.Option("--batch", min=1, help="Samples on the device at a time.", rich_help_panel=CALIBRATION)
 ]

@@ -157,15 +157,8 @@ def analyze(
     for file, matrix in zip(merge or [], earlier, strict=True):
         imatrix_file.check_model(file, matrix, opened.source.specs)
         imatrix_file.check_method(file, matrix, method.value)
-    data = _calibration.read(
-        opened,
-        calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        parse_special=parse_special,
-        quiet=quiet,
-    )
+    texts = _options.Texts(calibration, samples, sequence_length, seed, parse_special)
+    data = _calibration.read(opened, texts, quiet=quiet)
     if super_weights:
         protection.loss_tokens(data)
     found = methods.measure(

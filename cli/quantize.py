@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from enum import Enum
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from . import _calibration, _errors, _folder, _options, _runtime, _show, _targets
+from . import _errors, _folder, _gguf, _options, _show, _targets
 from ._options import CALIBRATION, OUTPUT, REPORTING
-from ._progress import ProgressBar, TaskProgress
-from .profile import read_profile
-
-if TYPE_CHECKING:
-    from jquant.coherence import Coherence
-    from jquant.plan import Plan
 
 _TYPES = "Types"
-
-
-class _Effort(Enum):
-    fast = "fast"
-    best = "best"
 
 
 def _complete_type(incomplete: str) -> list[tuple[str, str]]:
@@ -197,14 +183,14 @@ def quantize(
         ),
     ] = 0.95,
     effort: Annotated[
-        _Effort,
+        _gguf.Effort,
         typer.Option(
             "--effort",
             help="fast, or best: some five times as long for up to 1% less error. With --feedback, best also "
             "tunes the whole file to the original's predictions, which takes several times longer again.",
             rich_help_panel=_TYPES,
         ),
-    ] = _Effort.fast,
+    ] = _gguf.Effort.fast,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -259,6 +245,7 @@ def quantize(
         raise typer.BadParameter(
             "measures what --imatrix would read; give one of them", param_hint="--analyze"
         )
+    texts = _options.Texts(calibration, samples, sequence_length, seed, parse_special)
     shard_bytes = _options.size_in_bytes(max_shard_size) if max_shard_size else None
     if _folder.is_scheme(type):
         _folder.quantize(
@@ -275,11 +262,7 @@ def quantize(
             imatrix=imatrix,
             analyze=analyze,
             feedback=feedback,
-            calibration=calibration,
-            samples=samples,
-            sequence_length=sequence_length,
-            seed=seed,
-            parse_special=parse_special,
+            texts=texts,
             batch=batch,
             revision=revision,
             pre_tokenizer=pre_tokenizer,
@@ -305,246 +288,43 @@ def quantize(
         raise typer.BadParameter("a target chooses the types itself", param_hint="--type, --pure, --like")
     if like and (type or pure):
         raise typer.BadParameter("--like says what each type is", param_hint="--type, --pure")
-    start = time.monotonic()
-    _runtime.start_jax()
-    reports = _runtime.join(coordinator, processes, process)
-    quiet = quiet or not reports
-
-    from jquant import hosts, mesh, protection, tuning
-    from jquant.analyze import as_json
-    from jquant.convert import open_model, write_gguf
-    from jquant.dynamic import recipe
-    from jquant.fitting import Feedback, check_importance, pays
-    from jquant.io import check_target, hub
-    from jquant.io import imatrix as imatrix_file
-    from jquant.plan import (
-        check_encodable,
-        file_type,
-        plan,
-        protect,
-        protect_settled,
-        runtime_types,
-        settle,
-        tensor_type,
-    )
-    from jquant.quality import assess
-    from jquant.report import plan_report, plan_table, remarks, summary
-
-    # Slips of the command line show before a download.
-    several = mesh.several()
-    if several and feedback:
-        raise typer.BadParameter("runs in one process only", param_hint="--feedback")
-    given_profile = read_profile(profile) if profile else None
-    kind = file_type(type or (given_profile and given_profile.file_type) or "Q4_K_M").name
-    if check and not dry_run:
-        from jquant.engines import require_llama_cpp
-
-        require_llama_cpp()
-    if out is not None and not dry_run and not max_shard_size:
-        check_target(out, force=force or resume)
-    runtime_types(runtime)
-    tensor_type(protection_type, "--protection-type")
-    given_rules = _rules(rule, rules)
-    importance = imatrix_file.read(imatrix) if imatrix else None
-    path = hub.resolve(model, revision=revision)
-    opened = open_model(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
-    for remark in () if quiet else opened.remarks:
-        _show.remark(f"note: {remark}")
-    needs_text = bool(search_seconds) or weighting is _targets.By.gradients
-    needs_text |= target_kld is not None and calibration is not None
-    data = None
-    if analyze or feedback or protect_super_weights or (target and needs_text):
-        data = _calibration.read(
-            opened,
-            calibration,
-            samples=samples,
-            sequence_length=sequence_length,
-            seed=seed,
-            parse_special=parse_special,
-            quiet=quiet,
-        )
-    if target and analyze and data is not None:  # the types depend on it
-        importance = _calibration.importance(opened, data, batch=batch, quiet=quiet)
-    has_imatrix = analyze or bool(feedback) or importance is not None
-    imatrix_name = str(imatrix or ("jquant quantize --analyze" if analyze else ""))
-    specs, spikes = opened.source.specs, []
-    protected = protection.of_profile(given_profile, specs) if given_profile else {}
-    if protect_super_weights and data is not None:
-        spikes = protection.super_weights(opened, data)
-        covered = protection.protected(spikes, specs, protection_coverage)
-        protected = protection.united_positions(protected, covered)
-    damage: dict[str, float] = {}
-    searched = None
-
-    def about(made: Plan) -> str:
-        return recipe(
-            made,
-            imatrix=importance,
-            effort=effort.value,
-            profile=given_profile,
+    _gguf.quantize(
+        _gguf.Request(
+            model=model,
+            out=None if dry_run else out,
+            type=type,
+            imatrix=imatrix,
+            analyze=analyze,
+            feedback=feedback,
+            texts=texts,
+            batch=batch,
+            rules=rule or [],
+            rules_file=rules,
+            profile=profile,
             target=target,
-            rules=given_rules,
-            protected=protected,
-        )
-
-    if target is None and like is None:
-        planned = plan(
-            opened.source.specs,
-            opened.metadata,
-            kind,
-            rules=given_rules,
-            profile=given_profile,
+            runtime=runtime,
+            sensitivity=sensitivity,
+            weighting=weighting,
+            search_seconds=search_seconds,
+            like=like,
             pure=pure,
             output_type=output_type,
             embedding_type=embedding_type,
-            has_imatrix=has_imatrix,
             allow_fallback=not no_fallback,
-        )
-    else:
-        settled = settle(
-            opened.source.specs,
-            opened.metadata,
-            rules=given_rules,
-            profile=given_profile,
-            output_type=output_type,
-            embedding_type=embedding_type,
-            has_imatrix=has_imatrix,
-        )
-        if like is not None:
-            planned = _targets.like(opened, settled, like, has_imatrix, not no_fallback)
-        else:
-            assert target is not None
-            settled = protect_settled(settled, protected, protection_type)
-            planned, damage, searched = _targets.plan(
-                opened,
-                settled,
-                target,
-                importance,
-                imatrix_name,
-                about,
-                profile=given_profile,
-                runtime=runtime,
-                file=sensitivity,
-                weighting=weighting,
-                seconds=search_seconds,
-                data=data if needs_text else None,
-                max_shard_bytes=shard_bytes,
-                threads=threads or _runtime.default_threads(),
-                quiet=quiet,
-            )
-    if not dry_run:
-        check_encodable(planned)
-    if feedback is None:
-        feedback = analyze and not several and pays(planned, protected)
-        if feedback and not quiet:
-            _show.remark(
-                "note: below 4 bits, layers are fitted with error feedback; --no-feedback does without."
-            )
-    fed = None
-    if feedback and data is not None:
-        fed = Feedback(
-            data,
-            batch=batch,
-            tuning=tuning.Settings() if effort is _Effort.best else None,
-            announce=None if quiet else lambda known: _show.remark(f"note: {known}"),
-            progress=_calibration.progress(data, quiet=quiet),
-            tuning_progress=_calibration.tuning_progress(quiet=quiet),
-        )
-    planned = protect(planned, protected, protection_type)
-    if protect_super_weights and not quiet:
-        _show.remark(f"note: {protection.note(spikes, protected)}")
-    if analyze and importance is None and data is not None and not dry_run:
-        importance = _calibration.importance(opened, data, batch=batch, quiet=quiet)
-    if fed is not None and not dry_run:
-        check_importance(planned, protected, importance)
-    if not quiet:
-        for remark in remarks(planned, importance.entries if importance else None):
-            _show.remark(f"note: {remark}")
-    if verbose and not dry_run and not json:
-        _show.remark(plan_table(planned))
-    if dry_run or out is None:
-        if not reports:
-            return
-        _show.result_json(plan_report(planned, damages=damage)) if json else _show.result(plan_table(planned))
-        return
-
-    total = sum(spec.nbytes for spec in opened.source.specs.values())
-    write = hosts.write_gguf if several else partial(write_gguf, feedback=fed)
-    with ProgressBar(total, shown=not quiet) as progress:
-        written = write(
-            opened,
-            planned,
-            out,
-            imatrix=importance,
-            imatrix_name=imatrix_name,
-            protected=protected,
-            recipe=about(planned),
-            effort=effort.value,
-            max_shard_bytes=shard_bytes,
-            threads=threads or _runtime.default_threads(),
+            revision=revision,
+            pre_tokenizer=pre_tokenizer,
+            protect=protect_super_weights,
+            protection_type=protection_type,
+            protection_coverage=protection_coverage,
+            effort=effort,
             resume=resume,
             force=force,
-            progress=progress,
-        )
-    if not reports:
-        return
-    starved = _calibration.starved(written.fed, quiet=quiet)
-    if written.tuned and not quiet:
-        _show.remark(f"note: {written.tuned}")
-    quality = assess(planned, written.errors, has_imatrix=importance is not None)
-    if not quiet:
-        for note in quality.notes:
-            _show.remark(f"note: {note}")
-        for warning in quality.warnings:
-            _show.remark(f"warning: {warning}")
-    report = plan_report(planned, errors=written.errors, damages=damage) | {
-        "model": model,
-        "target": target and str(target),
-        "search": searched,
-        "files": [{"path": str(file), "bytes": file.stat().st_size} for file in written.paths],
-        "quality": quality.report(),
-        **({"feedback": {name: one.error for name, one in written.fed.items()}} if feedback else {}),
-        **({"starved_experts": starved} if starved else {}),
-        **({"tuning": written.tuned._asdict()} if written.tuned else {}),
-        **({"super_weights": as_json(spikes)} if protect_super_weights else {}),
-        "seconds": round(time.monotonic() - start, 3),
-        "peak_memory_bytes": _runtime.peak_memory(),
-    }
-    if not json:
-        _show.result(summary(report))
-    verdict = _check(written.paths[0], threads, quiet) if check else None
-    if json:
-        _show.result_json(report | ({"check": verdict.report()} if verdict else {}))
-    if verdict is not None and not verdict.passed:
-        _show.remark(f"jquant: {out}: {verdict.failure}")
-        raise typer.Exit(_errors.INCOHERENT)
-
-
-def _check(file: Path, threads: int | None, quiet: bool) -> Coherence:
-    """Whether the new file writes sense."""
-    from jquant.comparison import check_file
-
-    progress = TaskProgress(shown=not quiet)
-    verdict = check_file(
-        file,
-        threads=threads or _runtime.default_threads(),
-        progress=lambda share: progress(file.name, "check", share),
+            max_shard_bytes=shard_bytes,
+            threads=threads,
+            check=check,
+            json=json,
+            quiet=quiet,
+            verbose=verbose,
+        ),
+        *(coordinator, processes, process),
     )
-    if not quiet:
-        _show.remark(f"check: coherence {verdict.verdict}")
-    return verdict
-
-
-def _rules(options: list[str] | None, file: Path | None) -> list:
-    """Rules of the command line before those of the file: the first match wins."""
-    from jquant.core import UserError
-    from jquant.plan import parse_rule, parse_rules_file
-
-    found = [parse_rule(text) for text in options or []]
-    if file is not None:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--rules {file}: cannot be read ({error}).") from None
-        found += parse_rules_file(text, str(file))
-    return found
