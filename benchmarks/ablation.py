@@ -1,0 +1,160 @@
+"""What each part of error feedback earns: files of one type and size, each made without one part of it.
+
+    python benchmarks/ablation.py smol768-f16.gguf wikitext2-test-120kB.txt --imatrix imatrix.gguf \
+        --calibration wikitext2-train-1MB.txt --type IQ2_XXS --folder files --chunks 16
+
+Files that are in the folder already are not made again. Each is made by a process of its own, in which the
+part is replaced before anything is compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from scores import score
+
+FLAG = "--without"
+
+
+def _settings(**changes: float) -> None:
+    from jquant import sequential
+
+    usual = sequential.feed_back
+
+    def changed(*arguments, settings, **options):
+        return usual(*arguments, settings=replace(settings, **changes), **options)
+
+    sequential.feed_back = changed
+
+
+def _nearest() -> None:
+    """Scales and codes by the diagonal of the same Hessian, one after the other, nothing fed on."""
+    import jax.numpy as jnp
+
+    from jquant import sequential
+    from jquant.transforms.feedback import Factor
+
+    def diagonal(H, group_size, damping):
+        groups = jnp.diagonal(H).reshape(-1, group_size)
+        return Factor(jnp.zeros_like(H), jnp.eye(group_size) * groups[:, None])
+
+    sequential.factor = diagonal
+    _settings(strength=0.0)
+
+
+def _without_importance() -> None:
+    """Scales that fit the weights alone and the nearest codes, as GPTQ has them, with the same feedback."""
+    import jax.numpy as jnp
+
+    from jquant import sequential
+
+    usual = sequential.feed_back
+
+    @cache
+    def blind(format):
+        return replace(
+            format,
+            fit=lambda x, w: format.fit(x, jnp.ones_like(x)),
+            assign=lambda x, w, scales: format.assign(x, jnp.ones_like(x), scales),
+        )
+
+    def changed(model, tokens, formats, **options):
+        return usual(model, tokens, {name: blind(format) for name, format in formats.items()}, **options)
+
+    sequential.feed_back = changed
+    _settings(strength=0.0)
+    _one_round()
+
+
+def _one_round() -> None:
+    from jquant.transforms import feedback
+
+    feedback.ROUNDS = 1
+
+
+def _uncapped() -> None:
+    from jquant import sequential
+
+    sequential.CAP = float("inf")
+
+
+def _not_sequential() -> None:
+    """Hessians of the original model's own activations; so nothing to correct either."""
+    from jquant import sequential
+
+    def gather(self, inputs, i, usual=sequential.Run.gather):
+        kept = self.x, self.quantized
+        self.x, self.quantized = self.x0, self.original
+        try:
+            return usual(self, inputs, i)
+        finally:
+            self.x, self.quantized = kept
+
+    sequential.Run.gather = gather
+    _settings(strength=0.0)
+
+
+PARTS: dict[str, tuple[str, Callable[[], None]]] = {
+    "all": ("feedback, whole", lambda: None),
+    "nearest": ("nearest codes, scales by the same Hessian's diagonal", _nearest),
+    "gptq": ("feedback, scales without importance (GPTQ)", _without_importance),
+    "refit": ("feedback without the second search for scales", _one_round),
+    "sequential": ("feedback on the original's activations", _not_sequential),
+    "correction": ("feedback without target correction", lambda: _settings(strength=0.0)),
+    "half": ("half of the target correction", lambda: _settings(strength=0.5)),
+    "cap": ("feedback without the cap on attention sinks", _uncapped),
+    "damping/10": ("damping 0.001", lambda: _settings(damping=0.001)),
+    "damping*10": ("damping 0.1", lambda: _settings(damping=0.1)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", type=Path, help="16-bit GGUF file")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--imatrix", type=Path, required=True)
+    parser.add_argument("--calibration", nargs="+", required=True, help="texts, in equal shares")
+    parser.add_argument("--samples", default="32")
+    parser.add_argument("--type", default="IQ2_XXS")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--chunks", type=int, help="only the first so many chunks of the text")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    files = {args.model: "original"}
+    for part in args.parts:
+        file = args.folder / f"{args.type}-{part.replace('/', '_').replace('*', 'x')}.gguf"
+        if not file.exists():
+            start = time.monotonic()
+            command = [sys.executable, __file__, FLAG, part, "quantize", str(args.model), str(file)]
+            command += ["--type", args.type, "--imatrix", str(args.imatrix), "--feedback", "--quiet"]
+            command += ["--samples", args.samples, "--threads", str(args.threads)]
+            command += [word for text in args.calibration for word in ("--calibration", text)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            print(f"{part}: {time.monotonic() - start:.0f} s", flush=True)
+        files[file] = PARTS[part][0]
+    score(args, files)
+
+
+def make(part: str, arguments: list[str]) -> None:
+    """The command in this process, without the part."""
+    PARTS[part][1]()
+    from jquant_cli.main import app
+
+    app(arguments)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [FLAG]:
+        make(sys.argv[2], sys.argv[3:])
+    else:
+        main()
