@@ -42,7 +42,8 @@ def static_int8(x: Float[Array, "*n width"], scale: Float[Array, "..."]) -> Quan
 
 
 def static_fp8(x: Float[Array, "*n width"], scale: Float[Array, "..."]) -> Quantized:
-    codes = jnp.clip(_divided(x.astype(jnp.float32), scale), -448, 448)  # beyond them e4m3 knows only NaN
+    largest = LARGEST["fp8"]  # beyond it e4m3 knows only NaN
+    codes = jnp.clip(_divided(x.astype(jnp.float32), scale), -largest, largest)
     return Quantized(codes.astype(jnp.float8_e4m3fn), scale)
 
 

@@ -17,7 +17,8 @@ from jaxtyping import Int
 
 from jquant.calibrate import shared_inputs, within_block
 from jquant.core import BlockwiseModel, Format
-from jquant.sequential import Run, Settings, stages
+from jquant.sequential import Run, Settings
+from jquant.stages import stages
 from jquant.transforms.feedback import ROWS, Factor
 
 

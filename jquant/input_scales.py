@@ -25,6 +25,7 @@ from jquant.io.samples import Samples
 from jquant.models import Block, Decoder, Parameters, run_block
 from jquant.smooth_search import DEFAULT, Search, embedded
 from jquant.smoothing import Smoothing
+from jquant.stages import stage
 from jquant.transforms import smooth
 
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -92,7 +93,7 @@ def _fitted(
 ) -> dict[str, np.float32]:
     """The scales of one block. places: matrices by their input. largest: scales that clip nothing."""
     chosen = {name: _stored(scale, dtypes[name]) for name, scale in largest.items()}
-    for names in sorted(places.values(), key=_order):
+    for names in sorted(places.values(), key=lambda names: stage(within_block(names[0]))):
         least = np.inf
         for clip in CLIPS:
             tried = {
@@ -120,14 +121,6 @@ def _error_with(
         experts = params[within_block(name)]["weight"].shape[:-2]
         given[within_block(name)]["input_scale"] = jnp.full(experts, scale)
     return float(_error(block, given, x, y, weight, angles))
-
-
-def _order(names: list[str]) -> int:
-    """Matrices of a block in the order in which data meets them."""
-    module = within_block(names[0])
-    if module.startswith("attn"):
-        return int(module == "attn_output")
-    return 2 + int(module.startswith("ffn_down"))
 
 
 def _largest(name: str, stats: Mapping[str, Stats], divisors: Mapping[str, Array]) -> float:

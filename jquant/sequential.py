@@ -16,11 +16,10 @@ One block is in memory twice, as it was and as it is quantized, beside both stre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +45,7 @@ from jquant.calibrate import (
     within_block,
 )
 from jquant.core import Block, BlockwiseModel, Format, QuantizedTensor, UserError, dequantize
+from jquant.stages import stages
 from jquant.transforms.feedback import DAMPING, Factor, corrected, factor, feedback_rows, tiles_of
 
 CAP = 4.0
@@ -121,18 +121,6 @@ def feed_back(
             run.advance()
         progress(i + 1, count)
         yield done
-
-
-def stages(names: Iterable[str]) -> list[list[str]]:
-    """Matrices of a block in the order in which data meets them, those of one stage together."""
-    return [list(stage) for _, stage in groupby(sorted(names, key=lambda n: (_stage(n), n)), key=_stage)]
-
-
-def _stage(name: str) -> int:
-    """Matrices of one stage do not see each other's output."""
-    if name.startswith("attn"):
-        return int(name == "attn_output")
-    return 2 + int(name.startswith("ffn_down"))
 
 
 @dataclass

@@ -64,8 +64,9 @@ MAY_IMPORT = {
     "dynamic": CORE
     | {"convert", "io", "models", "plan", "search", "sensitivity", "text"}
     | {"usual", "weights"},
-    "sequential": CORE | {"between", "calibrate", "transforms"},
-    "forecast": CORE | {"calibrate", "sequential", "transforms"},
+    "stages": set(),
+    "sequential": CORE | {"between", "calibrate", "stages", "transforms"},
+    "forecast": CORE | {"calibrate", "sequential", "stages", "transforms"},
     "moving": CORE | {"formats", "models"},
     "tuning": CORE | {"between", "calibrate", "models", "moving"},
     "fitting": CORE | {"forecast", "formats", "io", "models", "plan", "sequential", "tuning", "weights"},
@@ -86,7 +87,7 @@ MAY_IMPORT = {
     "folder_feedback": CORE | {"fitting", "folders", "models", "sequential", "weights"},
     "smooth_report": CORE | {"smoothing", "text"},
     "input_scales": CORE
-    | {"activations", "calibrate", "io", "models", "smooth_search", "smoothing", "transforms"},
+    | {"activations", "calibrate", "io", "models", "smooth_search", "smoothing", "stages", "transforms"},
     "w8a8": CORE
     | {"calibrate", "folders", "input_scales", "io", "smooth_search", "smoothing", "transcode", "transforms"},
     "scale_export": CORE | {"calibrate", "folders", "io", "transcode", "w8a8"},
