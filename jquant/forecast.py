@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from jquant.calibrate import shared_inputs, within_block
+from jquant.calibrate import within_block
 from jquant.core import BlockwiseModel, Format
-from jquant.sequential import Run, Settings
+from jquant.sequential import Run, open_run
 from jquant.stages import stages
 from jquant.transforms.feedback import ROWS, Factor
 
@@ -44,16 +44,13 @@ def forecast(
     them, and nothing of an earlier run were there."""
     i = min(int(name.split(".")[1]) for name in formats)
     own = {within_block(name): format for name, format in formats.items() if name.startswith(f"blk.{i}.")}
-    first = {within_block(name): within_block(one) for name, one in shared_inputs(model, i).items()}
     few = tokens[:batch]
-    x = model.embed(few)
-    block, params = model.blocks[i], model.load_block(i)
-    angles, real = jnp.asarray(model.angles(i, tokens.shape[1])), np.full(len(few), tokens.shape[1], np.int32)
-    run = Run(block, params, dict(params), angles, x.copy(), x, real, len(few), Settings(), threads)
+    x, real = model.embed(few), np.full(len(few), tokens.shape[1], np.int32)
+    run = open_run(model, i, x.copy(), x, real, len(few), threads=threads, samples=len(tokens))
     passes = 0.0
     for stage in stages(own):
-        inputs = tuple(dict.fromkeys(first[name] for name in stage))
-        passes += _seconds(lambda inputs=inputs: run.gather(inputs, i))
+        inputs = tuple(dict.fromkeys(run.first[name] for name in stage))
+        passes += _seconds(lambda inputs=inputs: run.gather(inputs))
     passes += _seconds(run.advance)
     batches = -(-len(tokens) // len(few))
     return Forecast(passes * batches * len(model.blocks), _search(model, formats, run))

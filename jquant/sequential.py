@@ -11,14 +11,16 @@ what a layer is fitted to, so that it also mends what was lost before it: see `t
 Stacks of experts have no C, for the streams may take different experts; an expert's H leans on its stack's
 mean, the more the fewer tokens it saw.
 
-One block is in memory twice, as it was and as it is quantized, beside both streams' activations.
+One block is in memory twice, as it was and as it is quantized, beside both streams' activations. Where they
+fit too, the inputs of its matrices are kept while the block lasts, so that no stage computes again what the
+stages before it have computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -39,13 +41,12 @@ from jquant.calibrate import (
     embed_into,
     padded,
     real_tokens,
-    run_through,
     shared_inputs,
     weights_of,
     within_block,
 )
 from jquant.core import Block, BlockwiseModel, Format, QuantizedTensor, UserError, dequantize
-from jquant.stages import stages
+from jquant.stages import stage, stages
 from jquant.transforms.feedback import DAMPING, Factor, corrected, factor, feedback_rows, tiles_of
 
 CAP = 4.0
@@ -53,6 +54,8 @@ CAP = 4.0
 MEAN_TOKENS = 0.25
 
 Params = dict[str, dict[str, Array]]
+Inputs = dict[str, np.ndarray]  # [s, t, width] by matrix
+Shown = Mapping[str, Mapping[str, Array]]
 
 
 @dataclass(frozen=True)
@@ -103,33 +106,72 @@ def feed_back(
         embed_into(x, model, tokens)
     count = len(model.blocks)
     for i in range(count):
-        block, original = model.blocks[i], model.load_block(i)
-        angles = jnp.asarray(model.angles(i, length))
-        shared = shared_inputs(model, i)
-        names = [name for name in shared if name in formats]
+        run = open_run(model, i, streams[0], streams[1], real, batch, settings, threads)
+        names = [name for name in shared_inputs(model, i) if name in formats]
+        own = {within_block(name): formats[name] for name in names}
         known = {name: data for name in names if (data := earlier(name)) is not None}
-        run = Run(
-            block, original, dict(original), angles, streams[0], streams[1], real, batch, settings, threads
-        )
         if len(known) == len(names):
             done = {name: Fed(data, float("nan")) for name, data in known.items()}
-            for name, fed in done.items():
-                run.replace(within_block(name), fed.data, formats[name])
+            run.follow(own, {within_block(name): data for name, data in known.items()})
         else:
-            done = run.quantize({within_block(name): formats[name] for name in names}, i, shared)
+            done = {f"blk.{i}.{name}.weight": fed for name, fed in run.quantize(own).items()}
         if i < count - 1:
             run.advance()
         progress(i + 1, count)
         yield done
 
 
+def open_run(
+    model: BlockwiseModel,
+    i: int,
+    x0: np.ndarray,
+    x: np.ndarray,
+    real: np.ndarray,
+    batch: int,
+    settings: Settings = Settings(),
+    threads: int = 2,
+    samples: int | None = None,
+) -> Run:
+    """Block i before its first matrix. samples: of the whole run, where these activations are part of it."""
+    original = model.load_block(i)
+    first = {within_block(name): within_block(one) for name, one in shared_inputs(model, i).items()}
+    widths = [original[name]["weight"].shape[-1] for name in _worth_keeping(first, original)]
+    size = 2 * 4 * (samples or len(x)) * x.shape[1] * sum(widths)
+    return Run(
+        i,
+        model.blocks[i],
+        original,
+        dict(original),
+        first,
+        jnp.asarray(model.angles(i, x.shape[1])),
+        x0,
+        x,
+        real,
+        batch,
+        settings,
+        threads,
+        keeps=jax.default_backend() == "cpu" and size <= IN_MEMORY // 2,
+    )
+
+
+def _worth_keeping(first: Mapping[str, str], params: Params) -> list[str]:
+    """Inputs of matrices that take more than a norm to compute; not those of experts, which go their ways."""
+    return [name for name in dict.fromkeys(first.values()) if stage(name) and _is_dense(params, name)]
+
+
+def _is_dense(params: Params, name: str) -> bool:
+    return params[name]["weight"].ndim == 2
+
+
 @dataclass
 class Run:
-    """One block on its way."""
+    """One block on its way. Matrices have their names within it."""
 
+    i: int
     block: Block
     original: Params
     quantized: Params
+    first: Mapping[str, str]  # of the matrices with one input, the one that stands for it
     angles: Array
     x0: np.ndarray
     x: np.ndarray
@@ -137,17 +179,26 @@ class Run:
     batch: int
     settings: Settings
     threads: int
+    keeps: bool  # inputs: elsewhere than on a CPU the way to the host costs more than to compute them again
+    kept: tuple[Inputs, Inputs] = field(default_factory=lambda: ({}, {}))  # of x0 and of x
 
-    def quantize(self, formats: Mapping[str, Format], i: int, shared: Mapping[str, str]) -> dict[str, Fed]:
-        first = {within_block(name): within_block(one) for name, one in shared.items()}
+    def quantize(self, formats: Mapping[str, Format]) -> dict[str, Fed]:
         found: dict[str, Fed] = {}
         for members in stages(formats):
-            stats = self.gather(tuple(dict.fromkeys(first[name] for name in members)), i)
+            stats = self.gather(self._inputs_of(members))
             for name in members:
-                fed = self._fit(name, stats[first[name]], formats[name])
-                found[f"blk.{i}.{name}.weight"] = fed
-                self.replace(name, fed.data, formats[name])
+                found[name] = self._fit(name, stats[self.first[name]], formats[name])
+                self.replace(name, found[name].data, formats[name])
         return found
+
+    def follow(self, formats: Mapping[str, Format], known: Mapping[str, np.ndarray]) -> None:
+        """The way that `quantize` went when it made these bytes: the same sums in the same order."""
+        for members in stages(formats):
+            if self.keeps:
+                for part in self._parts():
+                    self._shown(part, self._inputs_of(members))
+            for name in members:
+                self.replace(name, known[name], formats[name])
 
     def replace(self, name: str, data: np.ndarray, format: Format) -> None:
         """From here on the block computes with the weights that these bytes are."""
@@ -157,27 +208,66 @@ class Run:
 
     def advance(self) -> None:
         """Both streams through the block."""
-        for params, x in ((self.original, self.x0), (self.quantized, self.x)):
-            run_through(self.block, params, self.angles, x, x, self.batch)
+        for part in self._parts():
+            for stream, (params, x) in enumerate(self._streams):
+                y = _output(
+                    self.block, params, self._given(stream, part), padded(x[part], self.batch), self.angles
+                )
+                x[part] = y[: part.stop - part.start]
 
-    def gather(self, inputs: tuple[str, ...], i: int) -> dict[str, Stats]:
+    def gather(self, inputs: tuple[str, ...]) -> dict[str, Stats]:
+        """The statistics of these matrices' inputs."""
         stats: dict[str, Stats] = {}
         for name in inputs:
             *experts, _, width = self.original[name]["weight"].shape
             stats[name] = {"H": jnp.zeros((*experts, width, width)), "count": jnp.zeros(experts, jnp.int32)}
             if not experts:
                 stats[name]["C"] = jnp.zeros((width, width))
-        for start in range(0, len(self.x), self.batch):
-            part = slice(start, min(start + self.batch, len(self.x)))
-            x0, x, real = (padded(a[part], self.batch) for a in (self.x0, self.x, self.real))
-            stats = _add_batch(self.block, self.original, self.quantized, stats, x0, x, self.angles, real)
+        for part in self._parts():
+            counted = weights_of(*(padded(a[part], self.batch) for a in (self.x, self.real)))
+            stats = _add_batch(stats, *self._shown(part, inputs), counted)
         for name, s in stats.items():
             if not all(bool(jnp.isfinite(a).all()) for a in s.values()):
                 raise UserError(
-                    f"blk.{i}.{name}.weight: its inputs are not finite; the model is damaged, or float32 is "
-                    "too small for it. `jquant analyze` on the same text says in which sample."
+                    f"blk.{self.i}.{name}.weight: its inputs are not finite; the model is damaged, or "
+                    "float32 is too small for it. `jquant analyze` on the same text says in which sample."
                 )
         return stats
+
+    @property
+    def _streams(self) -> tuple[tuple[Params, np.ndarray], tuple[Params, np.ndarray]]:
+        return (self.original, self.x0), (self.quantized, self.x)
+
+    def _parts(self) -> Iterator[slice]:
+        for start in range(0, len(self.x), self.batch):
+            yield slice(start, min(start + self.batch, len(self.x)))
+
+    def _inputs_of(self, members: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.first[name] for name in members))
+
+    def _shown(self, part: slice, names: tuple[str, ...]) -> tuple[Shown, Shown]:
+        """What these matrices are given of a batch in the original model, experts aside, and as quantized."""
+        dense = tuple(name for name in names if _is_dense(self.original, name))
+        return self._shown_in(0, part, dense), self._shown_in(1, part, names)
+
+    def _shown_in(self, stream: int, part: slice, names: tuple[str, ...]) -> Shown:
+        """Kept where that saves work later."""
+        params, x = self._streams[stream]
+        given = self._given(stream, part, but=names)
+        shown = _inputs(self.block, params, given, padded(x[part], self.batch), self.angles, names)
+        for name in _worth_keeping(self.first, self.original) if self.keeps else ():
+            if name in shown and shown[name]["x"].ndim == 3:  # a router's are [tokens, width]
+                value, kept = shown[name]["x"], self.kept[stream]
+                if name not in kept:
+                    kept[name] = np.empty((len(self.x), *value.shape[1:]), value.dtype)
+                kept[name][part] = value[: part.stop - part.start]
+        return shown
+
+    def _given(self, stream: int, part: slice, but: tuple[str, ...] = ()) -> Shown:
+        """What is known of the inputs of a batch, by every matrix that has them."""
+        known = {name: values for name, values in self.kept[stream].items() if name not in but}
+        kept = {name: padded(values[part], self.batch) for name, values in known.items()}
+        return {name: {"x": kept[one]} for name, one in self.first.items() if one in kept}
 
     def _fit(self, name: str, stats: Stats, format: Format) -> Fed:
         weight = self.original[name]["weight"]
@@ -219,21 +309,33 @@ def _quadratic(a: Array, H: Array) -> Array:
     return jnp.sum(jnp.matmul(a, H, precision=lax.Precision.HIGHEST) * a)
 
 
-@partial(jax.jit, static_argnums=0)
-def _add_batch(
+@partial(jax.jit, static_argnums=(0, 5))
+def _inputs(
     block: Block,
-    original: Params,
-    quantized: Params,
-    stats: dict[str, Stats],
-    x0: Float[Array, "s t width"],
+    params: Params,
+    given: Shown,
     x: Float[Array, "s t width"],
     angles: Float[Array, "t pairs"],
-    real: Int[Array, " s"],
+    names: tuple[str, ...],
+) -> Shown:
+    """What these matrices are given. What lies behind is not computed, nor what leads to inputs given."""
+    shown = block.apply({"params": params, "given": given}, x, angles, mutable="inputs")[1]["inputs"]
+    return {name: shown[name] for name in names}
+
+
+@partial(jax.jit, static_argnums=0)
+def _output(block: Block, params: Params, given: Shown, x: Array, angles: Array) -> Array:
+    return block.apply({"params": params, "given": given}, x, angles, mutable="inputs")[0]
+
+
+@jax.jit
+def _add_batch(
+    stats: dict[str, Stats],
+    shown0: Shown,
+    shown: Shown,
+    counted: Float[Array, " n"],
 ) -> dict[str, Stats]:
-    """The statistics with these samples added. What lies behind these inputs is not computed."""
-    shown0 = block.apply({"params": original}, x0, angles, mutable="inputs")[1]["inputs"]
-    shown = block.apply({"params": quantized}, x, angles, mutable="inputs")[1]["inputs"]
-    counted = weights_of(x, real)
+    """The statistics with a batch's inputs added. shown0: those of the original model."""
     out = {}
     for name, before in stats.items():
         inputs = shown[name]

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from tiny_models import write_tiny
 
-from jquant import FORMATS, dequantize, quantize
+from jquant import FORMATS, dequantize, models, quantize, sequential
 from jquant.analyze import load_samples
 from jquant.convert import open_model, write_gguf
 from jquant.fitting import Feedback
 from jquant.io.samples import Text
 from jquant.plan import plan
-from jquant.sequential import Settings
+from jquant.sequential import Settings, open_run
+from jquant.stages import stages
 from jquant.transforms.feedback import corrected, factor, feedback
+from jquant.weights import Weights
 
 SLOW = {"IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"}  # to compile
 ENCODED = [
@@ -149,8 +151,53 @@ def test_every_matrix_of_the_blocks_is_fed_back_and_decodes(tmp_path, name):
     assert open_model(tmp_path / "out.gguf").source.specs.keys() == model.source.specs.keys()
 
 
-def test_a_run_that_was_cut_short_goes_on_to_the_same_bytes(tmp_path):
-    model, samples = opened(tmp_path, "LlamaForCausalLM", num_hidden_layers=3)
+@pytest.mark.parametrize(
+    "name", ["Qwen2ForCausalLM", "Phi3ForCausalLM", "Gemma3ForCausalLM", "Qwen2MoeForCausalLM"]
+)
+def test_inputs_that_are_kept_are_those_computed_again(tmp_path, name):
+    model, samples = opened(tmp_path, name)
+    decoder = models.decoder(Weights(model.source), model.metadata)
+    rng, real = np.random.default_rng(0), samples.lengths - 3
+    x0 = decoder.embed(samples.tokens)
+    x = x0 + 0.1 * rng.standard_normal(x0.shape).astype(np.float32)
+    kept, again = (open_run(decoder, 1, x0.copy(), x.copy(), real, batch=4) for _ in range(2))
+    again.keeps = False
+    format = FORMATS["Q4_0"]
+    names = [n for n, p in kept.original.items() if p["weight"].ndim > 1 and p["weight"].shape[-1] == 256]
+    for members in stages(names):
+        inputs = tuple(dict.fromkeys(kept.first[n] for n in members))
+        ours, theirs = kept.gather(inputs), again.gather(inputs)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2), ours, theirs)
+        for name in members:
+            weight = kept.original[name]["weight"]
+            data = np.asarray(quantize(weight.reshape(-1, weight.shape[-1]), format).parts["blocks"])
+            for run in (kept, again):
+                run.replace(name, data, format)
+    assert kept.kept[1]
+    assert again.kept == ({}, {})
+    for run in (kept, again):
+        run.advance()
+    np.testing.assert_allclose(kept.x0, again.x0, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(kept.x, again.x, rtol=1e-4, atol=1e-4)
+    assert np.abs(kept.x - kept.x0).max() > 0.01
+
+
+def test_inputs_that_do_not_fit_are_not_kept(tmp_path, monkeypatch):
+    model, samples = opened(tmp_path, "LlamaForCausalLM")
+    decoder = models.decoder(Weights(model.source), model.metadata)
+    x = decoder.embed(samples.tokens)
+    arguments = (decoder, 0, x, x, samples.lengths, 2)
+    assert open_run(*arguments).keeps
+    # attn_output, ffn_gate and ffn_down see 256 columns each, in both streams.
+    size = 2 * 3 * 4 * 256 * samples.tokens.size
+    monkeypatch.setattr(sequential, "IN_MEMORY", 2 * size)
+    assert open_run(*arguments).keeps
+    assert not open_run(*arguments, samples=len(x) + 1).keeps
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MixtralForCausalLM"])
+def test_a_run_that_was_cut_short_goes_on_to_the_same_bytes(tmp_path, name):
+    model, samples = opened(tmp_path, name, num_hidden_layers=3)
     planned = plan(model.source.specs, model.metadata, "Q2_K")
     write_gguf(model, planned, tmp_path / "whole.gguf", feedback=Feedback(samples))
 

@@ -11,7 +11,8 @@ Every product with a matrix goes through Linear or Experts, which show what they
 A matrix in `Block.rounded` is multiplied by what `Block.rounding` makes of its input; shown is the input.
 Where it has a parameter input_scale, of a stack one for each expert, that is given to the rounding too.
 What the collection "nudges" has for them, {"attn_q": {"y": …}}, is added to their outputs: the gradient with
-respect to an output is that with respect to its nudge.
+respect to an output is that with respect to its nudge. What the collection "given" has, {"attn_q": {"x": …}},
+takes the place of a Linear's input: what leads to that input alone is then not computed.
 
 Products are of float32, or, in a block whose `precision` says so, of bfloat16 with sums in float32, which
 matrix units are made for; what is shown is then bfloat16 too. Norms, softmax, and what goes from block to
@@ -55,6 +56,8 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n in"]) -> Float[Array, "*n out"]:
+        if self.has_variable("given", "x"):
+            x = self.get_variable("given", "x")
         _show(self, x=x)
         x = _rounded(self, self.rounding, x)
         weight = self.param("weight", nn.initializers.lecun_normal(), self.shape)
