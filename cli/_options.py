@@ -30,7 +30,7 @@ Calibration = Annotated[
         "--calibration",
         "-c",
         help="Text file, JSON lines, parquet, dataset on the hub (org/name:config:split), wikitext2, pydoc, "
-        "python (source code). Repeatable: samples are shared equally. Default: wikitext2, else pydoc.",
+        "python (source code). Repeatable, for equal shares. Default: python, and wikitext2 or else pydoc.",
         rich_help_panel=CALIBRATION,
     ),
 ]

@@ -13,7 +13,7 @@ from tiny_models import CHAT, LINES, write_tiny
 
 from jquant.core import UserError
 from jquant.io import GgufSource, samples
-from jquant.io.samples import Text, read_text, sample
+from jquant.io.samples import Text, read_text, read_texts, sample
 from jquant.io.token_ids import TokenIds, from_metadata
 
 
@@ -156,7 +156,11 @@ def test_source_code_is_of_many_modules(tmp_path, monkeypatch):
     assert isinstance(found, Text)
     assert found.data.count(b"\ndef ") > 50
     assert len(found.data) > 200_000
+    monkeypatch.setattr(samples, "wikitext2", lambda part: Text(part, b"prose"))
+    assert read_texts(None) == [Text("train", b"prose"), found]
+    assert read_texts(["pydoc"]) == read_texts("pydoc") == [read_text("pydoc")]
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert read_texts(None) == [Text("train", b"prose")]
     with pytest.raises(UserError, match="no source code of its library"):
         read_text("python")
 

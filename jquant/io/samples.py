@@ -83,7 +83,9 @@ def read_text(calibration: str | None) -> Text | Table:
     if calibration == PYDOC:
         return Text(PYDOC, pydoc())
     if calibration == PYTHON:
-        return Text(PYTHON, python())
+        if code := python():
+            return Text(PYTHON, code)
+        raise UserError(f"{PYTHON}: this Python has no source code of its library; give a file of code.")
     if calibration == WIKITEXT2:
         return wikitext2("train")
     if calibration is None:
@@ -102,9 +104,13 @@ def read_text(calibration: str | None) -> Text | Table:
 
 
 def read_texts(calibration: str | Sequence[str] | None) -> list[Text | Table]:
-    """What one name or each of several means; none: what None means to `read_text`."""
-    names = [calibration] if isinstance(calibration, str) else calibration or [None]
-    return [read_text(name) for name in names]
+    """What one name or each of several means to `read_text`.
+
+    None: prose and source code. A model fitted to prose alone loses more on code than one not fitted at all.
+    """
+    if calibration:
+        return [read_text(name) for name in ([calibration] if isinstance(calibration, str) else calibration)]
+    return [read_text(None), *([Text(PYTHON, code)] if (code := python()) else [])]
 
 
 def wikitext2(part: str) -> Text:
