@@ -32,11 +32,13 @@ Progress = Callable[[int, int], None]
 
 class Calibrator(NamedTuple):
     """init(width) → statistics of no tokens. update(statistics, x [n, width], weight [n]) adds n tokens, but
-    those of weight 0. merge(a, b) → statistics of the tokens of both."""
+    those of weight 0. merge(a, b) → statistics of the tokens of both. squares: those that are [width, width],
+    whose rows several devices may share."""
 
     init: Callable[[int], Stats]
     update: Callable[[Stats, Array, Array], Stats]
     merge: Callable[[Stats, Stats], Stats]
+    squares: frozenset[str] = frozenset()
 
 
 def add(a: Stats, b: Stats) -> Stats:
@@ -93,6 +95,7 @@ HESSIAN = Calibrator(
     lambda width: {"xtx": jnp.zeros((width, width), jnp.float32), "count": jnp.zeros((), jnp.int32)},
     _add_products,
     add,
+    squares=frozenset({"xtx"}),
 )
 
 

@@ -1,8 +1,10 @@
 """A block's calibration over a mesh: samples over `data`, the block's weights over `model`.
 
-Each process has samples of its own, which go through its own devices; a device along `data` has statistics of
-its own, and while a block runs no two of them talk. When all samples are through, the calibrator's merge is
-run as a tree over the whole mesh, and every process has the statistics of all samples.
+Each process has samples of its own, which go through its own devices; a device along `data` has statistics
+of its own, and while a block runs no two of them talk. Of a Hessian, which may outgrow a device, each along
+`model` has some rows: its part of the sum needs all inputs, but none of the others' rows. When all samples
+are through, the calibrator's merge is run as a tree over the whole mesh, and every process has the statistics
+of all samples, whole, on the host.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ def over(mesh: Mesh, first: int = 0) -> Through:
         angles = jax.device_put(model.angles(i, x.shape[1]), NamedSharding(local, PartitionSpec()))
         names = frozenset(within_block(name) for name in shared_inputs(model, i).values())
         by_sample = NamedSharding(local, PartitionSpec("data"))
-        step = _step_over(block, calibrator, local)
+        step = _step_over(block, calibrator, names, local)
         stats = _nothing(block, calibrator, names, local)
         for start in range(0, len(x), batch * ways):
             part = slice(start, min(start + batch * ways, len(x)))
@@ -98,12 +100,8 @@ def over(mesh: Mesh, first: int = 0) -> Through:
             if y is not None:
                 y[part] = np.asarray(out)[: part.stop - start]
         exchange()  # who failed says so here, before the others wait for its statistics
-        merged = _merged(calibrator, mesh, jax.tree.map(partial(_global, mesh), stats))
-        host = jax.local_devices(backend="cpu")[0]
-        return {
-            f"blk.{i}.{name}.weight": jax.tree.map(lambda a: jax.device_put(a.addressable_data(0), host), s)
-            for name, s in merged.items()
-        }
+        merged = _merge_over(block, calibrator, names, mesh)(jax.tree.map(partial(_global, mesh), stats))
+        return {f"blk.{i}.{name}.weight": jax.tree.map(_on_host, s) for name, s in merged.items()}
 
     return through
 
@@ -127,17 +125,32 @@ def _padded(part: np.ndarray, count: int) -> np.ndarray:
 
 def _nothing(block: Block, calibrator: Calibrator, names: frozenset[str], local: Mesh) -> dict[str, Stats]:
     """Statistics of no tokens for each device along data: [data, …]."""
-    made = init_all(block, lambda shape: calibrator.init(shape[-1]))
-    by_device, ways = NamedSharding(local, PartitionSpec("data")), local.shape["data"]
+    made, ways = init_all(block, lambda shape: calibrator.init(shape[-1])), local.shape["data"]
 
-    def of_each(a: Array) -> Array:
-        return jax.device_put(np.broadcast_to(np.asarray(a), (ways, *a.shape)), by_device)
+    def of_each(a: Array, spec: PartitionSpec) -> Array:
+        return jax.device_put(np.broadcast_to(np.asarray(a), (ways, *a.shape)), NamedSharding(local, spec))
 
-    return {name: jax.tree.map(of_each, made[name]) for name in names}
+    return jax.tree.map(
+        of_each, {name: made[name] for name in names}, _layout(block, calibrator, names, local)
+    )
+
+
+def _layout(
+    block: Block, calibrator: Calibrator, names: frozenset[str], mesh: Mesh
+) -> dict[str, dict[str, PartitionSpec]]:
+    """How statistics [data, …] lie over the mesh: rows of squares over `model`, where it divides them."""
+    made = jax.eval_shape(lambda: init_all(block, lambda shape: calibrator.init(shape[-1])))
+
+    def spec(key: str, shape: tuple[int, ...]) -> PartitionSpec:
+        if key not in calibrator.squares or shape[-2] % mesh.shape["model"]:
+            return PartitionSpec("data")
+        return PartitionSpec("data", *(None,) * (len(shape) - 2), "model")
+
+    return {name: {key: spec(key, a.shape) for key, a in made[name].items()} for name in names}
 
 
 @cache
-def _step_over(block: Block, calibrator: Calibrator, local: Mesh) -> Callable:
+def _step_over(block: Block, calibrator: Calibrator, names: frozenset[str], local: Mesh) -> Callable:
     """f(params, stats [data, …], x [data · batch, t, width], angles, real) → the block's output, and the
     statistics with its inputs added."""
 
@@ -151,20 +164,33 @@ def _step_over(block: Block, calibrator: Calibrator, local: Mesh) -> Callable:
     data, whole = PartitionSpec("data"), PartitionSpec()
     given = (whole, data, data, whole, data)
     mapped = shard_map(on_one, local, given, (data, data), axes=frozenset({"data"}))
-    # Or the compiler might leave them split over `model`.
-    return jax.jit(mapped, out_shardings=NamedSharding(local, data))
+    # Or the compiler might split others over `model`.
+    kept = jax.tree.map(partial(NamedSharding, local), _layout(block, calibrator, names, local))
+    return jax.jit(mapped, out_shardings=(NamedSharding(local, data), kept))
 
 
 def _global(mesh: Mesh, a: Array) -> Array:
     """An array [data of this process, …] as this process's part of [data, …]; nothing is copied."""
+    assert isinstance(a.sharding, NamedSharding)
     shape = (mesh.shape["data"], *a.shape[1:])
     parts = [shard.data for shard in a.addressable_shards]
-    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, PartitionSpec("data")), parts)
+    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, a.sharding.spec), parts)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _merged(calibrator: Calibrator, mesh: Mesh, stats: dict[str, Stats]) -> dict[str, Stats]:
-    """Statistics [data, …] → those of all devices along data, on every device.
+def _on_host(a: Array) -> Array:
+    """The whole of it, which the devices of this process have between them."""
+    if not a.sharding.is_fully_replicated:
+        whole = np.empty(a.shape, a.dtype)
+        for shard in a.addressable_shards:
+            whole[shard.index] = shard.data
+    else:
+        whole = a.addressable_data(0)
+    return jax.device_put(whole, jax.local_devices(backend="cpu")[0])
+
+
+@cache
+def _merge_over(block: Block, calibrator: Calibrator, names: frozenset[str], mesh: Mesh) -> Callable:
+    """f(statistics [data, …]) → those of all devices along data, on each of them, as they lay over `model`.
 
     A tree: in round k the device at each multiple of 2ᵏ⁺¹ takes the one 2ᵏ further in. So each merge is of
     two, whatever the calibrator's merge is, and the order depends on the mesh only.
@@ -183,4 +209,6 @@ def _merged(calibrator: Calibrator, mesh: Mesh, stats: dict[str, Stats]) -> dict
             step *= 2
         return jax.tree.map(lambda a: lax.psum(jnp.where(index == 0, a, jnp.zeros_like(a)), "data"), mine)
 
-    return shard_map(on_one, mesh, (PartitionSpec("data"),), PartitionSpec())(stats)
+    given = _layout(block, calibrator, names, mesh)
+    made = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), given)
+    return jax.jit(shard_map(on_one, mesh, (given,), made))

@@ -49,6 +49,36 @@ def test_two_devices_measure_what_one_does(architecture, kind, model, tmp_path):
     assert_same(both, alone)
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2MoeForCausalLM"])
+def test_devices_along_model_have_rows_of_a_hessian_each(architecture, tmp_path, monkeypatch):
+    decoder = opened(write_tiny(tmp_path, architecture))
+    seen = {}
+
+    def watch(mesh, a, usual=parallel._global):
+        made = usual(mesh, a)
+        seen.setdefault(made.shape, set()).update(shard.data.shape for shard in made.addressable_shards)
+        return made
+
+    monkeypatch.setattr(parallel, "_global", watch)
+    through = parallel.over(make_mesh({"model": 2}))
+    collect(decoder, TOKENS, CALIBRATORS["hessian"], lengths=LENGTHS, through=through)
+    squares = {shape: parts for shape, parts in seen.items() if len(shape) > 2}
+    assert squares
+    for shape, parts in squares.items():
+        assert parts == {(*shape[:-2], shape[-2] // 2, shape[-1])}
+    assert seen[(1,)] == {(1,)}  # how many tokens
+
+
+def test_an_odd_width_is_not_split(tmp_path):
+    spec = jax.sharding.PartitionSpec
+    shapes = (("attn_q.weight", (8, 7)), ("ffn_down_exps.weight", (3, 8, 6)))
+    block = opened(write_tiny(tmp_path, "LlamaForCausalLM")).blocks[0].clone(shapes=shapes)
+    names = frozenset({"attn_q", "ffn_down_exps"})
+    layout = parallel._layout(block, CALIBRATORS["hessian"], names, make_mesh({"model": 2}))
+    assert layout["attn_q"] == {"xtx": spec("data"), "count": spec("data")}
+    assert layout["ffn_down_exps"]["xtx"] == spec("data", None, "model")
+
+
 @pytest.mark.parametrize("device", [0, 1])
 def test_an_input_that_is_not_finite_is_told_with_its_sample(device, tmp_path):
     decoder = opened(write_tiny(tmp_path, "LlamaForCausalLM"))
