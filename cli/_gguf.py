@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -172,14 +171,11 @@ def quantize(asked: Request, coordinator: str | None, processes: int | None, pro
 
 def _opened(asked: Request) -> Run:
     """The model, and all else that is read; slips of the command line show before a download."""
-    from jquant import mesh
     from jquant.convert import open_model
     from jquant.io import check_target, hub
     from jquant.io import imatrix as imatrix_file
     from jquant.plan import file_type, runtime_types, tensor_type
 
-    if asked.feedback and mesh.several():
-        raise typer.BadParameter("runs in one process only", param_hint="--feedback")
     profile = read_profile(asked.profile) if asked.profile else None
     type = file_type(asked.type or (profile and profile.file_type) or "Q4_K_M").name
     if asked.out is not None:
@@ -281,17 +277,20 @@ def _feedback(run: Run, plan: Plan) -> Feedback | None:
     asked, data = run.asked, run.data
     wanted = asked.feedback
     if wanted is None:
-        wanted = asked.analyze and not mesh.several() and pays(plan, run.protected)
+        wanted = asked.analyze and pays(plan, run.protected)
         if wanted:
             run.remark(
                 "note: below 4 bits, layers are fitted with error feedback; --no-feedback does without."
             )
     if not wanted or data is None:
         return None
+    tunes = asked.effort is Effort.best and not mesh.several()
+    if asked.effort is Effort.best and not tunes:
+        run.remark("note: tuning is of one process; several leave the file as error feedback made it.")
     return Feedback(
         data,
         batch=asked.batch,
-        tuning=tuning.Settings() if asked.effort is Effort.best else None,
+        tuning=tuning.Settings() if tunes else None,
         announce=None if asked.quiet else lambda known: _show.remark(f"note: {known}"),
         progress=_calibration.progress(data, quiet=asked.quiet),
         tuning_progress=_calibration.tuning_progress(quiet=asked.quiet),
@@ -304,7 +303,7 @@ def _write(run: Run, plan: Plan, out: Path) -> Written:
 
     asked = run.asked
     total = sum(spec.nbytes for spec in run.opened.source.specs.values())
-    write = hosts.write_gguf if mesh.several() else partial(write_gguf, feedback=run.feedback)
+    write = hosts.write_gguf if mesh.several() else write_gguf
     with ProgressBar(total, shown=not asked.quiet) as progress:
         return write(
             run.opened,
@@ -315,6 +314,7 @@ def _write(run: Run, plan: Plan, out: Path) -> Written:
             protected=run.protected,
             recipe=run.recipe(plan),
             effort=asked.effort.value,
+            feedback=run.feedback,
             max_shard_bytes=asked.max_shard_bytes,
             threads=asked.workers,
             resume=asked.resume,

@@ -216,11 +216,15 @@ def write_gguf(
             tuned = fitting.tune(model.source, model.metadata, plan.layout(), sink, feedback, made_of)
         sink.commit()
         fitting.forget(out)
-        low = {entry.name for entry in plan.entries if FORMATS[entry.type].bpw <= LOW_BPW}
-        errors |= {name: f.error for name, f in fed.items() if name in low and math.isfinite(f.error)}
-        return Written(sink.paths, errors, fed, tuned)
+        return Written(sink.paths, errors | low_errors(plan, fed), fed, tuned)
     finally:
         sink.close()
+
+
+def low_errors(plan: Plan, fed: Mapping[str, sequential.Fed]) -> dict[str, float]:
+    """The errors that error feedback left in tensors of few bits, where they are known."""
+    low = {entry.name for entry in plan.entries if FORMATS[entry.type].bpw <= LOW_BPW}
+    return {name: f.error for name, f in fed.items() if name in low and math.isfinite(f.error)}
 
 
 def importance_of(model: Model, imatrix: Imatrix | None, name: str) -> dict[str, np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,9 @@ from jquant.io import GgufSink
 from jquant.io._reporting import reporting
 from jquant.io.imatrix import Imatrix
 from jquant.io.samples import Samples
+from jquant.parallel import shares
 from jquant.plan import Entry, Plan
+from jquant.team import ALONE, Team
 from jquant.weights import Weights
 
 PAYS_BELOW = 4.0  # bits a weight
@@ -81,37 +85,59 @@ def feed_back(
     source: Source,
     metadata: Metadata,
     entries: Sequence[Entry],
-    sink: GgufSink,
+    sink: GgufSink | None,
     feedback: Feedback,
     threads: int,
+    team: Team = ALONE,
 ) -> dict[str, sequential.Fed]:
-    """Write these tensors of a model."""
+    """Write these tensors of a model.
+
+    sink: of the first process of the team; the others have none. Each learns from a part of the samples.
+    """
     if feedback.aside >= len(feedback.samples.tokens):
         raise UserError("tuning needs two samples or more: one to learn from, one to judge; got 1.")
-    finished, found = set(sink.finished()), {}
-    learned = slice(len(feedback.samples.tokens) - feedback.aside)
-    model, tokens = models.decoder(Weights(source), metadata), feedback.samples.tokens[learned]
+    finished: set[str] = set(json.loads(team.told(json.dumps(sink.finished() if sink else []))))
+    found: dict[str, sequential.Fed] = {}
+    learned = len(feedback.samples.tokens) - feedback.aside
+    mine = shares(learned, team.me, team.count)
+    model, tokens = models.decoder(Weights(source), metadata), feedback.samples.tokens[mine]
     formats = {entry.name: FORMATS[entry.type] for entry in entries}
     if feedback.announce is not None and not formats.keys() <= finished:
         feedback.announce(forecast(model, tokens, formats, batch=feedback.batch, threads=threads))
+
+    places = {entry.name: _bytes_of(entry) for entry in entries}
+
+    def earlier(name: str) -> np.ndarray | None:
+        if name not in finished:
+            return None
+        own = np.zeros(places[name], np.uint8) if sink is None else sink.read(name)
+        return np.asarray(team.sum(own))
+
     blocks = sequential.feed_back(
         model,
         tokens,
         formats,
-        lengths=feedback.samples.lengths[learned],
+        lengths=feedback.samples.lengths[mine],
         settings=feedback.settings,
-        earlier=lambda name: sink.read(name) if name in finished else None,
+        earlier=earlier,
         batch=feedback.batch,
         threads=threads,
+        team=team,
         progress=feedback.progress,
     )
     for block in blocks:
         for name, fed in block.items():
-            if name not in finished:
+            if sink is not None and name not in finished:
                 sink.write(name, 0, fed.data)
                 sink.finish(name)
             found[name] = fed._replace(data=fed.data[:0])
     return found
+
+
+def _bytes_of(entry: Entry) -> tuple[int, int]:
+    """The shape of a tensor's bytes: rows, bytes of a row."""
+    format, (*rows, cols) = FORMATS[entry.type], entry.shape
+    return math.prod(rows), cols // format.block_size * format.block_bytes
 
 
 def tune(

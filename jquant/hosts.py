@@ -15,14 +15,17 @@ from pathlib import Path
 
 import jax
 
-from jquant.convert import Model, Written, facts, fingerprint, importance_of, output_metadata
+from jquant import fitting
+from jquant.convert import Model, Written, facts, fingerprint, importance_of, low_errors, output_metadata
 from jquant.core import Effort
+from jquant.fitting import Feedback
 from jquant.formats import FORMATS
 from jquant.io import GgufPart, GgufSink, headers_digest
 from jquant.io.imatrix import Imatrix
-from jquant.mesh import agree, exchange, is_first, local_devices
+from jquant.mesh import SharedError, agree, exchange, is_first, local_devices
 from jquant.pipeline import Progress, run
 from jquant.plan import Entry, Plan
+from jquant.team import everyone
 
 # Per weight, relative to a copy. Measured on one core, in ns a weight: copies and casts 0.5 to 3, searches of
 # scales 10 to 40, of codebooks 20 to 80.
@@ -58,6 +61,7 @@ def write_gguf(
     protected: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     recipe: str = "",
     effort: Effort = "fast",
+    feedback: Feedback | None = None,
     max_shard_bytes: int | None = None,
     threads: int = 2,
     resume: bool = False,
@@ -66,12 +70,16 @@ def write_gguf(
 ) -> Written:
     """Arguments, result and errors of `convert.write_gguf`; all processes call it with the same.
 
-    progress: of this process's share. Raises UserError, in all processes, where they differ in version,
-    model, options or anything else that the bytes depend on, and where one of them fails.
+    progress: of this process's share. feedback: each process has a part of its samples and codes a part of
+    the rows of every matrix; sums are in another order than in one process, so bytes may differ from its.
+    Raises UserError, in all processes, where they differ in version, model, options or anything else that the
+    bytes depend on, where one of them fails, and for tuning, which is of one process.
     """
     importance = importance_of(model, imatrix, imatrix_name)
     metadata = output_metadata(model, plan, imatrix, imatrix_name, recipe=recipe)
-    known = facts(model, plan, imatrix, protected or {}, effort)
+    if feedback is not None and feedback.tuning is not None:
+        raise SharedError("tuning runs in one process: leave --effort best, or --feedback, away.")
+    known = facts(model, plan, imatrix, protected or {}, effort, feedback)
     header = headers_digest(out, metadata, plan.layout(), max_shard_bytes)
     agree(known | {"output": out.name, "header": header, "resume": str(resume)})
 
@@ -88,8 +96,14 @@ def write_gguf(
                 fingerprint=fingerprint(model, known),
                 force=force,
             )
+        fed = {}
+        team = everyone()
+        if feedback is not None and not json.loads(team.told(json.dumps(bool(sink and sink.renaming)))):
+            entries = fitting.fed_entries(plan, protected or {})
+            fed = fitting.feed_back(model.source, model.metadata, entries, sink, feedback, threads, team)
+        if sink is not None:
             begun = json.dumps({"fingerprint": fingerprint(model, known), "finished": sink.finished()})
-        begun = json.loads(exchange(begun)[0])
+        begun = json.loads(team.told(begun))
         finished = set(begun["finished"])
         left = [entry for entry in plan.entries if entry.name not in finished]
         mine = spread([cost(entry) for entry in left], jax.process_count())[jax.process_index()]
@@ -126,8 +140,8 @@ def write_gguf(
             sink.adopt_parts()
             sink.commit()
             paths = [str(path) for path in sink.paths]
-        paths = json.loads(exchange(json.dumps(paths))[0])
-        return Written([Path(path) for path in paths], errors, {})
+        paths = json.loads(team.told(json.dumps(paths)))
+        return Written([Path(path) for path in paths], errors | low_errors(plan, fed), fed)
     finally:
         for opened in (sink, part):
             if opened is not None:

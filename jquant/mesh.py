@@ -242,19 +242,26 @@ def _exchange(message: dict[str, object]) -> list[str]:
     if not several():
         return [str(message.get("said", ""))]
     data = np.frombuffer(json.dumps(message).encode(), np.uint8)
-    try:
+    with collective():
         sizes = multihost_utils.process_allgather(np.asarray(data.size, np.int32))
         padded = np.pad(data, (0, int(sizes.max()) - data.size))
         rows = multihost_utils.process_allgather(padded)
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
-        raise LostError(
-            f"a process of this run is gone ({_first_line(error)}); its own messages may say why."
-        ) from error
     told = [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
     for process, found in enumerate(told):
         if "failed" in found and process != jax.process_index():
             raise SharedError(f"process {process}: {found['failed']}")
     return [str(found.get("said", "")) for found in told]
+
+
+@contextlib.contextmanager
+def collective() -> Iterator[None]:
+    """Around a collective: raises LostError where a process does not answer."""
+    try:
+        yield
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        raise LostError(
+            f"a process of this run is gone ({_first_line(error)}); its own messages may say why."
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -47,6 +47,7 @@ from jquant.calibrate import (
 )
 from jquant.core import Block, BlockwiseModel, Format, QuantizedTensor, UserError, dequantize
 from jquant.stages import stage, stages
+from jquant.team import ALONE, Team
 from jquant.transforms.feedback import DAMPING, Factor, corrected, factor, feedback_rows, tiles_of
 
 CAP = 4.0
@@ -88,13 +89,15 @@ def feed_back(
     batch: int = 4,
     threads: int = 2,
     folder: Path | None = None,
+    team: Team = ALONE,
     progress: Progress = lambda done, count: None,
 ) -> Iterator[dict[str, Fed]]:
     """Block after block, its tensors in their formats.
 
     formats: by GGUF tensor name, of the matrices to quantize; all others stay as they are. lengths: real
     tokens of each sample; default: all. earlier: blocks whose tensors are all known are not computed again,
-    and the run that continues gives the same bytes. folder: for activations that do not fit in memory.
+    and the run that continues gives the same bytes. folder: for activations that do not fit in memory. team:
+    processes of which each has samples of its own and codes a part of the rows; all get the same tensors.
 
     Raises UserError, with tensor, where a statistic is no finite number.
     """
@@ -106,7 +109,7 @@ def feed_back(
         embed_into(x, model, tokens)
     count = len(model.blocks)
     for i in range(count):
-        run = open_run(model, i, streams[0], streams[1], real, batch, settings, threads)
+        run = open_run(model, i, streams[0], streams[1], real, batch, settings, threads, team=team)
         names = [name for name in shared_inputs(model, i) if name in formats]
         own = {within_block(name): formats[name] for name in names}
         known = {name: data for name in names if (data := earlier(name)) is not None}
@@ -131,6 +134,7 @@ def open_run(
     settings: Settings = Settings(),
     threads: int = 2,
     samples: int | None = None,
+    team: Team = ALONE,
 ) -> Run:
     """Block i before its first matrix. samples: of the whole run, where these activations are part of it."""
     original = model.load_block(i)
@@ -151,6 +155,7 @@ def open_run(
         settings,
         threads,
         keeps=jax.default_backend() == "cpu" and size <= IN_MEMORY // 2,
+        team=team,
     )
 
 
@@ -181,6 +186,7 @@ class Run:
     threads: int
     keeps: bool  # inputs: elsewhere than on a CPU the way to the host costs more than to compute them again
     kept: tuple[Inputs, Inputs] = field(default_factory=lambda: ({}, {}))  # of x0 and of x
+    team: Team = ALONE
 
     def quantize(self, formats: Mapping[str, Format]) -> dict[str, Fed]:
         found: dict[str, Fed] = {}
@@ -226,6 +232,7 @@ class Run:
         for part in self._parts():
             counted = weights_of(*(padded(a[part], self.batch) for a in (self.x, self.real)))
             stats = _add_batch(stats, *self._shown(part, inputs), counted)
+        stats = self.team.sum(stats)
         for name, s in stats.items():
             if not all(bool(jnp.isfinite(a).all()) for a in s.values()):
                 raise UserError(
@@ -299,8 +306,11 @@ class Run:
         def encode(tile: Array) -> np.ndarray:
             return np.asarray(feedback_rows(tile, factors, format))
 
+        tiles = tiles_of(W)
         with ThreadPoolExecutor(self.threads) as pool:
-            return np.concatenate(list(pool.map(encode, tiles_of(W))))[: len(W)]
+            made = list(pool.map(encode, tiles[self.team.part]))
+        row_bytes = W.shape[1] // format.block_size * format.block_bytes
+        return np.concatenate(self.team.gathered(made, len(tiles), (tiles.shape[1], row_bytes)))[: len(W)]
 
 
 @jax.jit

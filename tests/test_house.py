@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "report": CORE | {"formats", "plan", "text"},
     "pipeline": CORE | {"formats", "plan", "transcode"},
     "mesh": CORE,
-    "hosts": CORE | {"convert", "formats", "io", "mesh", "pipeline", "plan"},
+    "team": {"mesh"},
+    "hosts": CORE | {"convert", "fitting", "formats", "io", "mesh", "pipeline", "plan", "team"},
     "parallel": CORE | {"between", "calibrate", "mesh", "sharding"},
     "figures": set(),
     "analyze": CORE
@@ -65,11 +66,12 @@ MAY_IMPORT = {
     | {"convert", "io", "models", "plan", "search", "sensitivity", "text"}
     | {"usual", "weights"},
     "stages": set(),
-    "sequential": CORE | {"between", "calibrate", "stages", "transforms"},
+    "sequential": CORE | {"between", "calibrate", "stages", "team", "transforms"},
     "forecast": CORE | {"calibrate", "sequential", "stages", "transforms"},
     "moving": CORE | {"formats", "models"},
     "tuning": CORE | {"between", "calibrate", "models", "moving"},
-    "fitting": CORE | {"forecast", "formats", "io", "models", "plan", "sequential", "tuning", "weights"},
+    "fitting": CORE
+    | {"forecast", "formats", "io", "models", "parallel", "plan", "sequential", "team", "tuning", "weights"},
     "convert": CORE
     | {
         "compressed",
