@@ -6,7 +6,8 @@
 limits: a large copy and a large product of bfloat16: what this chip can move and multiply. encoders: weights
 on the device to bytes on the device, and that the bytes decode as gguf-py decodes them. calibration: a block
 of Llama-2-7B with its statistics. int8: a linear layer of W8A8 beside bfloat16. feedback: one matrix with its
-factor. model: a 7 B of random weights from a folder to IQ2_XXS with its importance, by the command line.
+factor. model: a 7 B of random weights from a folder to IQ2_XXS with its importance, by the command line;
+--error-feedback: with that.
 Figures are medians of several runs; what is compiled is timed apart. Without a GPU it runs on the CPU: use
 --small.
 """
@@ -29,10 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 from shapes import MODELS, Headers, block_shapes, write_folder
 
-from jquant import SCALED_FORMATS, calibrate, core, int8_matmul, models, quantize
+from jquant import SCALED_FORMATS, activations, calibrate, core, int8_matmul, models, quantize
 from jquant.calibrate import HESSIAN, SECOND_MOMENTS
 from jquant.core import _grain
 from jquant.formats import FORMATS
+from jquant.rounding_kernel import int8_rows
 from jquant.transforms import feedback
 
 PEAK = 989e12  # bfloat16 products of an H100 or H200 SXM, dense, as NVIDIA's data sheet has it
@@ -163,13 +165,23 @@ def int8(args: argparse.Namespace) -> Iterator[Row]:
             "int8 layer": partial(jax.jit(_as_bfloat16), x, w),
             "int8 product and scales": partial(jax.jit(int8_matmul.xla_dot), codes, *others),
             "int8 product": partial(jax.jit(_integers), codes, w.parts["weight"]),
+            "inputs rounded": partial(jax.jit(int8_rows), x),
+            "inputs rounded by XLA": partial(jax.jit(activations.int8), x),
         }
+        rounded = jax.jit(int8_rows)(x)
         taken = {name: seconds(f, args.repeats, queued=20)[1] for name, f in work.items()}
         yield {
             "what": f"{n} × {out} × {depth}",
             **{f"{name} ms": 1e3 * s for name, s in taken.items()},
             "times bfloat16": taken["bfloat16"] / taken["int8 layer"],
+            "rounded as NumPy rounds": all(map(np.array_equal, rounded, _rounded(np.asarray(x, np.float32)))),
         }
+
+
+def _rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales, each division rounded once."""
+    scales = np.max(np.abs(x), axis=1, keepdims=True) / np.float32(activations.LARGEST["int8"])
+    return np.clip(np.rint(x / scales), -128, 127).astype(np.int8), scales
 
 
 def _as_bfloat16(x: jax.Array, w: core.QuantizedTensor) -> jax.Array:
@@ -207,14 +219,15 @@ def model(args: argparse.Namespace) -> Iterator[Row]:
     print(f"{count / 1e9:.2f} G weights written in {time.perf_counter() - start:.0f} s", flush=True)
     text = args.folder / "calibration.txt"
     text.write_text(args.text.read_text(encoding="utf-8") * 5, encoding="utf-8")
-    samples, length = ("8", "64") if args.small else (args.samples, "2048")
+    samples, length = ("8", "64") if args.small else (args.samples, args.sequence_length)
     command = [sys.executable, "-c", "from jquant_cli.main import main; main()", "quantize"]
     command += [str(args.folder), str(args.folder / "out.gguf"), "--type", "IQ2_XXS", "--force"]
-    command += ["--analyze", "--no-feedback", "--calibration", str(text), "--samples", samples]
-    command += ["--sequence-length", length, *args.more]
+    command += ["--analyze", "--calibration", str(text), "--samples", samples, "--sequence-length", length]
+    command += ["--feedback" if args.error_feedback else "--no-feedback", *args.more]
     start = time.perf_counter()
     subprocess.run(command, check=True)
-    yield {"what": "7 B to IQ2_XXS with importance", "s": time.perf_counter() - start, "weights": count}
+    what = f"7 B to IQ2_XXS with {'error feedback' if args.error_feedback else 'importance'}"
+    yield {"what": what, "s": time.perf_counter() - start, "weights": count}
 
 
 PARTS = {
@@ -239,6 +252,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="Hugging Face folder of a tokenizer")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--samples", default="512")
+    parser.add_argument("--sequence-length", default="2048")
+    parser.add_argument("--error-feedback", action="store_true", help="part model: with error feedback")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/jquant-7B"))
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="options of jquant quantize")
     parser.add_argument("--json", type=Path)

@@ -37,23 +37,23 @@ def fp8(x: Float[Array, "*n width"]) -> Quantized:
 
 def static_int8(x: Float[Array, "*n width"], scale: Float[Array, "..."]) -> Quantized:
     """scale > 0: broadcast to x."""
-    codes = jnp.clip(jnp.round(_divided(x.astype(jnp.float32), scale)), -128, 127)
+    codes = jnp.clip(jnp.round(divided_once(x.astype(jnp.float32), scale)), -128, 127)
     return Quantized(codes.astype(jnp.int8), scale)
 
 
 def static_fp8(x: Float[Array, "*n width"], scale: Float[Array, "..."]) -> Quantized:
     largest = LARGEST["fp8"]  # beyond it e4m3 knows only NaN
-    codes = jnp.clip(_divided(x.astype(jnp.float32), scale), -largest, largest)
+    codes = jnp.clip(divided_once(x.astype(jnp.float32), scale), -largest, largest)
     return Quantized(codes.astype(jnp.float8_e4m3fn), scale)
 
 
 def _scale(x: Array, largest: float) -> Float[Array, "*n 1"]:
     """1 for a row of zeros."""
     absmax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
-    return jnp.where(absmax > 0, _divided(absmax, jnp.full_like(absmax, largest)), 1.0)
+    return jnp.where(absmax > 0, divided_once(absmax, jnp.full_like(absmax, largest)), 1.0)
 
 
-def _divided(x: Array, y: Float[Array, "..."]) -> Array:
+def divided_once(x: Array, y: Float[Array, "..."]) -> Array:
     """x / y, rounded once. XLA is apt to multiply by 1 / y, which rounds twice, where one y is for many x.
 
     So it is shown one that depends on x: a NaN divided by itself is what it would be divided by y. A barrier

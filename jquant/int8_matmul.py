@@ -7,7 +7,7 @@
 
 The sums are exact: every device and both kernels give the same integers. XLA's dot is the default. The Pallas
 kernel scales its tile before it is written, so that the int32 sums never leave the chip; choose it with
-`dot=pallas_dot` where it is faster. On GPU it is not: XLA fuses the scales into its product.
+`dot=pallas_dot` where it is faster. On GPU it is not; there a kernel rounds the inputs (`rounding_kernel`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jaxtyping import Float, Int8
 
-from jquant.activations import int8
-from jquant.core import QuantizedTensor
+from jquant.core import QuantizedTensor, on_cuda
+from jquant.rounding_kernel import int8_rows
 
 TILE = 128  # rows and columns of y that a kernel makes at once
 LANES = 128  # columns of codes are filled up to a multiple of it
@@ -37,7 +37,8 @@ def xla_dot(
     qx: Int8[Array, "n in"], sx: Float[Array, "n 1"], qw: Int8[Array, "out in"], sw: Float[Array, "out 1"]
 ) -> Float[Array, "n out"]:
     sums = lax.dot_general(qx, qw, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    return _scaled(sums, sx, sw)
+    # Without the barrier XLA converts the sums to float32 in a pass of its own, before it scales them.
+    return _scaled(on_cuda(lax.optimization_barrier, lambda sums: sums, sums), sx, sw)
 
 
 def _scaled(sums: Array, sx: Array, sw: Array) -> Array:
@@ -99,7 +100,7 @@ def matmul(x: Float[Array, "*n in"], w: QuantizedTensor, *, dot: Dot = xla_dot) 
         )
     if len(w.shape) != 2 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"x {x.shape} does not fit weights {w.shape}: their last axes are multiplied.")
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    rows = x.reshape(-1, x.shape[-1])
     scale = w.parts["weight_scale"].astype(jnp.float32)
     y = cast(Array, _matmul(dot, rows, w.parts["weight"], scale))
     return y.reshape(*x.shape[:-1], w.shape[0])
@@ -107,25 +108,23 @@ def matmul(x: Float[Array, "*n in"], w: QuantizedTensor, *, dot: Dot = xla_dot) 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(dot: Dot, x: Array, codes: Array, scale: Array) -> Array:
-    qx, sx = int8(x)
+    qx, sx = int8_rows(x)
     return dot(qx, sx, codes, scale)
 
 
-def _forward(dot: Dot, x: Array, codes: Array, scale: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+def _forward(dot: Dot, x: Array, codes: Array, scale: Array) -> tuple[Array, tuple[Array, ...]]:
     y = cast(Array, _matmul(dot, x, codes, scale))
-    return y, (y, codes, scale)
+    return y, (y, codes, scale, jnp.zeros(0, x.dtype))
 
 
-def _backward(
-    dot: Dot, kept: tuple[Array, Array, Array], g: Float[Array, "n out"]
-) -> tuple[Array, np.ndarray, Array]:
-    y, codes, scale = kept
+def _backward(dot: Dot, kept: tuple[Array, ...], g: Float[Array, "n out"]) -> tuple[Array, np.ndarray, Array]:
+    y, codes, scale, like_x = kept
     weights = codes.astype(jnp.float32) * jnp.broadcast_to(scale, codes.shape)
     by_x = jnp.matmul(g, weights, precision=lax.Precision.HIGHEST)
     # y is the scale of a row of W times what does not depend on it.
     safe = jnp.where(scale != 0, scale, 1.0)
     by_scale = jnp.sum(g * y, axis=0)[:, None] / safe
-    return by_x, np.zeros(codes.shape, jax.dtypes.float0), by_scale
+    return by_x.astype(like_x.dtype), np.zeros(codes.shape, jax.dtypes.float0), by_scale
 
 
 _matmul.defvjp(_forward, _backward)

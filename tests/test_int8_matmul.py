@@ -14,6 +14,7 @@ import specs
 from jquant import SCALED_FORMATS, dequantize, quantize
 from jquant.activations import int8
 from jquant.int8_matmul import matmul, pallas_dot, xla_dot
+from jquant.rounding_kernel import by_kernel
 
 INT8 = SCALED_FORMATS["INT8"]
 SHAPES = [(1, 64, 8), (5, 576, 192), (130, 300, 257), (256, 1536, 128)]
@@ -37,6 +38,23 @@ def test_the_integers_are_those_of_numpy(shape, kernel):
     scaled = sums.astype(np.float32) * np.asarray(sx) * np.asarray(w.parts["weight_scale"]).T
     np.testing.assert_array_equal(kernel(qx, sx, w.parts["weight"], w.parts["weight_scale"]), scaled)
     np.testing.assert_array_equal(matmul(x, w, dot=kernel), scaled)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("width", [64, 300, 4096])
+def test_the_kernel_rounds_inputs_to_the_same_bits(width, dtype):
+    x = jnp.asarray(specs.student_t(37, width), dtype).at[3].set(0).at[4, 7].set(-1e30)
+    made, wanted = by_kernel(x, interpret=True), int8(x)
+    np.testing.assert_array_equal(made.codes, wanted.codes)
+    np.testing.assert_array_equal(made.scale, wanted.scale)
+
+
+def test_compiled_for_a_gpu_the_kernel_rounds_the_inputs(monkeypatch):
+    x, w = operands(8, 300, 16)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    traced = jax.jit(matmul).trace(x.astype(jnp.bfloat16), w)
+    assert "xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
 def test_the_product_is_that_of_the_floats_within_eight_bits():

@@ -15,6 +15,7 @@ from jquant.core._files import (
     block_and_bytes,
 )
 from jquant.core._format import SCALE_DTYPES, Format, QuantizedTensor, ScaledFormat
+from jquant.core._gpu import on_cuda, result_like
 from jquant.core._grain import ACCELERATOR_GRAIN, CPU_GRAIN, Grain, grain
 from jquant.core._models import Block, BlockwiseModel, block_parameters
 
@@ -47,5 +48,7 @@ __all__ = [
     "dequantize",
     "encode_chunk",
     "grain",
+    "on_cuda",
     "quantize",
+    "result_like",
 ]
