@@ -2,9 +2,9 @@
 
     python benchmarks/feedback_cost.py --models Llama-2-7B Llama-3-70B --samples 64 --chips 1 16
 
-Rates are those of one H200 (benchmarks/gpu.py); a chip of a pod is taken for such a one, with rows and
-samples spread evenly and nothing lost to communication. Reading the model, compiling and tuning are not
-counted.
+Rates are those of one H200, of IQ2_XXS's search of one H100 (benchmarks/gpu.py); a chip of a pod is taken for
+such a one, with rows and samples spread evenly and nothing lost to communication. Reading the model,
+compiling and tuning are not counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shapes import MODELS, block_shapes
 # Measured: operations a second of a block's forward pass and of Hessians in float32, of a Cholesky factor
 # with its solves (4096³ in 3 ms), and weights a second of the search with feedback.
 FORWARD, PRODUCTS, FACTOR = 48e12, 50e12, 4096**3 / 3e-3
-CODED = {"Q4_K": 226e6, "IQ2_XXS": 131e6}
+CODED = {"Q4_K": 226e6, "IQ2_XXS": 382e6}
 # The input of each matrix; those that share one come in one stage.
 INPUT_OF = {
     "attn_q": 0, "attn_k": 0, "attn_v": 0, "attn_output": 1, "ffn_gate": 2, "ffn_up": 2, "ffn_down": 3,

@@ -36,6 +36,7 @@ from jax import Array, lax
 from jquant.formats._grids import grid
 
 Table = list[Array]  # one array [lanes] per level, or per half codeword
+Rows = Array | Sequence[Array]  # [weights, lanes], or as many arrays [lanes]
 
 # Thousands of steps: a fit and an assign that share lanes need to trace them only once.
 _traced_once = partial(jax.jit, static_argnames="book")
@@ -121,8 +122,8 @@ def grid_index(name: str, code: Array, count: int) -> Array:
     return jnp.asarray(_index_of_code(name)).at[codes].get(mode="promise_in_bounds")
 
 
-def gains(wx: Array, w: Array, t: Array, levels: Sequence[int | float | Array]) -> list[Table]:
-    """What each weight saves at each level v: v (2 t w x − t² w v). w x and w are [weights, lanes]."""
+def gains(wx: Rows, w: Rows, t: Array, levels: Sequence[int | float | Array]) -> list[Table]:
+    """What each weight saves at each level v: v (2 t w x − t² w v). w x and w: of each weight, [lanes]."""
     pairs = zip(wx, w, strict=True)
     return [[v * (2 * t * wx - v * (t * t * w)) for v in levels] for wx, w in pairs]
 

@@ -13,13 +13,16 @@ top t = S1 / S2. Nearest codewords for t, and best t for codewords, alternate; n
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jquant.core import on_cuda
 from jquant.formats._blocks import inverse, storable, unit_of, zeros_along
+from jquant.formats._lane_kernel import over_lanes
 from jquant.formats._levels import weights
 
 
@@ -81,13 +84,19 @@ def over_runs(a: Array, runs: int, n: int) -> Array:
     return jnp.sum(a.reshape(runs, -1, n), axis=1)
 
 
-def looked_up(nearest: Callable[[Array], Array], t: Array) -> Array:
-    """nearest(t), int32 [lanes], or zeros where no lane of the tile has a scale.
+def looked_up(nearest: Callable[..., Array], t: Array, *lanes: Array) -> Array:
+    """nearest(t, *lanes), int32 [lanes], each lane by itself; or zeros where no lane of the tile has a scale.
 
     The condition spares tiles of zeros the search. It also keeps it a computation of its own, whose result
-    lies in memory: fused with the sums over its codes, the search would be repeated for each term.
+    lies in memory: fused with the sums over its codes, the search would be repeated for each term. On a GPU
+    it is a kernel.
     """
-    return lax.cond(jnp.any(t > 0), nearest, lambda t: zeros_along(t).astype(jnp.int32), t)
+
+    def unless_zero(t: Array, *lanes: Array) -> Array:
+        none = zeros_along(t).astype(jnp.int32)
+        return lax.cond(jnp.any(t > 0), nearest, lambda *_: none, t, *lanes)
+
+    return on_cuda(partial(over_lanes, nearest), unless_zero, t, *lanes)
 
 
 def real_scales(d: Array, s: Array, g: Weights, layout: Layout) -> Array:

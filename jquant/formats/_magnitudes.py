@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 from jquant.formats import _codebook
-from jquant.formats._codebook import Codebook, Table, codebook
+from jquant.formats._codebook import Codebook, Rows, Table, codebook
 from jquant.formats._codebook_scales import (
     Layout,
     Sums,
@@ -64,36 +64,41 @@ def _lanes(g: Weights, book: Codebook, even_signs: bool) -> _Lanes:
     return _Lanes(w * jnp.abs(x), w, odd)
 
 
-def _gains(book: Codebook, lanes: _Lanes, t: Array) -> list[Table]:
-    return _codebook.gains(lanes.wx, lanes.w, t, book.levels)
+def _gains(book: Codebook, t: Array, wx: Rows, w: Rows) -> list[Table]:
+    return _codebook.gains(wx, w, t, book.levels)
 
 
-def _losses(book: Codebook, lanes: _Lanes, t: Array) -> list[Table]:
+def _losses(book: Codebook, t: Array, wx: Rows, odd: Array | float) -> list[Table]:
     """What a wrong sign costs, where there must be one: 4 t w |x| v."""
-    return [[v * (4 * t * wx * lanes.odd) for v in book.levels] for wx in lanes.wx]
+    return [[v * (4 * t * x * odd) for v in book.levels] for x in wx]
+
+
+def _with_any_signs(book: Codebook, t: Array, wx: Rows, w: Rows) -> Array:
+    return _codebook.nearest(book, _gains(book, t, wx, w))
+
+
+def _with_even_signs(book: Codebook, t: Array, wx: Rows, w: Rows, odd: Array) -> Array:
+    return _codebook.nearest_with_wrong_sign(book, _gains(book, t, wx, w), _losses(book, t, wx, odd))
+
+
+def _with_right_and_wrong(book: Codebook, t: Array, wx: Rows, w: Rows) -> Array:
+    return _codebook.nearest_right_and_wrong(book, _gains(book, t, wx, w), _losses(book, t, wx, 1.0))
 
 
 def _nearest(book: Codebook, lanes: _Lanes, t: Array) -> Array:
     """The code of each lane, int32, for its scale t."""
     if lanes.odd is None:
-        return looked_up(lambda t: _codebook.nearest(book, _gains(book, lanes, t)), t)
+        return looked_up(partial(_with_any_signs, book), t, lanes.wx, lanes.w)
     if book.group < SIGNED:
         return _nearest_pair(book, lanes, lanes.odd, t)
-
-    def nearest(t: Array) -> Array:
-        return _codebook.nearest_with_wrong_sign(book, _gains(book, lanes, t), _losses(book, lanes, t))
-
-    return looked_up(nearest, t)
+    return looked_up(partial(_with_even_signs, book), t, lanes.wx, lanes.w, lanes.odd)
 
 
 def _nearest_pair(book: Codebook, lanes: _Lanes, odd: Array, t: Array) -> Array:
     """Two codewords of 4, of which one has the wrong sign where the lane must have one."""
     wx, w = (jnp.concatenate(jnp.split(a, 2), axis=1) for a in (lanes.wx, lanes.w))
     halves, both = _Lanes(wx, w, jnp.ones_like(w[0])), jnp.concatenate([t, t])
-    codes = looked_up(
-        lambda t: _codebook.nearest_right_and_wrong(book, _gains(book, halves, t), _losses(book, halves, t)),
-        both,
-    )
+    codes = looked_up(partial(_with_right_and_wrong, book), both, wx, w)
     size = book.bits * book.group
     right, wrong = codes & (1 << size) - 1, codes >> size
 

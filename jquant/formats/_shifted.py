@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from jquant.formats import _codebook
 from jquant.formats._blocks import inverse, zeros_along
-from jquant.formats._codebook import codebook
+from jquant.formats._codebook import Rows, codebook
 from jquant.formats._codebook_scales import (
     Found,
     Layout,
@@ -64,16 +64,15 @@ def _shift(negative: Array) -> Array:
     return jnp.where(negative != 0, -SHIFT, SHIFT)
 
 
+def _with_shift(t: Array, wx: Rows, w: Rows, negative: Array) -> Array:
+    book = codebook(GRID)
+    levels = [level + _shift(negative) for level in book.levels]
+    return _codebook.nearest(book, _codebook.gains(wx, w, t, levels)) | negative << NEGATIVE
+
+
 def _nearest(lanes: _Lanes, t: Array, negative: Array) -> Array:
     """The code of each lane for its scale t and shift."""
-    book = codebook(GRID)
-
-    def nearest(t: Array) -> Array:
-        levels = [level + _shift(negative) for level in book.levels]
-        gains = _codebook.gains(lanes.wx, lanes.w, t, levels)
-        return _codebook.nearest(book, gains) | negative << NEGATIVE
-
-    return looked_up(nearest, t)
+    return looked_up(_with_shift, t, lanes.wx, lanes.w, negative)
 
 
 def _sums(lanes: _Lanes, code: Array) -> tuple[Array, Array]:
