@@ -52,11 +52,12 @@ class ProgressBar:
             self._bar.stop()
 
     def __call__(self, name: str, done: int) -> None:
-        """`done` more bytes, the last of them of tensor `name`; without name, those of an earlier run."""
+        """`done` more bytes, the last of them of tensor `name`; without name, those that lay there before."""
         with self._lock:
             self._done += done
             if not name:
                 self._earlier += done
+                self._start = time.monotonic()  # error feedback may have taken its time
                 if self._bar is not None and self._task is not None:
                     self._bar.reset(self._task, completed=self._done)
             elif self._bar is not None and self._task is not None:
