@@ -127,7 +127,8 @@ def int8(device: jax.Device, width: int) -> Iterator[Compiled]:
 
 
 def blocks(devices: list[jax.Device], headers: Headers) -> Iterator[Compiled]:
-    """A block's forward pass with its statistics: weights over the chips of a host, samples over hosts."""
+    """A block's forward pass with its statistics: weights, and rows of Hessians, over the chips of a host,
+    samples over hosts."""
     block = models.decoder(headers, headers.metadata).at("bfloat16").blocks[0]
     chips = sum(device.process_index == devices[0].process_index for device in devices)
     mesh = make_mesh({"model": chips}, devices)
@@ -145,11 +146,6 @@ def blocks(devices: list[jax.Device], headers: Headers) -> Iterator[Compiled]:
     width = headers.specs["token_embd.weight"].cols
     x = shape((BATCH * hosts, TOKENS, width), data)
     angles, real = shape((TOKENS, block.rotary_dims // 2), whole), shape((BATCH * hosts,), data, jnp.int32)
-    made = jax.eval_shape(lambda: init_all(block, lambda sizes: SECOND_MOMENTS.init(sizes[-1])))
-
-    def of_each(a: Shape) -> Shape:
-        return shape((hosts, *a.shape), data, a.dtype)
-
     first = {
         "attn_k",
         "attn_output",
@@ -159,9 +155,17 @@ def blocks(devices: list[jax.Device], headers: Headers) -> Iterator[Compiled]:
         "ffn_gate_exps",
         "ffn_gate_inp",
     }
-    stats = {name: jax.tree.map(of_each, made[name]) for name in sorted(first & made.keys())}
-    step = parallel._step_over(block, SECOND_MOMENTS, mesh)
-    yield compiled(f"block over {chips} chips, imatrix", step, params, stats, x, angles, real)
+    names = frozenset(first & {name.partition(".")[0] for name, _ in block.shapes})
+    for what, calibrator in (("imatrix", SECOND_MOMENTS), ("Hessians", HESSIAN)):
+        made = jax.eval_shape(lambda c=calibrator: init_all(block, lambda sizes: c.init(sizes[-1])))
+        layout = parallel._layout(block, calibrator, names, mesh)
+
+        def of_each(a: Shape, spec: PartitionSpec) -> Shape:
+            return shape((hosts, *a.shape), spec, a.dtype)
+
+        stats = jax.tree.map(of_each, {name: made[name] for name in names}, layout)
+        step = parallel._step_over(block, calibrator, names, mesh)
+        yield compiled(f"block over {chips} chips, {what}", step, params, stats, x, angles, real)
 
 
 PARTS = ("hessians", "encoders", "int8", "blocks", "feedback")

@@ -9,6 +9,7 @@ import pytest
 from tiny_models import write_tiny
 from typer.testing import CliRunner
 
+from jquant_cli import _progress
 from jquant_cli.main import app
 
 
@@ -77,3 +78,15 @@ def test_a_text_that_is_not_there_is_said_before_anything_is_written(tmp_path, f
     assert done.exit_code == 3
     assert "absent.txt" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_time_left_counts_from_where_feedback_ended(monkeypatch):
+    now, said = [0.0], []
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(_progress._show, "remark", said.append)
+    bar = _progress.ProgressBar(100, shown=True)
+    now[0] = 5000.0
+    bar("", 80)  # written by error feedback
+    now[0] += 2 * _progress.LOG_SECONDS
+    bar("token_embd.weight", 10)
+    assert f" {2 * _progress.LOG_SECONDS:.0f} s left" in said[0]
