@@ -215,7 +215,8 @@ except mesh.LostError as error:
 )
 
 
-@pytest.mark.parametrize("after", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [2, 1])
 def test_a_process_killed_in_error_feedback_ends_all_and_the_run_goes_on(after, model, text, tmp_path):
     whole, out = tmp_path / "whole.gguf", tmp_path / "m.gguf"
     arguments = [str(model), str(out), str(text)]
