@@ -23,7 +23,7 @@ from scores import score
 FLAG = "--without"
 
 
-def _settings(**changes: float) -> None:
+def _settings(**changes: object) -> None:
     from jquant import sequential
 
     usual = sequential.feed_back
@@ -32,6 +32,12 @@ def _settings(**changes: float) -> None:
         return usual(*arguments, settings=replace(settings, **changes), **options)
 
     sequential.feed_back = changed
+
+
+def _correction(alpha: float) -> None:
+    from jquant.transforms.correction import Strength
+
+    _settings(correction=Strength(alpha, 0.05))
 
 
 def _nearest() -> None:
@@ -46,7 +52,7 @@ def _nearest() -> None:
         return Factor(jnp.zeros_like(H), jnp.eye(group_size) * groups[:, None])
 
     sequential.factor = diagonal
-    _settings(strength=0.0)
+    _correction(0.0)
 
 
 def _without_importance() -> None:
@@ -69,7 +75,7 @@ def _without_importance() -> None:
         return usual(model, tokens, {name: blind(format) for name, format in formats.items()}, **options)
 
     sequential.feed_back = changed
-    _settings(strength=0.0)
+    _correction(0.0)
     _one_round()
 
 
@@ -93,7 +99,7 @@ def _not_sequential() -> None:
         return usual(self, 0, part, names), usual(self, 0, part, names)
 
     sequential.Run._shown = shown
-    _settings(strength=0.0)
+    _correction(0.0)
 
 
 PARTS: dict[str, tuple[str, Callable[[], None]]] = {
@@ -102,8 +108,9 @@ PARTS: dict[str, tuple[str, Callable[[], None]]] = {
     "gptq": ("feedback, scales without importance (GPTQ)", _without_importance),
     "refit": ("feedback without the second search for scales", _one_round),
     "sequential": ("feedback on the original's activations", _not_sequential),
-    "correction": ("feedback without target correction", lambda: _settings(strength=0.0)),
-    "half": ("half of the target correction", lambda: _settings(strength=0.5)),
+    "correction": ("feedback without target correction", lambda: _correction(0.0)),
+    "half": ("half of the target correction, not cross-validated", lambda: _correction(0.5)),
+    "whole": ("the whole target correction, not cross-validated", lambda: _correction(1.0)),
     "cap": ("feedback without the cap on attention sinks", _uncapped),
     "damping/10": ("damping 0.001", lambda: _settings(damping=0.001)),
     "damping*10": ("damping 0.1", lambda: _settings(damping=0.1)),

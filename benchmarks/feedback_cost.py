@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 from shapes import MODELS, block_shapes
 
+from jquant.transforms.correction import JUDGED, RIDGES
+
 # Measured: operations a second of a block's forward pass and of Hessians in float32, of a Cholesky factor
 # with its solves (4096³ in 3 ms), and weights a second of the search with feedback.
 FORWARD, PRODUCTS, FACTOR = 48e12, 50e12, 4096**3 / 3e-3
@@ -31,7 +33,9 @@ class Cost(NamedTuple):
     products: float
     factors: float
     weights: float  # that are coded
-    device: float  # bytes: a block as it was and as it is, H and C of a stage, a batch of both streams
+    device: (
+        float  # bytes: a block as it was and as it is, H and C of a stage in halves, a batch of both streams
+    )
     host: float  # bytes: both streams
 
     def seconds(self, type: str, chips: int) -> float:
@@ -52,11 +56,14 @@ def cost(config: Mapping, samples: int, length: int, batch: int) -> Cost:
         run += 2 * tokens * (2 * before + (scores if stage > 0 else 0))
     run += 2 * tokens * (2 * sum(sizes.values()) + scores)
     products = sum(2 * 2 * tokens * width**2 for width in widths.values())
-    # Per matrix: W (C − H)(H + λ)⁻¹ and the errors carried on; per input: two factors with their solves.
-    products += sum(2 * 2 * rows * width**2 for rows, width in matrices.values())
+    # Per matrix: the errors carried on and W (C − H)(H + λ)⁻¹, with its factor, and in each half for each λ a
+    # factor and what a few rows cost.
+    tried = 2 * len(RIDGES)
+    products += sum((2 * rows + 4 * tried * JUDGED) * 2 * width**2 for rows, width in matrices.values())
     factors = sum(2 * width**3 for width in widths.values())
+    factors += sum((1 + tried) / 3 * width**3 for _, width in matrices.values())
     largest = max(widths.values())
-    device = 2 * 4 * sum(sizes.values()) + 3 * 4 * largest**2 + 2 * 4 * batch * length * sum(widths.values())
+    device = 2 * 4 * sum(sizes.values()) + 6 * 4 * largest**2 + 2 * 4 * batch * length * sum(widths.values())
     host, weights = 2 * 4 * tokens * config["hidden_size"], sum(sizes.values())
     return Cost(blocks * run, blocks * products, blocks * factors, blocks * weights, device, host)
 

@@ -7,9 +7,9 @@ sees, in x, the loss of all before it:
     H = Σ w x xᵀ,   C = Σ w x₀ xᵀ,   w = min(1, CAP · median |x|² / |x|²)
 
 The weight w keeps a few tokens of enormous norm (attention sinks) from being all that H knows of. C moves
-what a layer is fitted to, so that it also mends what was lost before it: see `transforms.feedback.corrected`.
-Stacks of experts have no C, for the streams may take different experts; an expert's H leans on its stack's
-mean, the more the fewer tokens it saw.
+what a layer is fitted to, so that it also mends what was lost before it (`transforms.correction`); batches go
+in turn to the two halves that judge each other. Stacks of experts have no C, for the streams may take
+different experts; an expert's H leans on its stack's mean, the more the fewer tokens it saw.
 
 One block is in memory twice, as it was and as it is quantized, beside both streams' activations. Where they
 fit too, the inputs of its matrices are kept while the block lasts, so that no stage computes again what the
@@ -48,7 +48,8 @@ from jquant.calibrate import (
 from jquant.core import Block, BlockwiseModel, Format, QuantizedTensor, UserError, dequantize
 from jquant.stages import stage, stages
 from jquant.team import ALONE, Team
-from jquant.transforms.feedback import DAMPING, Factor, corrected, factor, feedback_rows, tiles_of
+from jquant.transforms.correction import Moments, Strength, corrected, cross_validated
+from jquant.transforms.feedback import DAMPING, Factor, factor, feedback_rows, tiles_of
 
 CAP = 4.0
 # Experts' statistics weigh their stack's mean as this many tokens a column.
@@ -61,8 +62,7 @@ Shown = Mapping[str, Mapping[str, Array]]
 
 @dataclass(frozen=True)
 class Settings:
-    strength: float = 1.0  # α of `corrected`; 0 fits every layer to itself
-    correction_damping: float = 0.05  # λ of `corrected`
+    correction: Strength | None = None  # default: by cross-validation; α = 0 fits every layer to itself
     damping: float = DAMPING  # of the factored Hessian
 
 
@@ -168,6 +168,21 @@ def _is_dense(params: Params, name: str) -> bool:
     return params[name]["weight"].ndim == 2
 
 
+class Gathered(NamedTuple):
+    """Statistics by matrix: of stacks those of all batches, of others in two halves, batches in turn."""
+
+    even: dict[str, Stats]
+    odd: dict[str, Stats]
+    stacks: dict[str, Stats]
+
+    def of(self, name: str) -> tuple[Moments, tuple[Moments, Moments]]:
+        """Those of all tokens, and of the two halves."""
+        even, odd = self.even[name], self.odd[name]
+        whole = Moments(even["H"] + odd["H"], even["C"] + odd["C"])
+        one, other = (Moments(half["H"], half["C"]) for half in (even, odd))
+        return whole, (one, other)
+
+
 @dataclass
 class Run:
     """One block on its way. Matrices have their names within it."""
@@ -193,7 +208,7 @@ class Run:
         for members in stages(formats):
             stats = self.gather(self._inputs_of(members))
             for name in members:
-                found[name] = self._fit(name, stats[self.first[name]], formats[name])
+                found[name] = self._fit(name, stats, formats[name])
                 self.replace(name, found[name].data, formats[name])
         return found
 
@@ -221,25 +236,34 @@ class Run:
                 )
                 x[part] = y[: part.stop - part.start]
 
-    def gather(self, inputs: tuple[str, ...]) -> dict[str, Stats]:
+    def gather(self, inputs: tuple[str, ...]) -> Gathered:
         """The statistics of these matrices' inputs."""
-        stats: dict[str, Stats] = {}
-        for name in inputs:
-            *experts, _, width = self.original[name]["weight"].shape
-            stats[name] = {"H": jnp.zeros((*experts, width, width)), "count": jnp.zeros(experts, jnp.int32)}
-            if not experts:
-                stats[name]["C"] = jnp.zeros((width, width))
-        for part in self._parts():
+        dense = tuple(name for name in inputs if _is_dense(self.original, name))
+        halves = [self._nothing(dense), self._nothing(dense)]
+        stacks = self._nothing(tuple(name for name in inputs if name not in dense))
+        for number, part in enumerate(self._parts(), start=self.team.me):
             counted = weights_of(*(padded(a[part], self.batch) for a in (self.x, self.real)))
-            stats = _add_batch(stats, *self._shown(part, inputs), counted)
-        stats = self.team.sum(stats)
-        for name, s in stats.items():
+            shown = self._shown(part, inputs)
+            halves[number % 2] = _add_batch(halves[number % 2], *shown, counted)
+            stacks = _add_batch(stacks, *shown, counted)
+        found = Gathered(*self.team.sum((halves[0], halves[1], stacks)))
+        for name, s in (*found.even.items(), *found.odd.items(), *found.stacks.items()):
             if not all(bool(jnp.isfinite(a).all()) for a in s.values()):
                 raise UserError(
                     f"blk.{self.i}.{name}.weight: its inputs are not finite; the model is damaged, or "
                     "float32 is too small for it. `jquant analyze` on the same text says in which sample."
                 )
-        return stats
+        return found
+
+    def _nothing(self, inputs: tuple[str, ...]) -> dict[str, Stats]:
+        """Statistics of no tokens."""
+        made: dict[str, Stats] = {}
+        for name in inputs:
+            *experts, _, width = self.original[name]["weight"].shape
+            made[name] = {"H": jnp.zeros((*experts, width, width)), "count": jnp.zeros(experts, jnp.int32)}
+            if not experts:
+                made[name]["C"] = jnp.zeros((width, width))
+        return made
 
     @property
     def _streams(self) -> tuple[tuple[Params, np.ndarray], tuple[Params, np.ndarray]]:
@@ -276,27 +300,28 @@ class Run:
         kept = {name: padded(values[part], self.batch) for name, values in known.items()}
         return {name: {"x": kept[one]} for name, one in self.first.items() if one in kept}
 
-    def _fit(self, name: str, stats: Stats, format: Format) -> Fed:
-        weight = self.original[name]["weight"]
+    def _fit(self, name: str, stats: Gathered, format: Format) -> Fed:
+        weight, one = self.original[name]["weight"], self.first[name]
         if weight.ndim == 2:
-            data, loss, whole = self._fit_matrix(weight, stats["H"], stats["C"], format)
+            moments, halves = stats.of(one)
+            target, chosen = weight, self.settings.correction
+            if chosen is None or chosen.alpha > 0:
+                chosen = chosen or cross_validated(weight, halves)
+                target = corrected(weight, moments, *chosen)
+            data, loss, whole = self._fit_matrix(weight, target, moments.H, format)
             return Fed(data, loss / (whole or 1.0))
-        count = np.asarray(stats["count"])
-        mean = jnp.sum(stats["H"], axis=0) / max(int(count.sum()), 1) * (MEAN_TOKENS * weight.shape[-1])
-        parts = [self._fit_matrix(w, h + mean, None, format) for w, h in zip(weight, stats["H"], strict=True)]
+        H, count = stats.stacks[one]["H"], np.asarray(stats.stacks[one]["count"])
+        mean = jnp.sum(H, axis=0) / max(int(count.sum()), 1) * (MEAN_TOKENS * weight.shape[-1])
+        parts = [self._fit_matrix(w, w, h + mean, format) for w, h in zip(weight, H, strict=True)]
         data, losses, wholes = zip(*parts, strict=True)
         starved = tuple(np.flatnonzero(count < weight.shape[-1]).tolist())
         return Fed(np.concatenate(data), sum(losses) / (sum(wholes) or 1.0), starved)
 
     def _fit_matrix(
-        self, W: Array, H: Array, C: Array | None, format: Format
+        self, W: Array, target: Array, H: Array, format: Format
     ) -> tuple[np.ndarray, float, float]:
         """Its bytes, tr ΔHΔᵀ and tr WHWᵀ."""
-        target, s = W, self.settings
-        if C is not None and s.strength:
-            target = corrected(W, H, C, s.strength, s.correction_damping)
-        factors = factor(H, format.group_size, s.damping)
-        data = self.rows(target, factors, format)
+        data = self.rows(target, factor(H, format.group_size, self.settings.damping), format)
         decoded = dequantize(QuantizedTensor({"blocks": jnp.asarray(data)}, format))
         return data, float(_quadratic(W - decoded, H)), float(_quadratic(W, H))
 

@@ -17,7 +17,8 @@ from jquant.io.samples import Text
 from jquant.plan import plan
 from jquant.sequential import Settings, open_run
 from jquant.stages import stages
-from jquant.transforms.feedback import corrected, factor, feedback
+from jquant.transforms.correction import CAUTIOUS, Moments, Strength, corrected, cross_validated
+from jquant.transforms.feedback import factor, feedback
 from jquant.weights import Weights
 
 SLOW = {"IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"}  # to compile
@@ -124,9 +125,48 @@ def test_the_correction_is_the_least_squares_fit_of_the_original_output():
     x = x0 + 0.3 * rng.standard_normal((400, 32))
     W = rng.standard_normal((8, 32))
     best = np.linalg.lstsq(x, x0 @ W.T, rcond=None)[0].T
-    arrays = [jnp.asarray(a, jnp.float32) for a in (W, x.T @ x, x0.T @ x)]
-    np.testing.assert_allclose(corrected(*arrays, 1.0, 0.0), best, atol=1e-3)
-    np.testing.assert_array_equal(corrected(*arrays, 0.0, 0.0), arrays[0])
+    W, moments = jnp.asarray(W, jnp.float32), moments_of(x0, x)
+    np.testing.assert_allclose(corrected(W, moments, 1.0, 0.0), best, atol=1e-3)
+    np.testing.assert_array_equal(corrected(W, moments, 0.0, 0.0), W)
+
+
+def moments_of(x0: np.ndarray, x: np.ndarray) -> Moments:
+    return Moments(*(jnp.asarray(a, jnp.float32) for a in (x.T @ x, x0.T @ x)))
+
+
+@pytest.mark.parametrize("tokens", [120, 400, 20_000])
+def test_cross_validation_corrects_as_far_as_the_tokens_bear(tokens):
+    rng, width = np.random.default_rng(6), 96
+    mixed = np.eye(width) + 0.1 * rng.standard_normal((width, width)) / np.sqrt(width)
+
+    def drawn(count):
+        x = rng.standard_normal((count, width))
+        return x @ mixed + 0.3 * rng.standard_normal((count, width)), x
+
+    halves = [drawn(tokens // 2) for _ in range(2)]
+    W = jnp.asarray(rng.standard_normal((64, width)), jnp.float32)
+    found = cross_validated(W, tuple(moments_of(*half) for half in halves))
+    x0, x = drawn(50_000)
+
+    def lost(strength):
+        made = corrected(W, moments_of(*map(np.concatenate, zip(*halves, strict=True))), *strength)
+        return float(np.mean((x0 @ W.T - x @ made.T) ** 2))
+
+    nothing, whole, ours = (lost(s) for s in (Strength(0.0, 0.05), Strength(1.0, 0.05), found))
+    assert ours < nothing
+    assert ours < 1.001 * whole
+    if tokens == 120:
+        assert whole > nothing  # it has learned more noise than there was to mend
+        assert found.alpha < 0.5
+    if tokens == 20_000:
+        assert found.alpha > 0.9
+
+
+def test_where_nothing_can_be_held_out_the_correction_is_cautious():
+    x = np.random.default_rng(7).standard_normal((50, 16))
+    moments = moments_of(x, x + 1)
+    nothing = Moments(*(jnp.zeros_like(a) for a in moments))
+    assert cross_validated(jnp.eye(16), (moments, nothing)) == CAUTIOUS
 
 
 def opened(tmp_path, name, **settings):
@@ -220,6 +260,6 @@ def test_other_settings_do_not_continue_a_run(tmp_path):
 
     model, samples = opened(tmp_path, "LlamaForCausalLM")
     planned = plan(model.source.specs, model.metadata, "Q2_K")
-    given = [None, Feedback(samples), Feedback(samples, settings=Settings(strength=0.5))]
+    given = [None, Feedback(samples), Feedback(samples, settings=Settings(correction=Strength(0.5, 0.2)))]
     known = [facts(model, planned, None, {}, "fast", one) for one in given]
     assert len({fingerprint(model, one) for one in known}) == 3

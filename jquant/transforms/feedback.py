@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.scipy.linalg import cho_factor, cho_solve, solve_triangular
+from jax.scipy.linalg import solve_triangular
 from jaxtyping import Float, PyTree, UInt8
 
 from jquant.core import Format, QuantizedTensor
@@ -69,24 +69,6 @@ def factor(H: Float[Array, "cols cols"], group_size: int, damping: float | Array
     U = normal.transpose(2, 0, 1).reshape(cols, cols)
     before = jnp.arange(cols)[:, None] // group_size < jnp.arange(cols)[None] // group_size
     return Factor(jnp.where(before, U, 0.0), D)
-
-
-@jax.jit
-def corrected(
-    W: Float[Array, "rows cols"],
-    H: Float[Array, "cols cols"],
-    C: Float[Array, "cols cols"],
-    strength: float | Array,
-    damping: float | Array,
-) -> Float[Array, "rows cols"]:
-    """W + α W (C − H)(H + λ I)⁻¹: with C = E[x₀ xᵀ], x₀ the inputs in the original model and x those in the
-    quantized one, α = 1 and λ = 0 give the least squares fit of W x₀ by W' x. So a layer also mends what the
-    layers before it have lost. λ is relative to the mean diagonal."""
-    cols = H.shape[0]
-    scale = jnp.trace(H) / cols
-    damped = H + (damping * scale + jnp.where(scale > 0, 0.0, 1.0)) * jnp.eye(cols)
-    turn = cho_solve(cho_factor(damped), (C - H).T).T
-    return W + strength * jnp.matmul(W, turn, precision=PRECISION)
 
 
 def feedback(W: Float[Array, "rows cols"], factors: Factor, format: Format) -> QuantizedTensor:
