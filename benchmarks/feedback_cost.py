@@ -33,9 +33,7 @@ class Cost(NamedTuple):
     products: float
     factors: float
     weights: float  # that are coded
-    device: (
-        float  # bytes: a block as it was and as it is, H and C of a stage in halves, a batch of both streams
-    )
+    device: float  # bytes: a block twice, H and C of a stage in halves and whole, a batch of both streams
     host: float  # bytes: both streams
 
     def seconds(self, type: str, chips: int) -> float:

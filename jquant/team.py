@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree, UInt8
 
@@ -21,10 +22,6 @@ from jquant.mesh import collective, exchange
 class Team:
     count: int = 1
     me: int = 0
-
-    @property
-    def is_first(self) -> bool:
-        return self.me == 0
 
     def told(self, text: str) -> str:
         """What the first process says."""
@@ -38,7 +35,18 @@ class Team:
         """
         if self.count == 1:
             return tree
-        return self._over_all(tree, _sum)
+        exchange()  # who failed says so here, before the others wait for its part
+        mesh = _one_device_each()
+        own = mesh.local_devices[0]
+
+        def put(a: Array | np.ndarray) -> Array:
+            part = jax.device_put(a[None], own)
+            sharding = NamedSharding(mesh, PartitionSpec("process"))
+            return jax.make_array_from_single_device_arrays((self.count, *a.shape), sharding, [part])
+
+        with collective():
+            out = _sum(mesh)(jax.tree.map(put, tree))
+            return jax.block_until_ready(jax.tree.map(lambda a: a.addressable_data(0), out))
 
     @property
     def part(self) -> slice:
@@ -54,22 +62,10 @@ class Team:
         mine = np.zeros((-(-total // self.count), *shape), np.uint8)
         for i, one in enumerate(made):
             mine[i] = one
-        everything = np.asarray(self._over_all(mine, _whole))
-        return [everything[i % self.count, i // self.count] for i in range(total)]
-
-    def _over_all(self, tree: PyTree, function: Callable) -> PyTree:
-        exchange()  # who failed says so here, before the others wait for its part
-        mesh = _one_device_each()
-        own = mesh.local_devices[0]
-
-        def put(a: Array | np.ndarray) -> Array:
-            part = jax.device_put(a[None], own)
-            sharding = NamedSharding(mesh, PartitionSpec("process"))
-            return jax.make_array_from_single_device_arrays((self.count, *a.shape), sharding, [part])
-
+        exchange()  # see `sum`
         with collective():
-            out = function(mesh)(jax.tree.map(put, tree))
-            return jax.block_until_ready(jax.tree.map(lambda a: a.addressable_data(0), out))
+            everything = multihost_utils.process_allgather(mine)
+        return [everything[i % self.count, i // self.count] for i in range(total)]
 
 
 ALONE = Team()
@@ -92,8 +88,3 @@ def _sum(mesh: Mesh) -> Callable:
         return jax.tree.map(lambda a: jnp.sum(a, axis=0, dtype=a.dtype), tree)
 
     return jax.jit(total, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-
-@cache
-def _whole(mesh: Mesh) -> Callable:
-    return jax.jit(lambda a: a, out_shardings=NamedSharding(mesh, PartitionSpec()))

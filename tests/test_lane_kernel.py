@@ -15,6 +15,7 @@ from jquant import FORMATS, quantize
 from jquant.formats import _magnitudes, _shifted
 from jquant.formats._codebook import codebook
 from jquant.formats._lane_kernel import over_lanes
+from jquant.sharding import shard_map
 
 LANES = 300  # not a whole number of tiles
 CASES = {
@@ -49,7 +50,7 @@ def test_compiled_for_a_gpu_the_search_is_a_kernel(name, monkeypatch):
     x = jnp.ones((8, 512))
     encode = lambda x: quantize(x, FORMATS[name], jnp.ones(512)).parts["blocks"]  # noqa: E731
     mesh, rows = Mesh(np.asarray(jax.devices()[:1]), ("rows",)), PartitionSpec("rows")
-    split = jax.shard_map(encode, mesh=mesh, in_specs=rows, out_specs=rows)
+    split = shard_map(encode, mesh, (rows,), rows)
     for function in (encode, split):
         traced = jax.jit(function).trace(x)
         assert "xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()

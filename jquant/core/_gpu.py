@@ -31,9 +31,8 @@ def on_cuda(kernel: Callable[..., T], otherwise: Callable[..., T], *arrays: Arra
 def result_like(shape: tuple[int, ...], dtype: DTypeLike, *arrays: Array) -> jax.ShapeDtypeStruct:
     """What a kernel makes of these arrays: inside `shard_map` it varies over devices as they do."""
 
-    def of_all(
-        *arrays: Array,
-    ) -> Array:  # JAX's own account of it, whose name changes from version to version
+    # JAX's own account of it, whose name changes from version to version.
+    def of_all(*arrays: Array) -> Array:
         return jnp.zeros(shape, dtype) + sum(jnp.sum(a).astype(dtype) for a in arrays)
 
     return jax.eval_shape(of_all, *arrays)

@@ -66,10 +66,10 @@ def _judged(
     W: Float[Array, "rows cols"], learned: Moments, judge: Moments, ridges: Float[Array, " n"]
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     """(a, b) for each ridge: α times what was learned takes 2 α a − α² b from the judge's |W x₀ − W' x|²."""
+    lost = jnp.matmul(W, judge.C - judge.H, precision=PRECISION)
 
     def of(ridge: Array) -> tuple[Array, Array]:
         D = _change(W, learned, ridge)
-        lost = jnp.matmul(W, judge.C - judge.H, precision=PRECISION)
         return jnp.sum(lost * D), jnp.sum(jnp.matmul(D, judge.H, precision=PRECISION) * D)
 
     return lax.map(of, ridges)
