@@ -16,7 +16,8 @@ from test_analyze import run
 from test_models import SHARED
 from tiny_models import LINES, write_tiny
 
-from jquant import between, calibrate, parallel
+from jquant import between, parallel
+from jquant.calibrate import _collect
 from jquant.core import OutputError, UserError
 from jquant.io.checkpoint import Checkpoint
 
@@ -69,7 +70,7 @@ def stop_and_continue(model, text, tmp_path, monkeypatch, step, steps, whole):
 def test_a_run_that_stops_anywhere_continues_to_the_same_bytes(steps, model, text, tmp_path, monkeypatch):
     monkeypatch.setattr("jquant_cli._runtime.mesh", lambda asked: None)  # one device, whose steps are counted
     # Three batches a block.
-    stop_and_continue(model, text, tmp_path, monkeypatch, (calibrate, "_step"), steps, (9, 3))
+    stop_and_continue(model, text, tmp_path, monkeypatch, (_collect, "_step"), steps, (9, 3))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 5])
@@ -81,7 +82,7 @@ def test_a_run_over_two_devices_continues_to_the_same_bytes(steps, model, text, 
 def test_a_finished_checkpoint_is_used_as_it_is(model, text, tmp_path, monkeypatch):
     arguments = ("analyze", model, "-c", text, *SMALL, "--checkpoint-dir", tmp_path / "checkpoint")
     run(*arguments, "-o", tmp_path / "a.gguf")
-    monkeypatch.setattr(calibrate, "_step", None)
+    monkeypatch.setattr(_collect, "_step", None)
     run(*arguments, "-o", tmp_path / "b.gguf", "--resume")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     assert not list((tmp_path / "checkpoint").glob("activations*"))

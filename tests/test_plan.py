@@ -41,7 +41,7 @@ def written(path: Path, model: Header) -> Path:
 @pytest.fixture
 def any_importance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans of low-bit types without an imatrix, as llama.cpp's dry run makes them too."""
-    monkeypatch.setattr("jquant.plan._plan._check_importance", lambda kind, entries: None)
+    monkeypatch.setattr("jquant.plan._plan.check_importance", lambda kind, entries: None)
 
 
 def has_row_of_part_block(model: Header, block: int) -> bool:

@@ -213,9 +213,9 @@ METHODS = {"hessian": "safetensors", "ranges": "safetensors", "fisher": "gguf"}
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_stops_anywhere_continues_to_the_same_bytes(method, llama, text, tmp_path, monkeypatch):
     """Killed at each step that is left, again and again, until it is done."""
-    steps = [("jquant.calibrate", "_step")]
+    steps = [("jquant.calibrate._collect", "_step")]
     if method == "fisher":
-        steps = [("jquant.gradients", "_step"), ("jquant.calibrate", "_output")]
+        steps = [("jquant.gradients", "_step"), ("jquant.calibrate._collect", "_output")]
     whole, out, folder = (tmp_path / f"{name}.{METHODS[method]}" for name in ("whole", "out", "checkpoint"))
     monkeypatch.setattr("jquant_cli._runtime.mesh", lambda asked: None)  # one device, whose steps are counted
     run("analyze", llama, "-c", text, "-o", whole, "-m", method, *SMALL)

@@ -1,6 +1,8 @@
 """The plan: which type every tensor of the file will have, and why."""
 
-from jquant.plan._plan import Entry, Plan, Settled, check_encodable, plan, settle
+from jquant.plan._checks import check_encodable
+from jquant.plan._entries import Entry, Plan
+from jquant.plan._plan import Settled, plan, settle
 from jquant.plan.file_types import ALIASES, FILE_TYPES, FileType, file_type
 from jquant.plan.profile import Profile, parse_profile, preset_names, preset_text
 from jquant.plan.protect import protect, protect_settled

@@ -25,133 +25,20 @@ a target such types are no candidates of that tensor.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from jquant.core import Metadata, TensorSpec, UserError, bits_per_weight, block_and_bytes
-from jquant.formats import FORMATS
+from jquant.core import Metadata, TensorSpec, UserError, block_and_bytes
+from jquant.plan._checks import check_importance, check_used, fallback_message
+from jquant.plan._entries import Entry, Plan, fitted
 from jquant.plan.file_types import FileType
 from jquant.plan.file_types import file_type as find_file_type
 from jquant.plan.kept import kept
 from jquant.plan.mixtures import Choice, Model, in_mixture_order, mixture, role
 from jquant.plan.profile import Bounds, Profile
 from jquant.plan.rules import Rule, tensor_type
-
-# Types with blocks of 32 that stand in where a row is no whole number of larger blocks, as llama.cpp has
-# them; NVFP4 and Q1_0, for which it has none, get the nearest in size.
-_FALLBACKS = {
-    **dict.fromkeys(
-        ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "NVFP4"), "IQ4_NL"
-    ),
-    **dict.fromkeys(("Q1_0", "Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
-    "Q4_K": "Q5_0",
-    "Q5_K": "Q5_1",
-    "Q6_K": "Q8_0",
-}
-NEED_IMPORTANCE = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
-_NAMES_IN_ERRORS = 4
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the plan. shape is in NumPy order."""
-
-    name: str
-    shape: tuple[int, ...]
-    source_type: str
-    type: str
-    reason: str
-    fallback_from: str | None = None  # the type it would have if its rows were whole blocks
-
-    @property
-    def spec(self) -> TensorSpec:
-        return TensorSpec(self.name, self.shape, self.type)
-
-    @property
-    def size(self) -> int:
-        return self.spec.size
-
-    @property
-    def nbytes(self) -> int:
-        return self.spec.nbytes
-
-    @property
-    def source_nbytes(self) -> int:
-        return TensorSpec(self.name, self.shape, self.source_type).nbytes
-
-    @property
-    def bpw(self) -> float:
-        return bits_per_weight(self.type)
-
-    @property
-    def extra_bpw(self) -> float:
-        """What the fallback costs, in bits per weight of this tensor; 0 where there is none."""
-        return self.bpw - bits_per_weight(self.fallback_from) if self.fallback_from else 0.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The tensors of the output, in the order of the source."""
-
-    file_type: str
-    entries: tuple[Entry, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, without header and padding."""
-        return sum(entry.nbytes for entry in self.entries)
-
-    @property
-    def source_nbytes(self) -> int:
-        return sum(entry.source_nbytes for entry in self.entries)
-
-    @property
-    def size(self) -> int:
-        return sum(entry.size for entry in self.entries)
-
-    @property
-    def bpw(self) -> float:
-        return 8 * self.nbytes / max(self.size, 1)
-
-    @property
-    def fallbacks(self) -> tuple[Entry, ...]:
-        return tuple(entry for entry in self.entries if entry.fallback_from)
-
-    @property
-    def extra_bpw(self) -> float:
-        """What all fallbacks cost, in bits per weight of the model."""
-        return sum(entry.extra_bpw * entry.size for entry in self.fallbacks) / max(self.size, 1)
-
-    @property
-    def requantized(self) -> tuple[Entry, ...]:
-        """Tensors that are quantized already and get another type: their error adds to the new one."""
-        return tuple(
-            e for e in self.entries if e.type != e.source_type and block_and_bytes(e.source_type)[0] > 1
-        )
-
-    def layout(self) -> list[TensorSpec]:
-        """The tensors as the file will have them."""
-        return [entry.spec for entry in self.entries]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """The plan that `to_json` wrote; UserError where the text is none."""
-        try:
-            data = json.loads(text)
-            entries = tuple(Entry(**{**e, "shape": tuple(e["shape"])}) for e in data["entries"])
-            plan = cls(data["file_type"], entries)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"not a plan: {error!r}; write it with to_json.") from None
-        for entry in plan.entries:
-            block_and_bytes(entry.type)
-        return plan
 
 
 class Settled(NamedTuple):
@@ -233,7 +120,7 @@ def settle(
             quantizable.append(spec)
         else:
             chosen[spec.name] = Choice(keep.type, keep.reason)
-    _check_used(rules, output_type, embedding_type, specs, quantizable, is_tied=model.is_tied)
+    check_used(rules, output_type, embedding_type, specs, quantizable, is_tied=model.is_tied)
     profile = profile or Profile("")
     bounds = profile.bounds_of(quantizable, model.n_layer, is_tied=model.is_tied)
     free = []
@@ -271,9 +158,9 @@ def assemble(
     )
     made = Plan(kind.name, entries)
     if made.fallbacks and not allow_fallback:
-        raise UserError(_fallback_message(made.fallbacks))
+        raise UserError(fallback_message(made.fallbacks))
     if not has_imatrix:
-        _check_importance(kind, entries)
+        check_importance(kind, entries)
     return made
 
 
@@ -282,25 +169,6 @@ def _bounded(choice: Choice, bounds: Bounds) -> Choice:
     if nearest == choice.type:
         return choice
     return Choice(nearest, f"{choice.reason}: {choice.type}; {bounds.violation(choice.type)}")
-
-
-def check_encodable(plan: Plan) -> None:
-    """Raise UserError, before anything is read, where jquant cannot decode the source or encode the type."""
-    changed = [entry for entry in plan.entries if entry.type != entry.source_type]
-    unreadable = [entry for entry in changed if entry.source_type not in FORMATS]
-    if unreadable:
-        types = ", ".join(sorted({entry.source_type for entry in unreadable}))
-        raise UserError(
-            f"jquant cannot read {types}, the type of {_some(entry.name for entry in unreadable)}; "
-            "start from a model in another type, such as F16."
-        )
-    unwritable = [e for e in changed if e.type not in FORMATS or not FORMATS[e.type].can_encode]
-    if unwritable:
-        types = ", ".join(sorted({entry.type for entry in unwritable}))
-        raise UserError(
-            f"jquant cannot write {types} yet, the type of {_some(entry.name for entry in unwritable)}; "
-            "choose another file type, or give these tensors another type, e.g. --rule 'regex=Q8_0'."
-        )
 
 
 def _model(specs: Mapping[str, TensorSpec], metadata: Metadata, has_imatrix: bool) -> Model:
@@ -345,83 +213,3 @@ def _by_user(
     if what == "token_embd" and is_tied and output_type:
         return Choice(output_type, "asked for: the output's type, which the embeddings share")
     return None
-
-
-def fitted(spec: TensorSpec, choice: Choice) -> Entry:
-    """The entry of this choice, or of its fallback where the row is no whole number of blocks."""
-    block, _ = block_and_bytes(choice.type)
-    if spec.cols % block == 0:
-        return Entry(spec.name, spec.shape, spec.type, choice.type, choice.reason)
-    type = choice.fallback or _FALLBACKS.get(choice.type, "F16")
-    blocks = f"{block}"
-    smaller, _ = block_and_bytes(type)
-    if spec.cols % smaller:
-        blocks, type = f"{block} or {smaller}", "F16"
-    reason = f"{choice.reason}; rows of {spec.cols} are no multiple of {blocks}"
-    return Entry(spec.name, spec.shape, spec.type, type, reason, fallback_from=choice.type)
-
-
-def _check_used(
-    rules: Sequence[Rule],
-    output_type: str | None,
-    embedding_type: str | None,
-    specs: Mapping[str, TensorSpec],
-    quantizable: Sequence[TensorSpec],
-    *,
-    is_tied: bool,
-) -> None:
-    """What the user asked for must concern a tensor; a rule without effect is nearly always a slip."""
-    for rule in rules:
-        if any(rule.matches(spec.name) for spec in quantizable):
-            continue
-        fixed = [name for name in specs if rule.matches(name)]
-        if fixed:
-            raise UserError(
-                f"rule '{rule}' matches only tensors that are never quantized: {_some(fixed)}; remove it."
-            )
-        raise UserError(
-            f"rule '{rule}' matches no tensor of this model, whose names are {_some(list(specs)[::-1])}."
-        )
-    roles = {role(spec.name) for spec in quantizable}
-    if embedding_type and "token_embd" not in roles:
-        raise UserError("a type for the embeddings was given, but the model has no token_embd.weight.")
-    if output_type and not roles & ({"output", "token_embd"} if is_tied else {"output"}):
-        raise UserError("a type for the output was given, but the model has no output.weight.")
-
-
-def _check_importance(kind: FileType, entries: Iterable[Entry]) -> None:
-    """llama.cpp's rule: these types are useless without an imatrix, except in embeddings and output."""
-
-    def needs(entry: Entry) -> bool:
-        if entry.type == entry.source_type or role(entry.name) in ("token_embd", "output"):
-            return False
-        known = FORMATS.get(entry.type)
-        by_type = entry.type in NEED_IMPORTANCE or (known is not None and known.needs_importance)
-        return by_type or (kind.name == "Q2_K_S" and entry.type == "Q2_K")
-
-    needing = [entry for entry in entries if needs(entry)]
-    if needing:
-        types = ", ".join(sorted({entry.type for entry in needing}))
-        in_q2_k_s = " in a Q2_K_S file" if types == "Q2_K" else ""
-        raise UserError(
-            f"{types}{in_q2_k_s} needs an importance matrix ({_some(entry.name for entry in needing)}): pass "
-            "--imatrix FILE, which `jquant analyze MODEL -o FILE` or llama-imatrix makes, or a larger type."
-        )
-
-
-def _fallback_message(fallbacks: Sequence[Entry]) -> str:
-    def words(entry: Entry) -> str:
-        block, _ = block_and_bytes(entry.fallback_from or entry.type)
-        return f"{entry.name} ({entry.fallback_from}: rows of {entry.shape[-1]} are no multiple of {block})"
-
-    return (
-        f"{len(fallbacks)} tensors cannot have their type: {_some(map(words, fallbacks))}. "
-        "Allow fallbacks, or give them types with smaller blocks, e.g. --rule 'ffn_down=Q5_0'."
-    )
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    more = len(names) - _NAMES_IN_ERRORS
-    return ", ".join(names[:_NAMES_IN_ERRORS]) + (f" and {more} more" if more > 0 else "")

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from jquant.core import TensorSpec, bits_per_weight
-from jquant.plan._plan import Entry, Plan, Settled, fitted
+from jquant.plan._entries import Entry, Plan, fitted
+from jquant.plan._plan import Settled
 from jquant.plan.mixtures import Choice
 from jquant.plan.rules import tensor_type
 

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from jquant.core import TensorSpec, UserError, bits_per_weight, block_and_bytes
 from jquant.formats import FORMATS
-from jquant.plan._plan import NEED_IMPORTANCE, Plan, Settled, assemble, fitted
+from jquant.plan._checks import NEED_IMPORTANCE
+from jquant.plan._entries import Plan, fitted
+from jquant.plan._plan import Settled, assemble
 from jquant.plan.allocate import Option, choose, price_of, smallest
 from jquant.plan.file_types import FILE_TYPES, FileType
 from jquant.plan.mixtures import Choice, role
