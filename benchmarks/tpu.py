@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,12 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct as Shape
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+from lowered import Compiled, block_step, compiled
 from record import record
 from shapes import MODELS, Headers
 
-from jquant import int8_matmul, models, parallel, transcode
-from jquant.calibrate import HESSIAN, SECOND_MOMENTS, init_all
+from jquant import int8_matmul, transcode
+from jquant.calibrate import HESSIAN, SECOND_MOMENTS
 from jquant.core import ACCELERATOR_GRAIN
 from jquant.formats import FORMATS
 from jquant.mesh import make_mesh
@@ -56,24 +57,9 @@ CHIPS = {
 TOKENS, BATCH = 512, 4  # of a sample, and samples on a device, as `jquant analyze` has them by default
 
 
-class Compiled(NamedTuple):
-    what: str
-    memory: int  # bytes a chip
-    flops: float
-    bytes: float
-    passes: float = 1  # of the matrix unit for a product of bfloat16
-
-    def least(self, chip: Chip) -> float:
-        """Seconds."""
-        return max(self.passes * self.flops / chip.flops, self.bytes / chip.bandwidth)
-
-
-def compiled(what: str, function: Callable, *arguments: object, passes: float = 1) -> Compiled:
-    made = function.lower(*arguments).compile()  # pyright: ignore[reportFunctionMemberAccess]
-    memory, cost = made.memory_analysis(), made.cost_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    flops, moved = cost.get("flops", 0.0), cost.get("bytes accessed", 0.0)
-    return Compiled(what, held + memory.temp_size_in_bytes, flops, moved, passes)
+def least(one: Compiled, chip: Chip) -> float:
+    """Seconds."""
+    return max(one.passes * one.flops / chip.flops, one.bytes / chip.bandwidth)
 
 
 def encoders(device: jax.Device, types: list[str]) -> Iterator[Compiled]:
@@ -129,43 +115,11 @@ def int8(device: jax.Device, width: int) -> Iterator[Compiled]:
 def blocks(devices: list[jax.Device], headers: Headers) -> Iterator[Compiled]:
     """A block's forward pass with its statistics: weights, and rows of Hessians, over the chips of a host,
     samples over hosts."""
-    block = models.decoder(headers, headers.metadata).at("bfloat16").blocks[0]
     chips = sum(device.process_index == devices[0].process_index for device in devices)
     mesh = make_mesh({"model": chips}, devices)
-    hosts = mesh.shape["data"]
-
-    def shape(sizes: tuple[int, ...], spec: PartitionSpec, dtype: object = jnp.float32) -> Shape:
-        return Shape(sizes, dtype, sharding=NamedSharding(mesh, spec))
-
-    data, whole = PartitionSpec("data"), PartitionSpec()
-    params: dict[str, dict[str, Shape]] = {}
-    for name, sizes in block.shapes:
-        module, _, kind = name.partition(".")
-        dtype = jnp.bfloat16 if len(sizes) > 1 else jnp.float32
-        params.setdefault(module, {})[kind] = shape(sizes, parallel.partition(name, sizes, chips), dtype)
-    width = headers.specs["token_embd.weight"].cols
-    x = shape((BATCH * hosts, TOKENS, width), data)
-    angles, real = shape((TOKENS, block.rotary_dims // 2), whole), shape((BATCH * hosts,), data, jnp.int32)
-    first = {
-        "attn_k",
-        "attn_output",
-        "ffn_down",
-        "ffn_gate",
-        "ffn_down_exps",
-        "ffn_gate_exps",
-        "ffn_gate_inp",
-    }
-    names = frozenset(first & {name.partition(".")[0] for name, _ in block.shapes})
     for what, calibrator in (("imatrix", SECOND_MOMENTS), ("Hessians", HESSIAN)):
-        made = jax.eval_shape(lambda c=calibrator: init_all(block, lambda sizes: c.init(sizes[-1])))
-        layout = parallel._layout(block, calibrator, names, mesh)
-
-        def of_each(a: Shape, spec: PartitionSpec) -> Shape:
-            return shape((hosts, *a.shape), spec, a.dtype)
-
-        stats = jax.tree.map(of_each, {name: made[name] for name in names}, layout)
-        step = parallel._step_over(block, calibrator, names, mesh)
-        yield compiled(f"block over {chips} chips, {what}", step, params, stats, x, angles, real)
+        step, _, given = block_step(headers, mesh, calibrator, BATCH * mesh.shape["data"], TOKENS)
+        yield compiled(f"block over {chips} chips, {what}", step, *given)
 
 
 PARTS = ("hessians", "encoders", "int8", "blocks", "feedback")
@@ -203,8 +157,8 @@ def main() -> None:
     print("| compiled | a chip | fits | operations | bytes | least |\n|-|-|-|-|-|-|")
     for one in measure(args.topology, args.model, args.types.split(","), args.parts):
         found.append(one)
-        fits, least = one.memory <= chip.memory, 1e3 * one.least(chip)
-        counts = f"{one.memory / 1e9:.3f} GB | {fits} | {one.flops:.2e} | {one.bytes:.2e} | {least:.3f} ms"
+        fits, ms = one.memory <= chip.memory, 1e3 * least(one, chip)
+        counts = f"{one.memory / 1e9:.3f} GB | {fits} | {one.flops:.2e} | {one.bytes:.2e} | {ms:.3f} ms"
         print(f"| {one.what} | {counts} |", flush=True)  # one by one: each may take minutes to compile
     if args.json:
         record(args, [one._asdict() for one in found])
