@@ -83,7 +83,7 @@ class Request:
     def plan_needs_text(self) -> bool:
         """Whether the target's types depend on measurements on text."""
         kld = self.target is not None and self.target.kld is not None
-        measured = bool(self.search_seconds) or self.weighting is _targets.By.gradients
+        measured = bool(self.search_seconds) or self.weighting is not _targets.By.usual
         return measured or (kld and bool(self.texts.calibration))
 
 

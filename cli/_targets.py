@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from jquant.plan import Plan, Profile, Settled
 
 _PANEL = "Target"
-SAMPLES = 8  # of the calibration text, that gradients and search look at
+SAMPLES = 8  # of the calibration text, that outputs, gradients and search look at
 
 
 class By(Enum):
     usual = "usual"
+    outputs = "outputs"
     gradients = "gradients"
 
 
@@ -69,8 +70,9 @@ Weighting = Annotated[
     By,
     typer.Option(
         "--weights",
-        help="Which tensors count how much: as usual for their role and depth, or by gradients of this "
-        "model on calibration text, which takes some three passes over it.",
+        help="Which tensors count how much: as usual for their role and depth; by what they change of "
+        "their block's output on calibration text, a pass over it for each matrix of a block; or by this "
+        "model's gradients on that text, some three passes.",
         rich_help_panel=_PANEL,
     ),
 ]

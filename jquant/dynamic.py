@@ -17,6 +17,7 @@ from jquant import io, models
 from jquant.convert import Model, output_metadata
 from jquant.core import UserError, bits_per_weight
 from jquant.io.imatrix import Imatrix
+from jquant.output_weights import output_weights
 from jquant.plan import Candidates, Plan, Profile, Settled, TooSmallError, allocated, for_damage, price
 from jquant.plan import shortlist as plan_shortlist
 from jquant.search import Found, Measure, groups, search
@@ -33,7 +34,7 @@ from jquant.text import human_size
 from jquant.usual import usual_errors, usual_weights
 from jquant.weights import Weights
 
-Weighting = Literal["usual", "gradients"]
+Weighting = Literal["usual", "outputs", "gradients"]
 _ATTEMPTS = 16
 _FARTHEST = 4.0
 ROUNDS = 6  # plans that are measured for a target divergence
@@ -87,16 +88,20 @@ def tensor_weights(
     tokens: np.ndarray | None = None,
     progress: Progress = lambda done, count: None,
 ) -> dict[str, float]:
-    """Nats a token for a relative error of 1 in each tensor. tokens: [samples, length], for gradients."""
+    """Nats a token for a relative error of 1 in each tensor. tokens: [samples, length], unless as usual."""
     weights = usual_weights(list(model.source.specs), _layers(model))
     if weighting == "usual":
         return weights
-    if any(name not in record.weights for name in found.within):
+    blocks = [name for name in found.within if name.startswith("blk.")]
+    if any(name not in record.weights for name in (blocks if weighting == "outputs" else found.within)):
         if tokens is None:
-            raise UserError("gradients need calibration text.")
+            raise UserError(f"weights by {weighting} need calibration text.")
         decoder = models.decoder(Weights(model.source), model.metadata)
         importance = importance_of(model, imatrix)
-        record.add_weights(gradient_weights(decoder, tokens, importance, progress=progress))
+        if weighting == "outputs":
+            record.add_weights(output_weights(decoder, tokens, importance, weights, progress=progress))
+        else:
+            record.add_weights(gradient_weights(decoder, tokens, importance, progress=progress))
     return weights | record.weights
 
 
@@ -356,7 +361,7 @@ def _run(
 ) -> dict[str, object]:
     """What a record's numbers depend on."""
     of_tokens = None
-    if weighting == "gradients" and tokens is not None:
+    if weighting != "usual" and tokens is not None:
         of_tokens = hashlib.sha256(np.ascontiguousarray(tokens, np.int64).tobytes()).hexdigest()
     return {
         "jquant sensitivity": version("jquant"),

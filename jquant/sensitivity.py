@@ -4,15 +4,16 @@
 
 error is Σ w (x − x̂)² / Σ w x² of the tensor's own encoder on a sample of its blocks, w the importance.
 weight says what an error of 1 would do to the model: nats of KL divergence a token, to second order. There
-are two sources for it, both one number a tensor, since errors of different types differ by little more than
+are three sources for it, all one number a tensor, since errors of different types differ by little more than
 their size (on SmolLM2-135M the logarithm of error(tensor, type) is a sum of one term for each, up to 0.1).
 
 - `usual`: what was measured on one model, by role and depth. Costs nothing.
 - `gradient_weights`: of this model. To second order KL = ½ Σ F (x − x̂)² with F the diagonal of the Fisher
   information: the mean square of the gradient of −log p(label), where labels are drawn from the model itself.
   Costs some three forward passes over the calibration samples.
+- `output_weights`: of this model, by how much a tensor's own block changes its output. Forward passes only.
 
-Both assume that damages add up. Below three bits they do so only roughly: see `search`.
+All assume that damages add up. Below three bits they do so only roughly: see `search`.
 Source: Theis et al. 2018, Faster gaze prediction with dense networks and Fisher pruning (the estimate).
 """
 
@@ -179,9 +180,8 @@ def gradient_weights(
 ) -> dict[str, float]:
     """½ Σ F e² of each matrix for errors e whose relative error is 1, spread as a quantizer spreads them.
 
-    Quantizers err in proportion to the size of a block's weights: e² is taken as the mean square of the 32
-    weights around. F is the mean over samples of the square of the gradient for a whole sample, whose labels
-    are drawn independently: the cross terms of tokens vanish in the mean. Float32.
+    e² is as in `local_squares`. F is the mean over samples of the square of the gradient for a
+    whole sample, whose labels are drawn independently: the cross terms of tokens vanish in the mean. Float32.
     """
     samples, length = tokens.shape
     count = len(model.blocks)
@@ -265,16 +265,27 @@ def _of_lookups(
 
 
 def _weight(square: np.ndarray, x: np.ndarray, importance: np.ndarray | None) -> float:
-    """½ Σ F e² / (Σ w e² / Σ w x²) with e² the mean square of the 32 weights around; any scale of e."""
+    """½ Σ F e² / (Σ w e² / Σ w x²) with e² as in `local_squares`; any scale of e."""
+    e2 = local_squares(x)
+    damage = float((square * e2).sum(dtype=np.float64)) / 2
+    error = relative_error(e2, x, importance)
+    return damage / error if error > 0 else 0.0
+
+
+def local_squares(x: Float[np.ndarray, "*n cols"]) -> Float[np.ndarray, "*n cols"]:
+    """The mean square of the 32 weights around each: quantizers err in proportion to it."""
     *rows, cols = x.shape
     width = math.gcd(cols, 32)
     local = np.square(x, dtype=np.float32).reshape(*rows, cols // width, width).mean(-1, keepdims=True)
-    e2 = np.broadcast_to(local, (*rows, cols // width, width)).reshape(x.shape)
-    w = np.ones((1, cols), np.float32) if importance is None else importance
+    return np.broadcast_to(local, (*rows, cols // width, width)).reshape(x.shape)
+
+
+def relative_error(e2: np.ndarray, x: np.ndarray, importance: np.ndarray | None) -> float:
+    """Σ w e² / Σ w x² of a matrix or stack, where it has squared errors e2."""
+    w = np.ones((1, x.shape[-1]), np.float32) if importance is None else importance
     w = w[:, None] if x.ndim > 2 else w
-    damage = float((square * e2).sum(dtype=np.float64)) / 2
-    error = float((w * e2).sum(dtype=np.float64)) / max(float((w * x * x).sum(dtype=np.float64)), 1e-30)
-    return damage / error if error > 0 else 0.0
+    total = float((w * x * x).sum(dtype=np.float64))
+    return float((w * e2).sum(dtype=np.float64)) / max(total, 1e-30)
 
 
 def damages(errors: Errors, weights: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -61,10 +61,11 @@ MAY_IMPORT = {
     "comparison": CORE | {"coherence", "convert", "engines", "evaluate", "evaluate_report", "io", "scoring"},
     "usual": set(),
     "sensitivity": CORE | {"between", "formats", "models", "transcode"},
+    "output_weights": {"models", "sensitivity"},
     "shares": CORE | {"between", "models"},
     "search": CORE | {"formats", "models", "shares", "transcode", "weights"},
     "dynamic": CORE
-    | {"convert", "io", "models", "plan", "search", "sensitivity", "text"}
+    | {"convert", "io", "models", "output_weights", "plan", "search", "sensitivity", "text"}
     | {"usual", "weights"},
     "stages": set(),
     "sequential": CORE | {"between", "calibrate", "stages", "team", "transforms"},

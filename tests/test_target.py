@@ -29,6 +29,7 @@ from jquant.dynamic import (
 )
 from jquant.io import GgufSource
 from jquant.io.imatrix import Imatrix
+from jquant.output_weights import output_weights
 from jquant.plan import Candidates, candidates, parse_profile, runtime_types, settle
 from jquant.plan.targets import USUAL
 from jquant.sensitivity import SAMPLE, Record, gradient_weights, grid_bits, relative_errors
@@ -284,6 +285,49 @@ def test_gradient_weights_cover_every_matrix_of_the_blocks(architecture, tmp_pat
     assert min(found[spec.name] for spec in settled.free) > 0
 
 
+def test_output_weights_foretell_what_an_error_changes_of_the_output_of_its_block(model):
+    tokens = np.random.default_rng(0).integers(3, 390, (8, 32))
+    weights = Weights(model.source)
+    decoder = models.decoder(weights, model.metadata)
+    usual = usual_weights(list(model.source.specs), len(decoder.blocks))
+    foretold = output_weights(decoder, tokens, {}, usual)
+    assert sum(foretold.values()) == pytest.approx(sum(usual[name] for name in foretold))
+
+    def changed(name: str) -> float:
+        """Of the last block's output, by rounding to Q4_0: a share of its size, for a relative error of 1."""
+        x = jnp.asarray(weights.tensor(name))
+        whole = np.asarray(jquant.dequantize(jquant.quantize(x, jquant.FORMATS["Q4_0"])))
+        noisy = models.decoder(Noisy(weights, name, whole), model.metadata)
+        y, new = (last_output(one, tokens) for one in (decoder, noisy))
+        error = float(((whole - x) ** 2).sum() / (x * x).sum())
+        return float((((new - y) ** 2).sum(-1) / (y * y).sum(-1)).mean()) / error
+
+    last = len(decoder.blocks) - 1
+    names = [f"blk.{last}.{name}.weight" for name in ("attn_v", "attn_output", "ffn_up", "ffn_down")]
+    unit = foretold[names[0]] / changed(names[0])
+    for name in names[1:]:
+        assert foretold[name] == pytest.approx(unit * changed(name), rel=0.3), name
+
+
+def last_output(decoder, tokens) -> np.ndarray:
+    x = jnp.asarray(decoder.embed(tokens))
+    for i, block in enumerate(decoder.blocks):
+        angles = jnp.asarray(decoder.angles(i, tokens.shape[1]))
+        x = models.run_block(block, decoder.load_block(i), x, angles)
+    return np.asarray(x)
+
+
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Gemma2ForCausalLM"])
+def test_output_weights_cover_every_matrix_of_the_blocks(architecture, tmp_path):
+    other = open_model(write_tiny(tmp_path / "model", architecture))
+    tokens = np.random.default_rng(0).integers(3, 390, (2, 16))
+    usual = usual_weights(list(other.source.specs), 2)
+    found = output_weights(models.decoder(Weights(other.source), other.metadata), tokens, {}, usual)
+    settled, _ = free(other, None)
+    assert found.keys() >= {spec.name for spec in settled.free if spec.name.startswith("blk.")}
+    assert all(np.isfinite(value) and value >= 0 for value in found.values())
+
+
 def test_usual_weights_of_all_layers_do_not_depend_on_their_number():
     def total(layers: int) -> float:
         names = [f"blk.{i}.attn_v.weight" for i in range(layers)]
@@ -334,10 +378,11 @@ def test_the_header_says_how_the_file_was_made_and_like_repeats_it(folder, tmp_p
     assert tensor_types(second) == types
 
 
-def test_gradients_and_search_make_a_file_of_the_size(folder, tmp_path):
+@pytest.mark.parametrize("weights", ["outputs", "gradients"])
+def test_weights_of_the_model_and_search_make_a_file_of_the_size(folder, tmp_path, weights):
     out, calibration = tmp_path / "out.gguf", tmp_path / "text.txt"
     calibration.write_text("There was once a little girl who lived in a small house. " * 400)
-    options = ("--target-bpw", 5.0, "--weights", "gradients", "--calibration", calibration)
+    options = ("--target-bpw", 5.0, "--weights", weights, "--calibration", calibration)
     text = run("quantize", folder, out, *options, "--search-seconds", 1e-3, "--json", "-q")
     report = json.loads(text)
     assert report["bpw"] <= 5.0
