@@ -40,6 +40,12 @@ def _correction(alpha: float) -> None:
     _settings(correction=Strength(alpha, 0.05))
 
 
+def _trusting() -> None:
+    from jquant import sequential
+
+    sequential.TRUST = 1.0
+
+
 def _nearest() -> None:
     """Scales and codes by the diagonal of the same Hessian, one after the other, nothing fed on."""
     import jax.numpy as jnp
@@ -109,6 +115,7 @@ PARTS: dict[str, tuple[str, Callable[[], None]]] = {
     "refit": ("feedback without the second search for scales", _one_round),
     "sequential": ("feedback on the original's activations", _not_sequential),
     "correction": ("feedback without target correction", lambda: _correction(0.0)),
+    "trust": ("the target correction as cross-validated, not lessened", _trusting),
     "half": ("half of the target correction, not cross-validated", lambda: _correction(0.5)),
     "whole": ("the whole target correction, not cross-validated", lambda: _correction(1.0)),
     "cap": ("feedback without the cap on attention sinks", _uncapped),

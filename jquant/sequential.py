@@ -52,6 +52,9 @@ from jquant.transforms.correction import Moments, Strength, corrected, cross_val
 from jquant.transforms.feedback import DAMPING, Factor, factor, feedback_rows, tiles_of
 
 CAP = 4.0
+# Of the α that mends most on the tokens held out, which are of the samples' own kind and see one layer only:
+# 0.6 keeps 84% of what there is to mend, and the model does better for it, on other text most.
+TRUST = 0.6
 # Experts' statistics weigh their stack's mean as this many tokens a column.
 MEAN_TOKENS = 0.25
 
@@ -306,7 +309,9 @@ class Run:
             moments, halves = stats.of(one)
             target, chosen = weight, self.settings.correction
             if chosen is None or chosen.alpha > 0:
-                chosen = chosen or cross_validated(weight, halves)
+                if chosen is None:
+                    found = cross_validated(weight, halves)
+                    chosen = found._replace(alpha=TRUST * found.alpha)
                 target = corrected(weight, moments, *chosen)
             data, loss, whole = self._fit_matrix(weight, target, moments.H, format)
             return Fed(data, loss / (whole or 1.0))

@@ -175,6 +175,23 @@ def opened(tmp_path, name, **settings):
     return model, load_samples(model, TEXT, samples=6, sequence_length=64)
 
 
+def test_a_run_takes_the_trusted_part_of_the_correction_found(tmp_path, monkeypatch):
+    model, samples = opened(tmp_path, "LlamaForCausalLM")
+    decoder = models.decoder(Weights(model.source), model.metadata)
+    x0 = decoder.embed(samples.tokens)
+    x = x0 + 0.1 * np.random.default_rng(0).standard_normal(x0.shape).astype(np.float32)
+    monkeypatch.setattr(sequential, "cross_validated", lambda W, halves: Strength(0.5, 0.2))
+
+    def made(settings: Settings) -> np.ndarray:
+        run = open_run(decoder, 1, x0.copy(), x.copy(), samples.lengths, 4, settings)
+        return run.quantize({"attn_q": FORMATS["Q4_0"]})["attn_q"].data
+
+    found = made(Settings())
+    trusted = Settings(correction=Strength(sequential.TRUST * 0.5, 0.2))
+    np.testing.assert_array_equal(found, made(trusted))
+    assert (found != made(Settings(correction=Strength(0.5, 0.2)))).any()
+
+
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Phi3ForCausalLM", "MixtralForCausalLM"])
 def test_every_matrix_of_the_blocks_is_fed_back_and_decodes(tmp_path, name):
     model, samples = opened(tmp_path, name)

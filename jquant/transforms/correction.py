@@ -8,7 +8,7 @@ is for α = 1, λ = 0 the least squares fit of W x₀ by W' x: so a layer also m
 have lost. It is a regression with as many unknowns a row as there are columns, and learns the sampling error
 of C and H too: of a wide layer and a few thousand tokens, more of it than of what was lost. So α and λ are
 found by cross-validation: what the change learned from one half of the tokens takes from |W x₀ − W' x|² on
-the other.
+the other. `sequential` takes less than that α, for a whole model and for text unlike the samples.
 """
 
 from __future__ import annotations
