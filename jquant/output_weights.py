@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from jquant.models import Decoder, run_block
+from jquant.models import Decoder, matrices, run_block
 from jquant.sensitivity import local_squares, relative_error
 
 # Of the size of the weights around: a relative error of 1%, as of 4 bits, where changes are still linear.
@@ -44,14 +44,12 @@ def output_weights(
         params, angles = model.load_block(i), jnp.asarray(model.angles(i, tokens.shape[1]))
         run = partial(run_block, block, angles=angles)
         y = np.concatenate([run(params, x=x[k : k + 1]) for k in range(len(x))])
-        for number, (name, of) in enumerate(params.items()):
-            if "weight" not in of or of["weight"].ndim < 2 or "norm" in name:
-                continue
+        for number, (name, values) in enumerate(matrices(params).items()):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), number)
-            weight, full = np.asarray(of["weight"]), f"blk.{i}.{name}.weight"
+            weight, full = np.asarray(values), f"blk.{i}.{name}.weight"
             squares = local_squares(weight)
             noise = NOISE * jax.random.normal(key, weight.shape) * np.sqrt(squares)
-            noisy = {**params, name: {**of, "weight": of["weight"] + noise}}
+            noisy = {**params, name: {**params[name], "weight": values + noise}}
             changes = [_change(run(noisy, x=x[k : k + 1]), y[k : k + 1]) for k in range(len(x))]
             error = NOISE**2 * relative_error(squares, weight, importance.get(full))
             found[full] = float(np.mean(changes)) / error if error > 0 else 0.0

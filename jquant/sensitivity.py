@@ -37,7 +37,7 @@ from jaxtyping import Float, Int, UInt8
 from jquant.between import Scratch
 from jquant.core import Block, Format, Source, UserError
 from jquant.formats import FORMATS
-from jquant.models import Decoder, run_block
+from jquant.models import Decoder, matrices, run_block
 from jquant.transcode import FLOAT_DTYPES, transcode
 
 Errors = Mapping[str, Mapping[str, float]]  # tensor → type → relative error
@@ -220,12 +220,7 @@ def _back(block: Block, params: Mapping, x: Array, angles: Array, g: Array) -> t
     """Squares of the gradients of a block's matrices, and the gradient of its input."""
     _, pull = jax.vjp(lambda p, x: run_block(block, p, x, angles), params, x)
     of_params, of_x = pull(g)
-    squares = {
-        name: of["weight"] ** 2
-        for name, of in of_params.items()
-        if "weight" in of and of["weight"].ndim > 1 and "norm" not in name
-    }
-    return squares, of_x
+    return {name: g**2 for name, g in matrices(of_params).items()}, of_x
 
 
 def _through_output(

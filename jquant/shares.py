@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from jquant.between import Scratch
 from jquant.core import Block
-from jquant.models import Decoder, run_block
+from jquant.models import Decoder, matrices, run_block
 
 EMBEDDINGS = "token_embd.weight"
 
@@ -66,11 +66,7 @@ def shares(
 
 def _changes(new: Mapping, old: Mapping) -> dict[str, Array]:
     """What quantization added to the matrices of a block."""
-    return {
-        name: of["weight"] - old[name]["weight"]
-        for name, of in new.items()
-        if "weight" in of and of["weight"].ndim > 1 and "norm" not in name
-    }
+    return {name: weight - old[name]["weight"] for name, weight in matrices(new).items()}
 
 
 @partial(jax.jit, static_argnums=0)

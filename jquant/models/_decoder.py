@@ -168,6 +168,15 @@ def run_block(
     return cast(Array, block.apply({"params": params}, x, angles))
 
 
+def matrices(params: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
+    """The weights of a block's matrices and stacks, or what has their places; those of norms are none."""
+    return {
+        name: of["weight"]
+        for name, of in params.items()
+        if "weight" in of and of["weight"].ndim > 1 and "norm" not in name
+    }
+
+
 def open_decoder(tensors: Tensors, metadata: Metadata, traits: Mapping[str, Traits]) -> Decoder:
     """Read a model's hyperparameters; traits: of each architecture, by GGUF's name.
 
