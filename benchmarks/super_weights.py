@@ -51,9 +51,10 @@ def main() -> None:
     args = parser.parse_args()
     model = open_model(args.model)
     samples = load_samples(model, str(args.text), samples=1, sequence_length=args.sequence_length)
-    found = super_weights(model, samples)
+    harmful, harmless = super_weights(model, samples)
+    found = harmful + harmless
     if not found:
-        print("No super weights found.")
+        print("No super weights found, and no spikes.")
         return
     decoder = models.decoder(Weights(model.source), model.metadata)
     tokens = loss_tokens(samples)
@@ -65,9 +66,11 @@ def main() -> None:
         place = f"blk.{w.block}.{w.tensor}[{', '.join(map(str, w.place.at))}]"
         change = w.loss_change or 0.0
         by = ", ".join(w.found_by).replace("size", "no one: the largest other")
+        by += ", harmless" if w in harmless else ""
         print(f"| {place} | {w.value:.3g} | {by} | {change:+.4f} | {np.exp(base + change):.2f} |")
     if args.json:
-        record(args, {"loss": base, "found": as_json(found), "others": as_json(others)})
+        kinds = {"harmful": harmful, "harmless": harmless, "others": others}
+        record(args, {"loss": base, **{kind: as_json(weights) for kind, weights in kinds.items()}})
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ class Run:
     importance: Imatrix | None
     opened: Model
     data: Samples | None = None
-    spikes: list[SuperWeight] = field(default_factory=list)
+    super_weights: list[SuperWeight] = field(default_factory=list)
     protected: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
     feedback: Feedback | None = None
 
@@ -148,7 +148,7 @@ def quantize(asked: Request, coordinator: str | None, processes: int | None, pro
     run.feedback = _feedback(run, chosen.plan)
     plan = protect(chosen.plan, run.protected, asked.protection_type)
     if asked.protect:
-        run.remark(f"note: {protection.note(run.spikes, run.protected)}")
+        run.remark(f"note: {protection.note(run.super_weights, run.protected)}")
     if asked.analyze and run.importance is None and run.data is not None and asked.out is not None:
         run.importance = _calibration.importance(run.opened, run.data, batch=asked.batch, quiet=asked.quiet)
     if run.feedback is not None and asked.out is not None:
@@ -209,8 +209,8 @@ def _measure(run: Run) -> None:
     specs = run.opened.source.specs
     run.protected = protection.of_profile(run.profile, specs) if run.profile else {}
     if asked.protect and run.data is not None:
-        run.spikes = protection.super_weights(run.opened, run.data)
-        covered = protection.protected(run.spikes, specs, asked.protection_coverage)
+        run.super_weights = protection.super_weights(run.opened, run.data).harmful
+        covered = protection.protected(run.super_weights, specs, asked.protection_coverage)
         run.protected = protection.united_positions(run.protected, covered)
 
 
@@ -347,7 +347,7 @@ def _report(run: Run, chosen: Chosen, out: Path, written: Written, start: float)
         **({"feedback": {name: one.error for name, one in written.fed.items()}} if run.feedback else {}),
         **({"starved_experts": starved} if starved else {}),
         **({"tuning": written.tuned._asdict()} if written.tuned else {}),
-        **({"super_weights": as_json(run.spikes)} if asked.protect else {}),
+        **({"super_weights": as_json(run.super_weights)} if asked.protect else {}),
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory_bytes": _runtime.peak_memory(),
     }

@@ -142,6 +142,7 @@ def analyze(
     from jquant.io import check_target, hub
     from jquant.io import imatrix as imatrix_file
     from jquant.io.samples import check
+    from jquant.transforms.super_weights import Found
 
     devices = _runtime.mesh(mesh)
     # Slips of the command line show before a download, and those that need the model before the calibration.
@@ -185,8 +186,10 @@ def analyze(
         imatrix_file.write_dat(output, found)
     else:
         imatrix_file.write_gguf(output, found, force=force)
-    spikes = protection.super_weights(opened, data) if super_weights else []
-    drawn = [] if figures is None else analysis.write_figures(figures, found, spikes, opened.source.specs)
+    single = protection.super_weights(opened, data) if super_weights else Found([], [])
+    specs = opened.source.specs
+    drawn = [] if figures is None else analysis.write_figures(figures, found, single.harmful, specs)
+    named = {"super_weights": single.harmful, "harmless_spikes": single.harmless}
     about = {
         "model": model,
         "method": method.value,
@@ -198,7 +201,7 @@ def analyze(
         "tokens": int(data.lengths.sum()),
         "experts_without_data": guessed,
         **({"figures": [str(path) for path in drawn]} if drawn else {}),
-        **({"super_weights": as_json(spikes)} if super_weights else {}),
+        **({name: as_json(weights) for name, weights in named.items()} if super_weights else {}),
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory_bytes": _runtime.peak_memory(),
     }
@@ -207,7 +210,7 @@ def analyze(
         return
     _show.result(table(rows(found)))
     if super_weights:
-        _show.result(f"\n{protection.table(spikes)}")
+        _show.result(f"\n{protection.table(single)}")
     where = f"; written to {output}" if output is not None else ""
     where += f"; {len(drawn)} figures in {figures}" if drawn else ""
     _show.result(

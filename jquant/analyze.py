@@ -234,7 +234,7 @@ def _place(tensor: str) -> tuple[bool, bool]:
 
 
 def write_figures(
-    folder: Path, imatrix: Imatrix, spikes: Sequence[SuperWeight], specs: Mapping[str, TensorSpec]
+    folder: Path, imatrix: Imatrix, super_weights: Sequence[SuperWeight], specs: Mapping[str, TensorSpec]
 ) -> list[Path]:
     """The files written, PNG and SVG: each of FIGURES, super_weights only where ffn_down has any.
 
@@ -248,7 +248,7 @@ def write_figures(
         "channels": figures.channels(inputs),
         "concentration": figures.concentration(inputs),
     }
-    of_down = [w for w in spikes if w.tensor == DENSE]
+    of_down = [w for w in super_weights if w.tensor == DENSE]
     if of_down:
         shapes = {
             int(match[1]): (spec.rows, spec.cols)

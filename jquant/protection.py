@@ -1,7 +1,7 @@
 """Super weights of a model on disk: found, measured, shown, and chosen for protection.
 
 found = super_weights(model, samples)
-positions = protected(found, model.source.specs, coverage=0.95)
+positions = protected(found.harmful, model.source.specs, coverage=0.95)
 write_gguf(model, protect(plan_, positions, "Q6_K"), out, protected=positions)
 """
 
@@ -21,9 +21,10 @@ from jquant.models import Decoder
 from jquant.plan import Profile
 from jquant.text import text_table
 from jquant.transforms.super_weights import (
+    Found,
     SuperWeight,
     find,
-    harmful,
+    judged,
     most_sensitive,
     united,
     with_loss_changes,
@@ -35,15 +36,15 @@ LOSS_TOKENS = 512
 CANDIDATES = 16  # weights that gradients point to, each of which costs a forward pass to verify
 
 
-def super_weights(model: Model, samples: Samples) -> list[SuperWeight]:
-    """Those that spike on a short prompt, those that gradients on some text point to where their removal does
-    harm, and what the removal of each does to the loss on that text."""
+def super_weights(model: Model, samples: Samples) -> Found:
+    """Those that spike on a short prompt, or that gradients on some text point to, by what their removal does
+    to the loss on that text."""
     tokens = loss_tokens(samples)
     decoder = models.decoder(Weights(model.source), model.metadata)
     prompt = np.array([from_metadata(model.metadata).encode(PROMPT)])
-    found = with_loss_changes(decoder, united(find(decoder, prompt), sensitive(decoder, tokens)), tokens)
-    bad = harmful(found)
-    return [w for w in found if "spike" in w.found_by or w in bad]
+    return judged(
+        with_loss_changes(decoder, united(find(decoder, prompt), sensitive(decoder, tokens)), tokens)
+    )
 
 
 def sensitive(decoder: Decoder, tokens: np.ndarray, count: int = CANDIDATES) -> list[SuperWeight]:
@@ -131,13 +132,20 @@ def loss_tokens(samples: Samples) -> np.ndarray:
     return samples.tokens[longest : longest + 1, :length]
 
 
-def table(found: list[SuperWeight]) -> str:
-    if not found:
-        return (
-            "No super weights: no down projection has a spike that one weight makes, and no weight that "
-            "gradients point to is missed."
-        )
-    cells = [
+def table(found: Found) -> str:
+    header = ("block", "weight", "value", "input", "output", "spike", "loss without it", "found by")
+    right = (0, 2, 3, 4, 5, 6)
+    shown = "No super weights: there is no single weight that the model is lost without."
+    if found.harmful:
+        shown = text_table(header, _cells(found.harmful), right)
+    if found.harmless:
+        spikes = text_table(header, _cells(found.harmless), right)
+        shown += f"\n\nSpikes of a single weight that the model can do without:\n{spikes}"
+    return shown
+
+
+def _cells(weights: Sequence[SuperWeight]) -> list[tuple[str, ...]]:
+    return [
         (
             str(w.block),
             f"{w.tensor}[{', '.join(map(str, w.place.at))}]",
@@ -147,7 +155,5 @@ def table(found: list[SuperWeight]) -> str:
             f"{w.loss_change:+.4f}",
             ", ".join(w.found_by),
         )
-        for w in found
+        for w in weights
     ]
-    header = ("block", "weight", "value", "input", "output", "spike", "loss without it", "found by")
-    return text_table(header, cells, (0, 2, 3, 4, 5, 6))

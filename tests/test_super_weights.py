@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,12 +23,12 @@ from jquant.gradients import FISHER, collect_gradients, text_labels
 from jquant.io.samples import Samples
 from jquant.io.token_ids import from_metadata
 from jquant.models import Decoder
-from jquant.protection import loss_tokens, sensitive
+from jquant.protection import loss_tokens, sensitive, table
 from jquant.transforms.super_weights import (
     Place,
     SuperWeight,
     find,
-    harmful,
+    judged,
     loss,
     most_sensitive,
     united,
@@ -184,9 +185,16 @@ def test_what_both_ways_find_is_one_weight_found_by_both():
     assert united([spike], [same, other]) == [other, replace(spike, found_by=("spike", "gradient"))]
 
 
-def test_only_weights_that_the_loss_needs_stay_of_those_that_gradients_point_to():
-    weights = [SuperWeight(0, i, 0, 1.0, loss_change=change) for i, change in enumerate((-1.0, 0.001, 0.5))]
-    assert [w.row for w in harmful(weights)] == [2]
+def test_what_the_model_can_do_without_is_no_super_weight():
+    changes = (-1.0, 0.001, 0.5)
+    spikes = [SuperWeight(0, i, 1, 1.0, loss_change=change) for i, change in enumerate(changes)]
+    found = judged([*spikes, *(replace(w, column=2, found_by=("gradient",)) for w in spikes)])
+    assert [(w.row, w.column) for w in found.harmful] == [(2, 1), (2, 2)]
+    assert [(w.row, w.column) for w in found.harmless] == [(0, 1), (1, 1)]
+    shown, without_harm = table(found).split("can do without")
+    assert re.findall(r"\[(\d, \d)\]", shown) == ["2, 1", "2, 2"]
+    assert re.findall(r"\[(\d, \d)\]", without_harm) == ["0, 1", "1, 1"]
+    assert "No super weights" in table(found._replace(harmful=[]))
 
 
 @pytest.mark.parametrize(("block", "row", "column", "token"), [(1, 30, 700, 5), (4, 201, 11, 2)])

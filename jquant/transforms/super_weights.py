@@ -12,8 +12,9 @@ the output, the median over rows on the same token. Without the latter, a spike 
 weights of a whole column of ordinary ones. What is usual in a stack, all its experts say together: one expert
 may be given no token but that of the spike.
 
-A *gradient* finds weights of any matrix: `most_sensitive` names candidates from squared gradients on a
-text, and `harmful` keeps those whose removal does raise the loss.
+A *gradient* finds weights of any matrix: `most_sensitive` names candidates from squared gradients on a text.
+
+Either is no more than a suspicion: `judged` tells those whose removal does raise the loss.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from jquant.core import Block, BlockwiseModel
 SPIKE = 20.0
 SHARE = 0.5  # of the output, that comes through the one weight
 ROUNDS = 8  # of searching again without those found
-HARMFUL = 0.1  # nats a token: perplexity rises by 10% without a weight that the gradient found
+HARMFUL = 0.1  # nats a token: perplexity rises by 10% without a super weight
 DOWN = ("ffn_down", "ffn_down_exps", "ffn_down_shexp")  # where spikes are searched
 DENSE, STACK = DOWN[:2]
 
@@ -72,6 +73,13 @@ class SuperWeight:
     @property
     def key(self) -> tuple[int, Place]:
         return self.block, self.place
+
+
+class Found(NamedTuple):
+    """Each with what its removal does to the loss."""
+
+    harmful: list[SuperWeight]
+    harmless: list[SuperWeight]  # they make a spike, but the model does not need it
 
 
 def find(model: BlockwiseModel, tokens: Int[np.ndarray, "1 t"]) -> list[SuperWeight]:
@@ -145,9 +153,10 @@ def most_sensitive(
     return found
 
 
-def harmful(weights: Sequence[SuperWeight]) -> list[SuperWeight]:
-    """Those whose removal raises the loss by at least HARMFUL."""
-    return [w for w in weights if w.loss_change is not None and w.loss_change >= HARMFUL]
+def judged(weights: Sequence[SuperWeight]) -> Found:
+    """By whether their removal raises the loss by HARMFUL. Harmless ones without a spike are dropped."""
+    bad = [w for w in weights if w.loss_change is not None and w.loss_change >= HARMFUL]
+    return Found(bad, [w for w in weights if "spike" in w.found_by and w not in bad])
 
 
 def loss(model: BlockwiseModel, tokens: Int[np.ndarray, "s t"], removed: Removed | None = None) -> float:
