@@ -92,19 +92,19 @@ def _one_round() -> None:
 
 
 def _uncapped() -> None:
-    from jquant import sequential
+    from jquant import streams
 
-    sequential.CAP = float("inf")
+    streams.CAP = float("inf")
 
 
 def _not_sequential() -> None:
     """Hessians of the original model's own activations; so nothing to correct either."""
-    from jquant import sequential
+    from jquant.streams import Streams
 
-    def shown(self, part, names, usual=sequential.Run._shown_in):
+    def shown(self, part, names, usual=Streams._shown_in):
         return usual(self, 0, part, names), usual(self, 0, part, names)
 
-    sequential.Run._shown = shown
+    Streams._shown = shown
     _correction(0.0)
 
 

@@ -17,8 +17,9 @@ from jaxtyping import Int
 
 from jquant.calibrate import within_block
 from jquant.core import BlockwiseModel, Format
-from jquant.sequential import Run, open_run
+from jquant.sequential import Fitter
 from jquant.stages import stages
+from jquant.streams import open_streams
 from jquant.transforms.feedback import ROWS, Factor
 
 
@@ -46,17 +47,16 @@ def forecast(
     own = {within_block(name): format for name, format in formats.items() if name.startswith(f"blk.{i}.")}
     few = tokens[:batch]
     x, real = model.embed(few), np.full(len(few), tokens.shape[1], np.int32)
-    run = open_run(model, i, x.copy(), x, real, len(few), threads=threads, samples=len(tokens))
+    streams = open_streams(model, i, x.copy(), x, real, len(few), samples=len(tokens))
     passes = 0.0
     for stage in stages(own):
-        inputs = tuple(dict.fromkeys(run.first[name] for name in stage))
-        passes += _seconds(lambda inputs=inputs: run.gather(inputs))
-    passes += _seconds(run.advance)
+        passes += _seconds(lambda stage=stage: streams.gather(stage))
+    passes += _seconds(streams.advance)
     batches = -(-len(tokens) // len(few))
-    return Forecast(passes * batches * len(model.blocks), _search(model, formats, run))
+    return Forecast(passes * batches * len(model.blocks), _search(model, formats, Fitter(threads=threads)))
 
 
-def _search(model: BlockwiseModel, formats: Mapping[str, Format], run: Run) -> float:
+def _search(model: BlockwiseModel, formats: Mapping[str, Format], fitter: Fitter) -> float:
     """Seconds: a few rows of each width in each format are coded, all threads at once."""
     rows: Counter[tuple[int, Format]] = Counter()
     for i, block in enumerate(model.blocks):
@@ -66,10 +66,10 @@ def _search(model: BlockwiseModel, formats: Mapping[str, Format], run: Run) -> f
                 rows[shape[-1], format] += int(np.prod(shape[:-1]))
     total = 0.0
     for (width, format), count in rows.items():
-        G, few = format.group_size, min(ROWS * run.threads, count)
+        G, few = format.group_size, min(ROWS * fitter.threads, count)
         W = 0.02 * jax.random.normal(jax.random.key(0), (few, width))
         factors = Factor(jnp.zeros((width, width)), jnp.broadcast_to(jnp.eye(G), (width // G, G, G)))
-        taken = _seconds(lambda W=W, factors=factors, format=format: run.rows(W, factors, format))
+        taken = _seconds(lambda W=W, factors=factors, format=format: fitter.rows(W, factors, format))
         total += taken * count / few
     return total
 

@@ -1,27 +1,16 @@
 """Error feedback through a whole model, block by block: every layer is fitted to what reaches it.
 
-Two streams of activations go through the blocks: x₀, those of the original model, and x, those of the model
-as quantized so far. Within a block the matrices are quantized in the order in which data meets them, and each
-sees, in x, the loss of all before it:
-
-    H = Σ w x xᵀ,   C = Σ w x₀ xᵀ,   w = min(1, CAP · median |x|² / |x|²)
-
-The weight w keeps a few tokens of enormous norm (attention sinks) from being all that H knows of. C moves
-what a layer is fitted to, so that it also mends what was lost before it (`transforms.correction`); batches go
-in turn to the two halves that judge each other. Stacks of experts have no C, for the streams may take
-different experts; an expert's H leans on its stack's mean, the more the fewer tokens it saw.
-
-One block is in memory twice, as it was and as it is quantized, beside both streams' activations. Where they
-fit too, the inputs of its matrices are kept while the block lasts, so that no stage computes again what the
-stages before it have computed.
+Within a block the matrices are quantized in the order in which data meets them, and each sees, in the second
+of two `streams`, the loss of all before it. The streams' C moves what a layer is fitted to, so that it also
+mends what was lost before it (`transforms.correction`); batches go in turn to the two halves that judge each
+other. An expert's H leans on its stack's mean, the more the fewer tokens it saw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,38 +18,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from jquant.between import IN_MEMORY, scratch
-from jquant.calibrate import (
-    Progress,
-    Stats,
-    add,
-    add_rows,
-    count_of,
-    embed_into,
-    padded,
-    real_tokens,
-    shared_inputs,
-    weights_of,
-    within_block,
-)
-from jquant.core import Block, BlockwiseModel, Format, QuantizedTensor, UserError, dequantize
-from jquant.stages import stage, stages
+from jquant.calibrate import Progress, embed_into, real_tokens, shared_inputs, within_block
+from jquant.core import BlockwiseModel, Format, QuantizedTensor, dequantize
+from jquant.stages import stages
+from jquant.streams import Gathered, Streams, open_streams
 from jquant.team import ALONE, Team
-from jquant.transforms.correction import Moments, Strength, corrected, cross_validated
+from jquant.transforms.correction import Strength, corrected, cross_validated
 from jquant.transforms.feedback import DAMPING, Factor, factor, feedback_rows, tiles_of
 
-CAP = 4.0
 # Of the α that mends most on the tokens held out, which are of the samples' own kind and see one layer only:
 # 0.6 keeps 84% of what there is to mend, and the model does better for it, on other text most.
 TRUST = 0.6
 # Experts' statistics weigh their stack's mean as this many tokens a column.
 MEAN_TOKENS = 0.25
-
-Params = dict[str, dict[str, Array]]
-Inputs = dict[str, np.ndarray]  # [s, t, width] by matrix
-Shown = Mapping[str, Mapping[str, Array]]
 
 
 @dataclass(frozen=True)
@@ -107,206 +80,49 @@ def feed_back(
     samples, length = tokens.shape
     real, batch = real_tokens(tokens, lengths), min(batch, samples)
     shape = (samples, length, model.embed(tokens[:0]).shape[-1])
-    streams = [scratch(shape, folder, IN_MEMORY // 2) for _ in range(2)]
-    for x in streams:
-        embed_into(x, model, tokens)
+    x0, x = (scratch(shape, folder, IN_MEMORY // 2) for _ in range(2))
+    for stream in (x0, x):
+        embed_into(stream, model, tokens)
+    fitter = Fitter(settings, threads, team)
     count = len(model.blocks)
     for i in range(count):
-        run = open_run(model, i, streams[0], streams[1], real, batch, settings, threads, team=team)
+        streams = open_streams(model, i, x0, x, real, batch, team=team)
         names = [name for name in shared_inputs(model, i) if name in formats]
         own = {within_block(name): formats[name] for name in names}
         known = {name: data for name in names if (data := earlier(name)) is not None}
         if len(known) == len(names):
             done = {name: Fed(data, float("nan")) for name, data in known.items()}
-            run.follow(own, {within_block(name): data for name, data in known.items()})
+            streams.follow(own, {within_block(name): data for name, data in known.items()})
         else:
-            done = {f"blk.{i}.{name}.weight": fed for name, fed in run.quantize(own).items()}
+            done = {f"blk.{i}.{name}.weight": fed for name, fed in fitter.quantize(streams, own).items()}
         if i < count - 1:
-            run.advance()
+            streams.advance()
         progress(i + 1, count)
         yield done
 
 
-def open_run(
-    model: BlockwiseModel,
-    i: int,
-    x0: np.ndarray,
-    x: np.ndarray,
-    real: np.ndarray,
-    batch: int,
-    settings: Settings = Settings(),
-    threads: int = 2,
-    samples: int | None = None,
-    team: Team = ALONE,
-) -> Run:
-    """Block i before its first matrix. samples: of the whole run, where these activations are part of it."""
-    original = model.load_block(i)
-    first = {within_block(name): within_block(one) for name, one in shared_inputs(model, i).items()}
-    widths = [original[name]["weight"].shape[-1] for name in _worth_keeping(first, original)]
-    size = 2 * 4 * (samples or len(x)) * x.shape[1] * sum(widths)
-    return Run(
-        i,
-        model.blocks[i],
-        original,
-        dict(original),
-        first,
-        jnp.asarray(model.angles(i, x.shape[1])),
-        x0,
-        x,
-        real,
-        batch,
-        settings,
-        threads,
-        keeps=jax.default_backend() == "cpu" and size <= IN_MEMORY // 2,
-        team=team,
-    )
+@dataclass(frozen=True)
+class Fitter:
+    """Codes the matrices of a block."""
 
-
-def _worth_keeping(first: Mapping[str, str], params: Params) -> list[str]:
-    """Inputs of matrices that take more than a norm to compute; not those of experts, which go their ways."""
-    return [name for name in dict.fromkeys(first.values()) if stage(name) and _is_dense(params, name)]
-
-
-def _is_dense(params: Params, name: str) -> bool:
-    return params[name]["weight"].ndim == 2
-
-
-class Gathered(NamedTuple):
-    """Statistics by matrix: of stacks those of all batches, of others in two halves, batches in turn."""
-
-    even: dict[str, Stats]
-    odd: dict[str, Stats]
-    stacks: dict[str, Stats]
-
-    def of(self, name: str) -> tuple[Moments, tuple[Moments, Moments]]:
-        """Those of all tokens, and of the two halves."""
-        even, odd = self.even[name], self.odd[name]
-        whole = Moments(even["H"] + odd["H"], even["C"] + odd["C"])
-        one, other = (Moments(half["H"], half["C"]) for half in (even, odd))
-        return whole, (one, other)
-
-
-@dataclass
-class Run:
-    """One block on its way. Matrices have their names within it."""
-
-    i: int
-    block: Block
-    original: Params
-    quantized: Params
-    first: Mapping[str, str]  # of the matrices with one input, the one that stands for it
-    angles: Array
-    x0: np.ndarray
-    x: np.ndarray
-    real: np.ndarray
-    batch: int
-    settings: Settings
-    threads: int
-    keeps: bool  # inputs: elsewhere than on a CPU the way to the host costs more than to compute them again
-    kept: tuple[Inputs, Inputs] = field(default_factory=lambda: ({}, {}))  # of x0 and of x
+    settings: Settings = Settings()
+    threads: int = 2
     team: Team = ALONE
 
-    def quantize(self, formats: Mapping[str, Format]) -> dict[str, Fed]:
+    def quantize(self, streams: Streams, formats: Mapping[str, Format]) -> dict[str, Fed]:
+        """By name within the block."""
         found: dict[str, Fed] = {}
         for members in stages(formats):
-            stats = self.gather(self._inputs_of(members))
+            stats = streams.gather(members)
             for name in members:
-                found[name] = self._fit(name, stats, formats[name])
-                self.replace(name, found[name].data, formats[name])
+                weight, inputs = streams.original[name]["weight"], streams.first[name]
+                found[name] = self._fit(weight, stats, inputs, formats[name])
+                streams.replace(name, found[name].data, formats[name])
         return found
 
-    def follow(self, formats: Mapping[str, Format], known: Mapping[str, np.ndarray]) -> None:
-        """The way that `quantize` went when it made these bytes: the same sums in the same order."""
-        for members in stages(formats):
-            if self.keeps:
-                for part in self._parts():
-                    self._shown(part, self._inputs_of(members))
-            for name in members:
-                self.replace(name, known[name], formats[name])
-
-    def replace(self, name: str, data: np.ndarray, format: Format) -> None:
-        """From here on the block computes with the weights that these bytes are."""
-        old = self.original[name]
-        decoded = dequantize(QuantizedTensor({"blocks": jnp.asarray(data)}, format))
-        self.quantized[name] = {**old, "weight": decoded.reshape(old["weight"].shape)}
-
-    def advance(self) -> None:
-        """Both streams through the block."""
-        for part in self._parts():
-            for stream, (params, x) in enumerate(self._streams):
-                y = _output(
-                    self.block, params, self._given(stream, part), padded(x[part], self.batch), self.angles
-                )
-                x[part] = y[: part.stop - part.start]
-
-    def gather(self, inputs: tuple[str, ...]) -> Gathered:
-        """The statistics of these matrices' inputs."""
-        dense = tuple(name for name in inputs if _is_dense(self.original, name))
-        halves = [self._nothing(dense), self._nothing(dense)]
-        stacks = self._nothing(tuple(name for name in inputs if name not in dense))
-        for number, part in enumerate(self._parts(), start=self.team.me):
-            counted = weights_of(*(padded(a[part], self.batch) for a in (self.x, self.real)))
-            shown = self._shown(part, inputs)
-            halves[number % 2] = _add_batch(halves[number % 2], *shown, counted)
-            stacks = _add_batch(stacks, *shown, counted)
-        found = Gathered(*self.team.sum((halves[0], halves[1], stacks)))
-        for name, s in (*found.even.items(), *found.odd.items(), *found.stacks.items()):
-            if not all(bool(jnp.isfinite(a).all()) for a in s.values()):
-                raise UserError(
-                    f"blk.{self.i}.{name}.weight: its inputs are not finite; the model is damaged, or "
-                    "float32 is too small for it. `jquant analyze` on the same text says in which sample."
-                )
-        return found
-
-    def _nothing(self, inputs: tuple[str, ...]) -> dict[str, Stats]:
-        """Statistics of no tokens."""
-        made: dict[str, Stats] = {}
-        for name in inputs:
-            *experts, _, width = self.original[name]["weight"].shape
-            made[name] = {"H": jnp.zeros((*experts, width, width)), "count": jnp.zeros(experts, jnp.int32)}
-            if not experts:
-                made[name]["C"] = jnp.zeros((width, width))
-        return made
-
-    @property
-    def _streams(self) -> tuple[tuple[Params, np.ndarray], tuple[Params, np.ndarray]]:
-        return (self.original, self.x0), (self.quantized, self.x)
-
-    def _parts(self) -> Iterator[slice]:
-        for start in range(0, len(self.x), self.batch):
-            yield slice(start, min(start + self.batch, len(self.x)))
-
-    def _inputs_of(self, members: Iterable[str]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.first[name] for name in members))
-
-    def _shown(self, part: slice, names: tuple[str, ...]) -> tuple[Shown, Shown]:
-        """What these matrices are given of a batch in the original model, experts aside, and as quantized."""
-        dense = tuple(name for name in names if _is_dense(self.original, name))
-        return self._shown_in(0, part, dense), self._shown_in(1, part, names)
-
-    def _shown_in(self, stream: int, part: slice, names: tuple[str, ...]) -> Shown:
-        """Kept where that saves work later."""
-        params, x = self._streams[stream]
-        given = self._given(stream, part, but=names)
-        shown = _inputs(self.block, params, given, padded(x[part], self.batch), self.angles, names)
-        for name in _worth_keeping(self.first, self.original) if self.keeps else ():
-            if name in shown and shown[name]["x"].ndim == 3:  # a router's are [tokens, width]
-                value, kept = shown[name]["x"], self.kept[stream]
-                if name not in kept:
-                    kept[name] = np.empty((len(self.x), *value.shape[1:]), value.dtype)
-                kept[name][part] = value[: part.stop - part.start]
-        return shown
-
-    def _given(self, stream: int, part: slice, but: tuple[str, ...] = ()) -> Shown:
-        """What is known of the inputs of a batch, by every matrix that has them."""
-        known = {name: values for name, values in self.kept[stream].items() if name not in but}
-        kept = {name: padded(values[part], self.batch) for name, values in known.items()}
-        return {name: {"x": kept[one]} for name, one in self.first.items() if one in kept}
-
-    def _fit(self, name: str, stats: Gathered, format: Format) -> Fed:
-        weight, one = self.original[name]["weight"], self.first[name]
+    def _fit(self, weight: Array, stats: Gathered, inputs: str, format: Format) -> Fed:
         if weight.ndim == 2:
-            moments, halves = stats.of(one)
+            moments, halves = stats.of(inputs)
             target, chosen = weight, self.settings.correction
             if chosen is None or chosen.alpha > 0:
                 if chosen is None:
@@ -315,7 +131,7 @@ class Run:
                 target = corrected(weight, moments, *chosen)
             data, loss, whole = self._fit_matrix(weight, target, moments.H, format)
             return Fed(data, loss / (whole or 1.0))
-        H, count = stats.stacks[one]["H"], np.asarray(stats.stacks[one]["count"])
+        H, count = stats.stacks[inputs]["H"], np.asarray(stats.stacks[inputs]["count"])
         mean = jnp.sum(H, axis=0) / max(int(count.sum()), 1) * (MEAN_TOKENS * weight.shape[-1])
         parts = [self._fit_matrix(w, w, h + mean, format) for w, h in zip(weight, H, strict=True)]
         data, losses, wholes = zip(*parts, strict=True)
@@ -347,57 +163,3 @@ class Run:
 def _quadratic(a: Array, H: Array) -> Array:
     """tr a H aᵀ."""
     return jnp.sum(jnp.matmul(a, H, precision=lax.Precision.HIGHEST) * a)
-
-
-@partial(jax.jit, static_argnums=(0, 5))
-def _inputs(
-    block: Block,
-    params: Params,
-    given: Shown,
-    x: Float[Array, "s t width"],
-    angles: Float[Array, "t pairs"],
-    names: tuple[str, ...],
-) -> Shown:
-    """What these matrices are given. What lies behind is not computed, nor what leads to inputs given."""
-    shown = block.apply({"params": params, "given": given}, x, angles, mutable="inputs")[1]["inputs"]
-    return {name: shown[name] for name in names}
-
-
-@partial(jax.jit, static_argnums=0)
-def _output(block: Block, params: Params, given: Shown, x: Array, angles: Array) -> Array:
-    return block.apply({"params": params, "given": given}, x, angles, mutable="inputs")[0]
-
-
-@jax.jit
-def _add_batch(
-    stats: dict[str, Stats],
-    shown0: Shown,
-    shown: Shown,
-    counted: Float[Array, " n"],
-) -> dict[str, Stats]:
-    """The statistics with a batch's inputs added. shown0: those of the original model."""
-    out = {}
-    for name, before in stats.items():
-        inputs = shown[name]
-        rows = (inputs["x"], shown0[name]["x"]) if "C" in before else (inputs["x"],)
-        out[name] = add_rows(_add_products, before, inputs, rows, counted)
-    return out
-
-
-def _add_products(stats: Stats, x: Float[Array, "n width"], *more: Array) -> Stats:
-    """more: x₀ [n, width] where the statistics have C, then the weight [n], 0 for what is no token."""
-    *original, counted = more
-    xw = x * _capped(x, counted)[:, None]
-    products = {
-        name: jnp.matmul(a.T, xw, precision=lax.Precision.HIGHEST)
-        for name, a in zip("HC", (x, *original), strict=False)
-    }
-    return add(stats, {**products, "count": count_of(counted)})
-
-
-def _capped(x: Float[Array, "n width"], counted: Float[Array, " n"]) -> Float[Array, " n"]:
-    """The weight of each token."""
-    size = jnp.sum(x * x, axis=1)
-    median = jnp.nanmedian(jnp.where(counted > 0, size, jnp.nan))
-    bounded = jnp.minimum(1.0, CAP * median / jnp.where(size > 0, size, 1.0))
-    return jnp.where(counted > 0, bounded, 0.0)

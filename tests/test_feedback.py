@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from tiny_models import write_tiny
 
-from jquant import FORMATS, dequantize, models, quantize, sequential
+from jquant import FORMATS, dequantize, models, quantize, sequential, streams
 from jquant.analyze import load_samples
 from jquant.convert import open_model, write_gguf
 from jquant.fitting import Feedback
 from jquant.io.samples import Text
 from jquant.plan import plan
-from jquant.sequential import Settings, open_run
+from jquant.sequential import Fitter, Settings
 from jquant.stages import stages
+from jquant.streams import open_streams
 from jquant.transforms.correction import CAUTIOUS, Moments, Strength, corrected, cross_validated
 from jquant.transforms.feedback import factor, feedback
 from jquant.weights import Weights
@@ -183,8 +184,8 @@ def test_a_run_takes_the_trusted_part_of_the_correction_found(tmp_path, monkeypa
     monkeypatch.setattr(sequential, "cross_validated", lambda W, halves: Strength(0.5, 0.2))
 
     def made(settings: Settings) -> np.ndarray:
-        run = open_run(decoder, 1, x0.copy(), x.copy(), samples.lengths, 4, settings)
-        return run.quantize({"attn_q": FORMATS["Q4_0"]})["attn_q"].data
+        block = open_streams(decoder, 1, x0.copy(), x.copy(), samples.lengths, batch=4)
+        return Fitter(settings).quantize(block, {"attn_q": FORMATS["Q4_0"]})["attn_q"].data
 
     found = made(Settings())
     trusted = Settings(correction=Strength(sequential.TRUST * 0.5, 0.2))
@@ -217,23 +218,22 @@ def test_inputs_that_are_kept_are_those_computed_again(tmp_path, name):
     rng, real = np.random.default_rng(0), samples.lengths - 3
     x0 = decoder.embed(samples.tokens)
     x = x0 + 0.1 * rng.standard_normal(x0.shape).astype(np.float32)
-    kept, again = (open_run(decoder, 1, x0.copy(), x.copy(), real, batch=4) for _ in range(2))
+    kept, again = (open_streams(decoder, 1, x0.copy(), x.copy(), real, batch=4) for _ in range(2))
     again.keeps = False
     format = FORMATS["Q4_0"]
     names = [n for n, p in kept.original.items() if p["weight"].ndim > 1 and p["weight"].shape[-1] == 256]
     for members in stages(names):
-        inputs = tuple(dict.fromkeys(kept.first[n] for n in members))
-        ours, theirs = kept.gather(inputs), again.gather(inputs)
+        ours, theirs = kept.gather(members), again.gather(members)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2), ours, theirs)
         for name in members:
             weight = kept.original[name]["weight"]
             data = np.asarray(quantize(weight.reshape(-1, weight.shape[-1]), format).parts["blocks"])
-            for run in (kept, again):
-                run.replace(name, data, format)
+            for one in (kept, again):
+                one.replace(name, data, format)
     assert kept.kept[1]
     assert again.kept == ({}, {})
-    for run in (kept, again):
-        run.advance()
+    for one in (kept, again):
+        one.advance()
     np.testing.assert_allclose(kept.x0, again.x0, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(kept.x, again.x, rtol=1e-4, atol=1e-4)
     assert np.abs(kept.x - kept.x0).max() > 0.01
@@ -244,12 +244,12 @@ def test_inputs_that_do_not_fit_are_not_kept(tmp_path, monkeypatch):
     decoder = models.decoder(Weights(model.source), model.metadata)
     x = decoder.embed(samples.tokens)
     arguments = (decoder, 0, x, x, samples.lengths, 2)
-    assert open_run(*arguments).keeps
+    assert open_streams(*arguments).keeps
     # attn_output, ffn_gate and ffn_down see 256 columns each, in both streams.
     size = 2 * 3 * 4 * 256 * samples.tokens.size
-    monkeypatch.setattr(sequential, "IN_MEMORY", 2 * size)
-    assert open_run(*arguments).keeps
-    assert not open_run(*arguments, samples=len(x) + 1).keeps
+    monkeypatch.setattr(streams, "IN_MEMORY", 2 * size)
+    assert open_streams(*arguments).keeps
+    assert not open_streams(*arguments, samples=len(x) + 1).keeps
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "MixtralForCausalLM"])

@@ -68,8 +68,9 @@ MAY_IMPORT = {
     | {"convert", "io", "models", "output_weights", "plan", "search", "sensitivity", "text"}
     | {"usual", "weights"},
     "stages": set(),
-    "sequential": CORE | {"between", "calibrate", "stages", "team", "transforms"},
-    "forecast": CORE | {"calibrate", "sequential", "stages", "transforms"},
+    "streams": CORE | {"between", "calibrate", "stages", "team", "transforms"},
+    "sequential": CORE | {"between", "calibrate", "stages", "streams", "team", "transforms"},
+    "forecast": CORE | {"calibrate", "sequential", "stages", "streams", "transforms"},
     "moving": CORE | {"formats", "models"},
     "tuning": CORE | {"between", "calibrate", "models", "moving"},
     "fitting": CORE
