@@ -4,8 +4,9 @@
         --calibration wikitext2-train.txt --types Q4_K_M Q2_K IQ2_XXS --by errors usual gradients
 
 Each type is made by llama.cpp's quantizer; its size is the target of the others. `errors` minimises the sum
-of weighted squared errors alone; `usual` and `gradients` are what --weights takes; with --search-seconds
-there is a `search` from the gradients on. The text is one that neither calibration nor tuning has seen.
+of weighted squared errors alone; `usual` and `gradients` are what --weights takes; `search` goes on from the
+gradients for --search-seconds; `feedback` is the usual weights' plan with error feedback. The text is one
+that neither calibration nor tuning has seen. Files that are in the folder already are not made again.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 from peers import llama_quantize
-from scores import score
+from scores import CONTEXT, score
 
 from jquant import dynamic
 from jquant.convert import Model, open_model, write_gguf
@@ -67,8 +69,10 @@ def by_command(args: argparse.Namespace, out: Path, size: int, by: str, record_f
         "--json",
     ]
     command += ["--imatrix", str(args.imatrix), "--sensitivity", str(record_file)]
-    command += ["--weights", "usual" if by == "usual" else "gradients"]
-    command += ["--calibration", str(args.calibration)] if args.calibration else []
+    command += ["--weights", "gradients" if by in ("gradients", "search") else "usual"]
+    if args.calibration and by != "usual":
+        command += ["--calibration", str(args.calibration), "--sequence-length", str(args.context)]
+    command += ["--feedback", "--samples", args.samples] if by == "feedback" else []
     command += ["--search-seconds", str(args.search_seconds)] if by == "search" else []
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     if by == "search":
@@ -83,31 +87,42 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, help="text for gradients and search")
     kinds = ["Q4_K_M", "Q3_K_M", "Q2_K", "IQ3_XXS", "IQ2_M", "IQ2_XXS"]
     parser.add_argument("--types", nargs="+", default=kinds)
-    ways = ["errors", "usual", "gradients", "search"]
+    ways = ["errors", "usual", "gradients", "search", "feedback"]
     parser.add_argument("--by", nargs="+", choices=ways, default=ways[:3])
     parser.add_argument("--search-seconds", type=float, default=600.0)
-    parser.add_argument("--sensitivity", type=Path, help="folder to keep what is measured of the model")
+    parser.add_argument("--samples", default="32", help="of the calibration text, for feedback")
+    parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of samples and chunks")
+    parser.add_argument("--folder", type=Path, help="to keep the files in, and what is measured of the model")
     parser.add_argument("--chunks", type=int, help="only the first so many chunks of the text")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        kept = args.sensitivity or Path(scratch)
+        folder = args.folder or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
         files = {args.model: "original"}
         for kind in args.types:
-            theirs = Path(scratch, f"{kind}.gguf")
-            llama_quantize(args.model, theirs, kind, args.threads, args.imatrix)
+            theirs = folder / f"{kind}-llama.cpp.gguf"
+            if not theirs.exists():
+                llama_quantize(args.model, theirs, kind, args.threads, args.imatrix)
             files[theirs] = f"{kind} llama.cpp"
             for by in args.by:
-                ours, size = Path(scratch, f"{kind}-{by}.gguf"), theirs.stat().st_size
-                if by == "errors":
-                    by_errors(args, ours, size, kept / "usual.jsonl")
-                else:
-                    name = "usual.jsonl" if by == "usual" else "gradients.jsonl"
-                    by_command(args, ours, size, by, kept / name)
+                ours, size = folder / f"{kind}-{by}.gguf", theirs.stat().st_size
+                if not ours.exists():
+                    make(args, ours, size, by, folder)
                 assert ours.stat().st_size <= size
                 files[ours] = f"{kind} {by}"
         score(args, files)
+
+
+def make(args: argparse.Namespace, out: Path, size: int, by: str, folder: Path) -> None:
+    start = time.monotonic()
+    if by == "errors":
+        by_errors(args, out, size, folder / "usual.jsonl")
+    else:
+        gradients = by in ("gradients", "search")
+        by_command(args, out, size, by, folder / ("gradients.jsonl" if gradients else "usual.jsonl"))
+    print(f"{out.name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

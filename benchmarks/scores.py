@@ -15,6 +15,8 @@ from jquant.evaluate_report import record as figures
 from jquant.evaluate_report import table
 from jquant.io.samples import Text
 
+CONTEXT = 512
+
 
 def _progress(name: str, task: str, share: float) -> None:
     if share == 1:
@@ -24,11 +26,12 @@ def _progress(name: str, task: str, share: float) -> None:
 def score(args: argparse.Namespace, files: Mapping[Path, str]) -> None:
     """Print the scores of these files, under these names; the first is the original.
 
-    args: text, chunks, threads, json.
+    args: text, chunks, threads, json, and perhaps context.
     """
     # Line ends as Python reads them, so that figures stay comparable with earlier ones.
     text = Text(args.text.name, args.text.read_text(encoding="utf-8").encode())
-    settings = Settings(engine="llama.cpp", chunks=args.chunks, threads=args.threads)
+    context = getattr(args, "context", CONTEXT)
+    settings = Settings(engine="llama.cpp", chunks=args.chunks, threads=args.threads, context=context)
     found = compare([open_file(path) for path in files], settings, text=text, progress=_progress)
     rows = [replace(row, name=files[path]) for path, row in zip(files, found.rows, strict=True)]
     print(table(rows))

@@ -1,4 +1,4 @@
-"""Perplexity of a model in W8A8: without smoothing, with one alpha, with searched factors.
+"""Perplexity of a model in W8A8: not smoothed, with one alpha, with searched factors, with error feedback.
 
     python benchmarks/w8a8.py SmolLM2-135M/ wikitext2-test.txt --calibration wikitext2-train.txt --plant
 
@@ -27,6 +27,8 @@ from jquant.analyze import load_samples
 from jquant.comparison import Settings, compare, open_file
 from jquant.evaluate_report import record as figures
 from jquant.evaluate_report import table
+from jquant.fitting import Feedback
+from jquant.folder_feedback import feed_back
 from jquant.folders import as_stored, open_checkpoint, plan_folder, write_folder
 from jquant.io.model_folder import files_beside
 from jquant.io.samples import Text
@@ -34,6 +36,7 @@ from jquant.schemes import SCHEMES
 from jquant.smooth_search import search
 
 OUTLIERS, FACTOR = 6, 50.0
+FED = ", fed back"
 BEHIND = {
     "input_layernorm": ("q_proj", "k_proj", "v_proj"),
     "post_attention_layernorm": ("gate_proj", "up_proj"),
@@ -71,6 +74,9 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, help="only the first so many chunks of the text")
     parser.add_argument("--plant", action="store_true")
     parser.add_argument("--no-search", action="store_true")
+    parser.add_argument(
+        "--feedback", action="store_true", help="the last of the others with error feedback too"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir(), "jquant-benchmarks-xla")))
@@ -97,14 +103,18 @@ def main() -> None:
             made["searched"] = search(decoder, samples, stats, quantized)
             print(f"searched in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
         files = {model: "original"}
+        if args.feedback:
+            made[f"{list(made)[-1]}{FED}"] = list(made.values())[-1]
         for name, found in made.items():
             out, stored = Path(folder, name), None if found is None else as_stored(checkpoint, found)
+            factors = None if stored is None else smoothing.factors(decoder, stored)
             write_folder(
                 checkpoint,
                 plan,
                 out,
-                factors=None if stored is None else smoothing.factors(decoder, stored),
+                factors=factors,
                 importance=smoothing.importance(decoder, stats, stored),
+                fed=feed_back(checkpoint, plan, Feedback(samples), factors) if name.endswith(FED) else (),
             )
             files[out] = name
         text = Text(args.text.name, args.text.read_bytes())

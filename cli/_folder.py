@@ -117,8 +117,6 @@ def quantize(
     type = type.upper()
     if type != "W8A8" and (alpha is not None or no_smooth):
         raise typer.BadParameter("is for W8A8", param_hint="--alpha, --no-smooth")
-    if type in ("W8A8", "FP8") and feedback:
-        raise typer.BadParameter("is for 4 bits, and for the types of GGUF files", param_hint="--feedback")
     if type not in ("W8A8", "FP8") and static:
         raise typer.BadParameter("is for W8A8 and FP8", param_hint="--static-activations")
     smooths = type == "W8A8" and not no_smooth
@@ -186,7 +184,8 @@ def quantize(
     fed = ()
     if feedback and data is not None:
         shown = _calibration.progress(data, quiet=quiet)
-        fed = feed_back(checkpoint, plan, Feedback(data, batch=batch, progress=shown))
+        factors = calibrated.factors if calibrated else None
+        fed = feed_back(checkpoint, plan, Feedback(data, batch=batch, progress=shown), factors)
     total = sum(spec.nbytes for spec in checkpoint.source.specs.values())
     with ProgressBar(total, shown=not quiet) as progress:
         written = write_folder(

@@ -1,13 +1,13 @@
 """Error feedback for folders: the matrices of a model's blocks in a ScaledFormat, fitted block by block.
 
 `sequential` and `feedback` know formats by blocks with their scale among the bytes. A ScaledFormat is one of
-these where its groups are the blocks; what comes out is taken apart again into codes and scales, and given
-the names and the order of rows that the checkpoint has.
+these where its groups, or whole rows, are the blocks; what comes out is taken apart again into codes and
+scales, and given the names and the order of rows that the checkpoint has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache, partial
 
 import jax
@@ -16,18 +16,24 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import PyTree
 
-from jquant import models, sequential
+from jquant import models, sequential, smoothing
 from jquant.core import SCALE_DTYPES, Format, QuantizedTensor, ScaledFormat
 from jquant.fitting import Feedback
 from jquant.folders import Checkpoint, FedWeight, FolderPlan, stored_format
-from jquant.weights import Weights
+from jquant.transforms.smooth import Factors
 
 SCALE_BYTES = 4
 
 
-def feed_back(checkpoint: Checkpoint, plan: FolderPlan, feedback: Feedback) -> Iterator[FedWeight]:
-    """The weights that the plan quantizes, block by block."""
+def feed_back(
+    checkpoint: Checkpoint,
+    plan: FolderPlan,
+    feedback: Feedback,
+    factors: Mapping[str, Factors] | None = None,
+) -> Iterator[FedWeight]:
+    """The weights that the plan quantizes, block by block. factors: of the smoothing before it."""
     model, chosen = checkpoint.model, set(plan.quantized)
+    decoder = smoothing.open_decoder(model)
     architecture = models.for_config(checkpoint.config)
     config = architecture.read_config(checkpoint.config)
     formats = {
@@ -36,9 +42,9 @@ def feed_back(checkpoint: Checkpoint, plan: FolderPlan, feedback: Feedback) -> I
         if chosen.issuperset(weight.parts)
     }
     blocks = sequential.feed_back(
-        models.decoder(Weights(model.source), model.metadata),
+        smoothing.smoothed_decoder(decoder, factors) if factors else decoder,
         feedback.samples.tokens,
-        {name: by_groups(format) for name, format in formats.items()},
+        {name: by_groups(format, model.source.specs[name].cols) for name, format in formats.items()},
         lengths=feedback.samples.lengths,
         settings=feedback.settings,
         batch=feedback.batch,
@@ -47,14 +53,19 @@ def feed_back(checkpoint: Checkpoint, plan: FolderPlan, feedback: Feedback) -> I
     for block in blocks:
         for name, fed in block.items():
             for part, rows in architecture.as_stored(config, checkpoint.weights[name], fed.data):
-                yield FedWeight(part, _taken_apart(rows, formats[name]), fed.error)
+                yield FedWeight(
+                    part, _taken_apart(rows, formats[name], model.source.specs[name].cols), fed.error
+                )
+
+
+def by_groups(format: ScaledFormat, cols: int) -> Format:
+    """The format whose blocks are the groups, or rows of so many columns: codes of 8 bits, then the scale,
+    and the zero, as float32."""
+    return _by_blocks(format, format.group_size or cols)
 
 
 @cache
-def by_groups(format: ScaledFormat) -> Format:
-    """The format whose blocks are the groups: int8 codes, then the scale, and the zero, as float32."""
-    size = format.group_size
-    assert size is not None, f"{format}: a scale for a whole row is no block"
+def _by_blocks(format: ScaledFormat, size: int) -> Format:
     return Format(
         name=format.name,
         ggml_type=None,
@@ -91,12 +102,13 @@ def _unpack(format: ScaledFormat, data: Array) -> tuple[Array, PyTree]:
     start = len(data) - SCALE_BYTES * len(format.scale_parts)
     codes, *scales = jnp.split(data, list(range(start, len(data), SCALE_BYTES)))
     found = tuple(lax.bitcast_convert_type(a.T, jnp.float32) for a in scales)
-    return lax.bitcast_convert_type(codes, jnp.int8), found if format.zeros else found[0]
+    dtype = jnp.float8_e4m3fn if format.type == "F8_E4M3" else jnp.int8
+    return lax.bitcast_convert_type(codes, dtype), found if format.zeros else found[0]
 
 
-def _taken_apart(rows: np.ndarray, format: ScaledFormat) -> QuantizedTensor:
+def _taken_apart(rows: np.ndarray, format: ScaledFormat, cols: int) -> QuantizedTensor:
     """rows: uint8 [rows, groups · block bytes] of `by_groups`."""
-    blocks = jnp.asarray(rows.reshape(-1, by_groups(format).block_bytes).T)
+    blocks = jnp.asarray(rows.reshape(-1, by_groups(format, cols).block_bytes).T)
     codes, scales = jax.device_get(_unpack(format, blocks))
     packed = format.pack(jnp.asarray(codes.T.reshape(len(rows), -1)))
     dtype = SCALE_DTYPES[format.scale_type]

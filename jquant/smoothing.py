@@ -7,6 +7,7 @@ smoothing = fixed(model, stats, 0.5)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -17,9 +18,9 @@ from jax import Array
 from jquant import models
 from jquant.calibrate import Progress, Stats, collect
 from jquant.convert import Model
-from jquant.core import UserError
+from jquant.core import TensorSpec, UserError
 from jquant.io.samples import Samples
-from jquant.models import Decoder
+from jquant.models import Decoder, Tensors
 from jquant.ranges import EXTREMES
 from jquant.transforms import smooth
 from jquant.transforms.smooth import Coupling
@@ -49,6 +50,35 @@ class Smoothing(NamedTuple):
 
 def open_decoder(model: Model) -> Decoder:
     return models.decoder(Weights(model.source), model.metadata)
+
+
+@dataclass(frozen=True)
+class _Smoothed:
+    """Weights with their factors. Vectors and matrices of the blocks alone have any."""
+
+    tensors: Tensors
+    factors: Mapping[str, smooth.Factors]
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self.tensors.specs
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        assert name.rpartition(".")[0] not in self.factors
+        return self.tensors.rows(name, start, stop)
+
+    def tensor(self, name: str) -> np.ndarray:
+        module, _, kind = name.rpartition(".")
+        value, found = self.tensors.tensor(name), self.factors.get(module)
+        if found is None:
+            return value
+        vector = "norm" in module or kind == "bias"
+        return np.asarray(smooth.multiplied(jnp.asarray(value), found, vector=vector))
+
+
+def smoothed_decoder(decoder: Decoder, factors: Mapping[str, smooth.Factors]) -> Decoder:
+    """One that computes the same with smoothed weights. factors: see `factors`."""
+    return replace(decoder, tensors=_Smoothed(decoder.tensors, factors))
 
 
 def measure(

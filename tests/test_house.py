@@ -89,7 +89,7 @@ MAY_IMPORT = {
         "sequential",
     }
     | {"transcode", "transposed", "tuning"},
-    "folder_feedback": CORE | {"fitting", "folders", "models", "sequential", "weights"},
+    "folder_feedback": CORE | {"fitting", "folders", "models", "sequential", "smoothing", "transforms"},
     "smooth_report": CORE | {"smoothing", "text"},
     "input_scales": CORE
     | {"activations", "calibrate", "io", "models", "smooth_search", "smoothing", "stages", "transforms"},

@@ -21,6 +21,7 @@ Arrays are [columns, rows]: rows do not mix, so they lie along the last axis, as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ DAMPING = 0.01  # of the mean diagonal of H, added to its diagonal
 ROUNDS = 2  # searches for the scales of a block
 ROWS = 256  # of a matrix at a time on a CPU: a block of them and its factor stay in a core's cache
 ACCELERATOR_ROWS = 4096  # lanes to fill
+STRETCH = 256  # columns, at most
 
 PRECISION = lax.Precision.HIGHEST
 
@@ -150,8 +152,49 @@ def _best_block(part: _Block, target: Array, format: Format) -> tuple[Array, PyT
 
 
 def _code(part: _Block, target: Array, importance: Array, scales: PyTree, format: Format) -> _Coded:
-    """The codes of a block for given scales, group by group."""
+    """The codes of a block for given scales, a stretch of it after the other."""
     B, G = format.block_size, format.group_size
+    S = _stretch(B, G)
+
+    def code(start: Array | int, own: _Block, target: Array, importance: Array) -> tuple[Array, Array, Array]:
+        return _code_stretch(own, target, importance, lambda at: _part_of(scales, start + at, G, B), format)
+
+    if S == B:
+        return _Coded(*code(0, part, target, importance), scales)
+    zeros = jnp.zeros_like(target)
+
+    def step(i: Array, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        loss, coded, targets, target = carry
+        start = i * S
+        z, w, x, U = (
+            lax.dynamic_slice_in_dim(a, start, S) for a in (target, importance, part.weights, part.U)
+        )
+        D = lax.dynamic_slice_in_dim(part.D, start // G, S // G)
+        least, q, z = code(start, _Block(x, lax.dynamic_slice_in_dim(U, start, S, axis=1), D), z, w)
+        return (
+            loss + least,
+            lax.dynamic_update_slice_in_dim(coded, q, start, 0),
+            lax.dynamic_update_slice_in_dim(targets, z, start, 0),
+            target + jnp.matmul(U.T, x - q, precision=PRECISION),
+        )
+
+    loss, coded, targets, _ = lax.fori_loop(
+        0, B // S, step, (jnp.zeros_like(target[0]), zeros, zeros, target)
+    )
+    return _Coded(loss, coded, targets, scales)
+
+
+def _stretch(block: int, group: int) -> int:
+    """How much of a block is coded before what it lost is fed on to the rest: no group is worth a pass over
+    a row that is one block."""
+    return max(size for size in range(group, min(block, STRETCH) + 1, group) if block % size == 0)
+
+
+def _code_stretch(
+    part: _Block, target: Array, importance: Array, scales: Callable[[Array], PyTree], format: Format
+) -> tuple[Array, Array, Array]:
+    """(loss, coded, targets) group by group. scales: of the group that starts here."""
+    G = format.group_size
     zeros = jnp.zeros_like(target)
 
     def step(i: Array, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
@@ -159,7 +202,7 @@ def _code(part: _Block, target: Array, importance: Array, scales: PyTree, format
         start = i * G
         z, w, x = (lax.dynamic_slice_in_dim(a, start, G) for a in (target, importance, part.weights))
         D = lax.dynamic_index_in_dim(part.D, i, keepdims=False)
-        own = _part_of(scales, start, G, B)
+        own = scales(start)
         q = format.reconstruct(format.assign(z, w, own), own)  # pyright: ignore[reportOptionalCall]
         off = z - q
         least = jnp.sum(off * jnp.matmul(D, off, precision=PRECISION), axis=0)
@@ -173,8 +216,7 @@ def _code(part: _Block, target: Array, importance: Array, scales: PyTree, format
         )
 
     start = jnp.zeros_like(target[0]), zeros, zeros, target
-    loss, coded, targets, _ = lax.fori_loop(0, B // G, step, start)
-    return _Coded(loss, coded, targets, scales)
+    return lax.fori_loop(0, len(target) // G, step, start)[:3]
 
 
 def _part_of(scales: PyTree, start: Array, size: int, block: int) -> PyTree:
