@@ -4,9 +4,9 @@
         --calibration wikitext2-train.txt --types Q4_K_M Q2_K IQ2_XXS --by errors usual gradients
 
 Each type is made by llama.cpp's quantizer; its size is the target of the others. `errors` minimises the sum
-of weighted squared errors alone; `usual` and `gradients` are what --weights takes; `search` goes on from the
-gradients for --search-seconds; `feedback` is the usual weights' plan with error feedback. The text is one
-that neither calibration nor tuning has seen. Files that are in the folder already are not made again.
+of weighted squared errors alone; `usual`, `gradients` and `measured` are what --weights takes; `search` goes
+on from the gradients for --search-seconds; `feedback` is the usual weights' plan with error feedback. Neither
+calibration nor tuning has seen the text. Files that are in the folder are not made again.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from jquant.io import imatrix as imatrix_file
 from jquant.plan import candidates, runtime_types, settle
 from jquant.weights import Weights
 
+WEIGHTS = {"search": "gradients", "feedback": "usual"}  # of ways that are none themselves
 JQUANT = str(Path(sys.executable).with_name("jquant"))
 
 
@@ -69,7 +70,7 @@ def by_command(args: argparse.Namespace, out: Path, size: int, by: str, record_f
         "--json",
     ]
     command += ["--imatrix", str(args.imatrix), "--sensitivity", str(record_file)]
-    command += ["--weights", "gradients" if by in ("gradients", "search") else "usual"]
+    command += ["--weights", WEIGHTS.get(by, by)]
     if args.calibration and by != "usual":
         command += ["--calibration", str(args.calibration), "--sequence-length", str(args.context)]
     command += ["--feedback", "--samples", args.samples] if by == "feedback" else []
@@ -87,8 +88,8 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, help="text for gradients and search")
     kinds = ["Q4_K_M", "Q3_K_M", "Q2_K", "IQ3_XXS", "IQ2_M", "IQ2_XXS"]
     parser.add_argument("--types", nargs="+", default=kinds)
-    ways = ["errors", "usual", "gradients", "search", "feedback"]
-    parser.add_argument("--by", nargs="+", choices=ways, default=ways[:3])
+    ways = ["errors", "usual", "gradients", "measured", "search", "feedback"]
+    parser.add_argument("--by", nargs="+", choices=ways, default=["errors", "usual", "gradients"])
     parser.add_argument("--search-seconds", type=float, default=600.0)
     parser.add_argument("--samples", default="32", help="of the calibration text, for feedback")
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of samples and chunks")
@@ -120,8 +121,7 @@ def make(args: argparse.Namespace, out: Path, size: int, by: str, folder: Path) 
     if by == "errors":
         by_errors(args, out, size, folder / "usual.jsonl")
     else:
-        gradients = by in ("gradients", "search")
-        by_command(args, out, size, by, folder / ("gradients.jsonl" if gradients else "usual.jsonl"))
+        by_command(args, out, size, by, folder / f"{WEIGHTS.get(by, by)}.jsonl")
     print(f"{out.name}: {time.monotonic() - start:.0f} s", flush=True)
 
 

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from jquant.plan import Plan, Profile, Settled
 
 _PANEL = "Target"
-SAMPLES = 8  # of the calibration text, that outputs, gradients and search look at
+SAMPLES = 8  # of the calibration text, that all weights but the usual, and search, look at
 
 
 class By(Enum):
     usual = "usual"
     outputs = "outputs"
     gradients = "gradients"
+    measured = "measured"
 
 
 Size = Annotated[
@@ -71,8 +72,9 @@ Weighting = Annotated[
     typer.Option(
         "--weights",
         help="Which tensors count how much: as usual for their role and depth; by what they change of "
-        "their block's output on calibration text, a pass over it for each matrix of a block; or by this "
-        "model's gradients on that text, some three passes.",
+        "their block's output on calibration text, a pass over it for each matrix of a block; by this "
+        "model's gradients on that text, some three passes; or by the KL divergence on it with each matrix "
+        "alone changed, some four passes for each block.",
         rich_help_panel=_PANEL,
     ),
 ]

@@ -17,6 +17,7 @@ from jquant import io, models
 from jquant.convert import Model, output_metadata
 from jquant.core import UserError, bits_per_weight
 from jquant.io.imatrix import Imatrix
+from jquant.measured_weights import measured_weights
 from jquant.output_weights import output_weights
 from jquant.plan import Candidates, Plan, Profile, Settled, TooSmallError, allocated, for_damage, price
 from jquant.plan import shortlist as plan_shortlist
@@ -34,7 +35,7 @@ from jquant.text import human_size
 from jquant.usual import usual_errors, usual_weights
 from jquant.weights import Weights
 
-Weighting = Literal["usual", "outputs", "gradients"]
+Weighting = Literal["usual", "outputs", "gradients", "measured"]
 _ATTEMPTS = 16
 _FARTHEST = 4.0
 ROUNDS = 6  # plans that are measured for a target divergence
@@ -93,13 +94,17 @@ def tensor_weights(
     if weighting == "usual":
         return weights
     blocks = [name for name in found.within if name.startswith("blk.")]
-    if any(name not in record.weights for name in (blocks if weighting == "outputs" else found.within)):
+    if any(name not in record.weights for name in (found.within if weighting == "gradients" else blocks)):
         if tokens is None:
             raise UserError(f"weights by {weighting} need calibration text.")
         decoder = models.decoder(Weights(model.source), model.metadata)
         importance = importance_of(model, imatrix)
         if weighting == "outputs":
             record.add_weights(output_weights(decoder, tokens, importance, weights, progress=progress))
+        elif weighting == "measured":
+            known = dict(record.weights)
+            for wave in measured_weights(decoder, tokens, importance, known=known, progress=progress):
+                record.add_weights(wave)
         else:
             record.add_weights(gradient_weights(decoder, tokens, importance, progress=progress))
     return weights | record.weights

@@ -4,7 +4,7 @@
 
 error is Σ w (x − x̂)² / Σ w x² of the tensor's own encoder on a sample of its blocks, w the importance.
 weight says what an error of 1 would do to the model: nats of KL divergence a token, to second order. There
-are three sources for it, all one number a tensor, since errors of different types differ by little more than
+are four sources for it, all one number a tensor, since errors of different types differ by little more than
 their size (on SmolLM2-135M the logarithm of error(tensor, type) is a sum of one term for each, up to 0.1).
 
 - `usual`: what was measured on one model, by role and depth. Costs nothing.
@@ -12,6 +12,7 @@ their size (on SmolLM2-135M the logarithm of error(tensor, type) is a sum of one
   information: the mean square of the gradient of −log p(label), where labels are drawn from the model itself.
   Costs some three forward passes over the calibration samples.
 - `output_weights`: of this model, by how much a tensor's own block changes its output. Forward passes only.
+- `measured_weights`: of this model, the divergence with this tensor alone changed. Many forward passes.
 
 All assume that damages add up. Below three bits they do so only roughly: see `search`.
 Source: Theis et al. 2018, Faster gaze prediction with dense networks and Fisher pruning (the estimate).

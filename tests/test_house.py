@@ -62,10 +62,21 @@ MAY_IMPORT = {
     "usual": set(),
     "sensitivity": CORE | {"between", "formats", "models", "transcode"},
     "output_weights": {"models", "sensitivity"},
+    "measured_weights": {"between", "models", "sensitivity"},
     "shares": CORE | {"between", "models"},
     "search": CORE | {"formats", "models", "shares", "transcode", "weights"},
     "dynamic": CORE
-    | {"convert", "io", "models", "output_weights", "plan", "search", "sensitivity", "text"}
+    | {
+        "convert",
+        "io",
+        "measured_weights",
+        "models",
+        "output_weights",
+        "plan",
+        "search",
+        "sensitivity",
+        "text",
+    }
     | {"usual", "weights"},
     "stages": set(),
     "streams": CORE | {"between", "calibrate", "stages", "team", "transforms"},

@@ -29,6 +29,7 @@ from jquant.dynamic import (
 )
 from jquant.io import GgufSource
 from jquant.io.imatrix import Imatrix
+from jquant.measured_weights import measured_weights
 from jquant.output_weights import output_weights
 from jquant.plan import Candidates, candidates, parse_profile, runtime_types, settle
 from jquant.plan.targets import USUAL
@@ -317,6 +318,35 @@ def last_output(decoder, tokens) -> np.ndarray:
     return np.asarray(x)
 
 
+def test_measured_weights_are_the_divergence_with_one_matrix_changed(model):
+    tokens = np.random.default_rng(0).integers(3, 390, (8, 32))
+    weights = Weights(model.source)
+    decoder = models.decoder(weights, model.metadata)
+    (measured,) = measured_weights(decoder, tokens, {})
+    for name in ("blk.0.attn_v.weight", "blk.0.ffn_down.weight", "blk.1.ffn_up.weight"):
+        x = jnp.asarray(weights.tensor(name))
+        whole = np.asarray(jquant.dequantize(jquant.quantize(x, jquant.FORMATS["Q4_0"])))
+        error = float(((whole - x) ** 2).sum() / (x * x).sum())
+        found = divergence(decoder, models.decoder(Noisy(weights, name, whole), model.metadata), tokens)
+        assert measured[name] == pytest.approx(found / error, rel=0.3), name
+
+
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Gemma2ForCausalLM"])
+def test_measured_weights_cover_every_matrix_of_the_blocks_in_waves_too(architecture, tmp_path, monkeypatch):
+    other = open_model(write_tiny(tmp_path / "model", architecture))
+    decoder = models.decoder(Weights(other.source), other.metadata)
+    tokens = np.random.default_rng(0).integers(3, 390, (2, 16))
+    (whole,) = measured_weights(decoder, tokens, {})
+    settled, _ = free(other, None)
+    assert whole.keys() >= {spec.name for spec in settled.free if spec.name.startswith("blk.")}
+    assert all(np.isfinite(value) and value >= 0 for value in whole.values())
+    monkeypatch.setattr("jquant.measured_weights.IN_MEMORY", 1)
+    waves = list(measured_weights(decoder, tokens, {}))
+    assert [{int(name.split(".")[1]) for name in wave} for wave in waves] == [{0}, {1}]
+    assert waves[0] | waves[1] == pytest.approx(whole, rel=1e-4)
+    assert list(measured_weights(decoder, tokens, {}, known=waves[0])) == [{}, waves[1]]
+
+
 @pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Gemma2ForCausalLM"])
 def test_output_weights_cover_every_matrix_of_the_blocks(architecture, tmp_path):
     other = open_model(write_tiny(tmp_path / "model", architecture))
@@ -378,7 +408,7 @@ def test_the_header_says_how_the_file_was_made_and_like_repeats_it(folder, tmp_p
     assert tensor_types(second) == types
 
 
-@pytest.mark.parametrize("weights", ["outputs", "gradients"])
+@pytest.mark.parametrize("weights", ["outputs", "gradients", "measured"])
 def test_weights_of_the_model_and_search_make_a_file_of_the_size(folder, tmp_path, weights):
     out, calibration = tmp_path / "out.gguf", tmp_path / "text.txt"
     calibration.write_text("There was once a little girl who lived in a small house. " * 400)
