@@ -41,10 +41,11 @@ def feed_back(
         for name, weight in checkpoint.weights.items()
         if chosen.issuperset(weight.parts)
     }
+    blocked = {name: by_groups(format, model.source.specs[name].cols) for name, format in formats.items()}
     blocks = sequential.feed_back(
-        smoothing.smoothed_decoder(decoder, factors) if factors else decoder,
+        smoothing.Smoothed(decoder, factors) if factors else decoder,
         feedback.samples.tokens,
-        {name: by_groups(format, model.source.specs[name].cols) for name, format in formats.items()},
+        blocked,
         lengths=feedback.samples.lengths,
         settings=feedback.settings,
         batch=feedback.batch,
@@ -53,9 +54,8 @@ def feed_back(
     for block in blocks:
         for name, fed in block.items():
             for part, rows in architecture.as_stored(config, checkpoint.weights[name], fed.data):
-                yield FedWeight(
-                    part, _taken_apart(rows, formats[name], model.source.specs[name].cols), fed.error
-                )
+                quantized = _taken_apart(rows, formats[name], blocked[name].block_bytes)
+                yield FedWeight(part, quantized, fed.error)
 
 
 def by_groups(format: ScaledFormat, cols: int) -> Format:
@@ -106,9 +106,9 @@ def _unpack(format: ScaledFormat, data: Array) -> tuple[Array, PyTree]:
     return lax.bitcast_convert_type(codes, dtype), found if format.zeros else found[0]
 
 
-def _taken_apart(rows: np.ndarray, format: ScaledFormat, cols: int) -> QuantizedTensor:
-    """rows: uint8 [rows, groups · block bytes] of `by_groups`."""
-    blocks = jnp.asarray(rows.reshape(-1, by_groups(format, cols).block_bytes).T)
+def _taken_apart(rows: np.ndarray, format: ScaledFormat, block_bytes: int) -> QuantizedTensor:
+    """rows: uint8 [rows, groups · block_bytes] of `by_groups`."""
+    blocks = jnp.asarray(rows.reshape(-1, block_bytes).T)
     codes, scales = jax.device_get(_unpack(format, blocks))
     packed = format.pack(jnp.asarray(codes.T.reshape(len(rows), -1)))
     dtype = SCALE_DTYPES[format.scale_type]

@@ -7,7 +7,7 @@ smoothing = fixed(model, stats, 0.5)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -18,9 +18,9 @@ from jax import Array
 from jquant import models
 from jquant.calibrate import Progress, Stats, collect
 from jquant.convert import Model
-from jquant.core import TensorSpec, UserError
+from jquant.core import UserError
 from jquant.io.samples import Samples
-from jquant.models import Decoder, Tensors
+from jquant.models import Block, Decoder, Parameters
 from jquant.ranges import EXTREMES
 from jquant.transforms import smooth
 from jquant.transforms.smooth import Coupling
@@ -53,32 +53,29 @@ def open_decoder(model: Model) -> Decoder:
 
 
 @dataclass(frozen=True)
-class _Smoothed:
-    """Weights with their factors. Vectors and matrices of the blocks alone have any."""
+class Smoothed:
+    """A BlockwiseModel: the decoder's function with smoothed weights. factors: see `factors`."""
 
-    tensors: Tensors
+    decoder: Decoder
     factors: Mapping[str, smooth.Factors]
 
     @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        return self.tensors.specs
+    def blocks(self) -> tuple[Block, ...]:
+        return self.decoder.blocks
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        assert name.rpartition(".")[0] not in self.factors
-        return self.tensors.rows(name, start, stop)
+    def embed(self, tokens: np.ndarray) -> np.ndarray:
+        return self.decoder.embed(tokens)
 
-    def tensor(self, name: str) -> np.ndarray:
-        module, _, kind = name.rpartition(".")
-        value, found = self.tensors.tensor(name), self.factors.get(module)
-        if found is None:
-            return value
-        vector = "norm" in module or kind == "bias"
-        return np.asarray(smooth.multiplied(jnp.asarray(value), found, vector=vector))
+    def load_block(self, i: int) -> Parameters:
+        start = f"blk.{i}."
+        own = {name.removeprefix(start): f for name, f in self.factors.items() if name.startswith(start)}
+        return smooth.with_factors(self.decoder.load_block(i), own)
 
+    def angles(self, i: int, tokens: int) -> np.ndarray:
+        return self.decoder.angles(i, tokens)
 
-def smoothed_decoder(decoder: Decoder, factors: Mapping[str, smooth.Factors]) -> Decoder:
-    """One that computes the same with smoothed weights. factors: see `factors`."""
-    return replace(decoder, tensors=_Smoothed(decoder.tensors, factors))
+    def logits(self, x: Array) -> Array:
+        return self.decoder.logits(x)
 
 
 def measure(

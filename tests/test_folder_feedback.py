@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_decoder import logits, opened
 from test_feedback import TEXT, hessian, matrix, output_error
 from test_folders import decoded
 from tiny_models import write_tiny
@@ -18,7 +19,7 @@ from jquant.analyze import load_samples
 from jquant.convert import open_model
 from jquant.fitting import Feedback
 from jquant.folder_feedback import by_groups, feed_back
-from jquant.folders import open_checkpoint, plan_folder, write_folder
+from jquant.folders import Checkpoint, FolderPlan, open_checkpoint, plan_folder, write_folder
 from jquant.io.samples import Samples
 from jquant.schemes import SCHEMES
 from jquant.transforms.feedback import factor, feedback
@@ -60,13 +61,17 @@ def test_groups_are_the_blocks_that_they_are_without_feedback():
     )
 
 
+def planned(folder: Path, name: str, scheme: str, samples: int) -> tuple[Checkpoint, Samples, FolderPlan]:
+    write_tiny(folder, name, **WIDE)
+    checkpoint = open_checkpoint(folder)
+    text = load_samples(checkpoint.model, TEXT, samples=samples, sequence_length=64)
+    return checkpoint, text, plan_folder(checkpoint, SCHEMES[scheme])
+
+
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Phi3ForCausalLM", "MixtralForCausalLM"])
 def test_the_folder_has_what_the_blocks_were_given(tmp_path, name):
     """Rows in the checkpoint's order, experts apart: read back by NumPy, then as the GGUF view has them."""
-    write_tiny(tmp_path / "model", name, **WIDE)
-    checkpoint = open_checkpoint(tmp_path / "model")
-    samples = load_samples(checkpoint.model, TEXT, samples=6, sequence_length=64)
-    plan = plan_folder(checkpoint, SCHEMES["W4A16"])
+    checkpoint, samples, plan = planned(tmp_path / "model", name, "W4A16", samples=6)
     fed = list(feed_back(checkpoint, plan, Feedback(samples)))
     assert sorted(one.name for one in fed) == sorted(plan.quantized)
     written = write_folder(checkpoint, plan, tmp_path / "out", fed=fed)
@@ -100,28 +105,15 @@ def test_the_command_says_how_far_the_output_of_each_layer_is(tmp_path, scheme):
     assert open_model(tmp_path / "out").source.specs
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM"])
+@pytest.mark.parametrize(
+    "name", ["LlamaForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM", "Qwen2MoeForCausalLM"]
+)
 def test_smoothed_weights_are_fed_back_to_a_model_nearer_the_original(tmp_path, name):
-    write_tiny(tmp_path / "model", name, **WIDE)
-    checkpoint = open_checkpoint(tmp_path / "model")
-    samples = load_samples(checkpoint.model, TEXT, samples=16, sequence_length=64)
-    plan = plan_folder(checkpoint, SCHEMES["W8A8"])
+    checkpoint, samples, plan = planned(tmp_path / "model", name, "W8A8", samples=16)
     made = smooth_model(checkpoint, plan, samples, 0.5)
     fed = feed_back(checkpoint, plan, Feedback(samples), made.factors)
     write_folder(checkpoint, plan, tmp_path / "fed", factors=made.factors, fed=fed)
     write_folder(checkpoint, plan, tmp_path / "plain", factors=made.factors, importance=made.importance)
-    wanted, *found = (weights_alone(tmp_path / which, samples) for which in ("model", "fed", "plain"))
-    near, far = (float(np.mean(np.square(logits - wanted))) for logits in found)
+    wanted, *found = (logits(opened(tmp_path / which), samples.tokens) for which in ("model", "fed", "plain"))
+    near, far = (float(np.mean(np.square(one - wanted))) for one in found)
     assert 0 < near < 0.8 * far
-
-
-def weights_alone(folder: Path, samples: Samples) -> np.ndarray:
-    """Logits of a folder's weights; inputs are not rounded."""
-    model = open_model(folder)
-    decoder = models.decoder(Weights(model.source), model.metadata)
-    x = jnp.asarray(decoder.embed(samples.tokens))
-    for i, block in enumerate(decoder.blocks):
-        x = models.run_block(
-            block, decoder.load_block(i), x, jnp.asarray(decoder.angles(i, samples.tokens.shape[1]))
-        )
-    return np.asarray(decoder.logits(x))

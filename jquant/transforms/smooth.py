@@ -174,7 +174,13 @@ def smoothed(
     block: Heads, params: Mapping[str, Mapping[str, Array]], scales: Mapping[str, Array]
 ) -> dict[str, dict[str, Array]]:
     """Parameters of a block that computes the same with other weights."""
-    factors = factors_of(block, scales)
+    return with_factors(params, factors_of(block, scales))
+
+
+def with_factors(
+    params: Mapping[str, Mapping[str, Array]], factors: Mapping[str, Factors]
+) -> dict[str, dict[str, Array]]:
+    """Parameters of a block, multiplied. factors: by the name of the tensor."""
     return {
         module: {
             kind: multiplied(value, factors.get(module, Factors()), vector="norm" in module or kind == "bias")
