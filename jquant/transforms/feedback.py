@@ -152,36 +152,22 @@ def _best_block(part: _Block, target: Array, format: Format) -> tuple[Array, PyT
 
 
 def _code(part: _Block, target: Array, importance: Array, scales: PyTree, format: Format) -> _Coded:
-    """The codes of a block for given scales, a stretch of it after the other."""
+    """The codes of a block for given scales, group by group, in stretches where the block is long."""
     B, G = format.block_size, format.group_size
-    S = _stretch(B, G)
 
-    def code(start: Array | int, own: _Block, target: Array, importance: Array) -> tuple[Array, Array, Array]:
-        return _code_stretch(own, target, importance, lambda at: _part_of(scales, start + at, G, B), format)
+    def group(start: Array, own: _Block, z: Array, w: Array) -> tuple[Array, Array, Array]:
+        used = _part_of(scales, start, G, B)
+        q = format.reconstruct(format.assign(z, w, used), used)  # pyright: ignore[reportOptionalCall]
+        off = z - q
+        return jnp.sum(off * jnp.matmul(own.D[0], off, precision=PRECISION), axis=0), q, z
 
-    if S == B:
-        return _Coded(*code(0, part, target, importance), scales)
-    zeros = jnp.zeros_like(target)
+    def stretch(start: Array | int, own: _Block, z: Array, w: Array) -> tuple[Array, Array, Array]:
+        return _in_turn(own, z, w, G, lambda at, *given: group(start + at, *given))
 
-    def step(i: Array, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        loss, coded, targets, target = carry
-        start = i * S
-        z, w, x, U = (
-            lax.dynamic_slice_in_dim(a, start, S) for a in (target, importance, part.weights, part.U)
-        )
-        D = lax.dynamic_slice_in_dim(part.D, start // G, S // G)
-        least, q, z = code(start, _Block(x, lax.dynamic_slice_in_dim(U, start, S, axis=1), D), z, w)
-        return (
-            loss + least,
-            lax.dynamic_update_slice_in_dim(coded, q, start, 0),
-            lax.dynamic_update_slice_in_dim(targets, z, start, 0),
-            target + jnp.matmul(U.T, x - q, precision=PRECISION),
-        )
-
-    loss, coded, targets, _ = lax.fori_loop(
-        0, B // S, step, (jnp.zeros_like(target[0]), zeros, zeros, target)
-    )
-    return _Coded(loss, coded, targets, scales)
+    size = _stretch(B, G)
+    if size == B:
+        return _Coded(*stretch(0, part, target, importance), scales)
+    return _Coded(*_in_turn(part, target, importance, size, stretch), scales)
 
 
 def _stretch(block: int, group: int) -> int:
@@ -190,33 +176,35 @@ def _stretch(block: int, group: int) -> int:
     return max(size for size in range(group, min(block, STRETCH) + 1, group) if block % size == 0)
 
 
-def _code_stretch(
-    part: _Block, target: Array, importance: Array, scales: Callable[[Array], PyTree], format: Format
+def _in_turn(
+    part: _Block,
+    target: Array,
+    importance: Array,
+    size: int,
+    code: Callable[[Array, _Block, Array, Array], tuple[Array, Array, Array]],
 ) -> tuple[Array, Array, Array]:
-    """(loss, coded, targets) group by group. scales: of the group that starts here."""
-    G = format.group_size
-    zeros = jnp.zeros_like(target)
+    """(loss, coded, targets) of so many columns after the others, what each lost fed on. code: the same of
+    the columns from a start, given their part, target and importance."""
+    zeros, groups = jnp.zeros_like(target), size // part.D.shape[-1]
 
     def step(i: Array, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         loss, coded, targets, target = carry
-        start = i * G
-        z, w, x = (lax.dynamic_slice_in_dim(a, start, G) for a in (target, importance, part.weights))
-        D = lax.dynamic_index_in_dim(part.D, i, keepdims=False)
-        own = scales(start)
-        q = format.reconstruct(format.assign(z, w, own), own)  # pyright: ignore[reportOptionalCall]
-        off = z - q
-        least = jnp.sum(off * jnp.matmul(D, off, precision=PRECISION), axis=0)
-        U = lax.dynamic_slice_in_dim(part.U, start, G)
-        target = target + jnp.matmul(U.T, x - q, precision=PRECISION)
+        start = i * size
+        z, w, x, U = (
+            lax.dynamic_slice_in_dim(a, start, size) for a in (target, importance, part.weights, part.U)
+        )
+        D = lax.dynamic_slice_in_dim(part.D, i * groups, groups)
+        own = _Block(x, lax.dynamic_slice_in_dim(U, start, size, axis=1), D)
+        least, q, z = code(start, own, z, w)
         return (
             loss + least,
             lax.dynamic_update_slice_in_dim(coded, q, start, 0),
             lax.dynamic_update_slice_in_dim(targets, z, start, 0),
-            target,
+            target + jnp.matmul(U.T, x - q, precision=PRECISION),
         )
 
     start = jnp.zeros_like(target[0]), zeros, zeros, target
-    return lax.fori_loop(0, len(target) // G, step, start)[:3]
+    return lax.fori_loop(0, len(target) // size, step, start)[:3]
 
 
 def _part_of(scales: PyTree, start: Array, size: int, block: int) -> PyTree:
