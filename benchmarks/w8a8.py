@@ -104,7 +104,8 @@ def main() -> None:
             print(f"searched in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
         files = {model: "original"}
         if args.feedback:
-            made[f"{list(made)[-1]}{FED}"] = list(made.values())[-1]
+            name, found = list(made.items())[-1]
+            made[f"{name}{FED}"] = found
         for name, found in made.items():
             out, stored = Path(folder, name), None if found is None else as_stored(checkpoint, found)
             factors = None if stored is None else smoothing.factors(decoder, stored)

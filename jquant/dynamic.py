@@ -102,7 +102,7 @@ def tensor_weights(
         if weighting == "outputs":
             record.add_weights(output_weights(decoder, tokens, importance, weights, progress=progress))
         elif weighting == "measured":
-            known = dict(record.weights)
+            known = record.weights
             for wave in measured_weights(decoder, tokens, importance, known=known, progress=progress):
                 record.add_weights(wave)
         else:

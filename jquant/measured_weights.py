@@ -19,11 +19,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.between import IN_MEMORY
-from jquant.models import Decoder, matrices, run_block
-from jquant.sensitivity import local_squares, relative_error
+from jquant.models import Decoder, run_block
+from jquant.sensitivity import disturbed
 
-# Of the size of the weights around: a relative error of 1%, as of 4 bits.
-NOISE = 0.1
 STRIDE = 4  # of so many tokens one is asked for the next: neighbours tell much the same
 
 
@@ -46,27 +44,22 @@ def measured_weights(
     done, total = 0, sum(count - start for start in range(0, count, step))
 
     for start in range(0, count, step):
-        after, disturbed, errors = x, dict[str, np.ndarray](), dict[str, float]()
+        after, changed, errors = x, dict[str, np.ndarray](), dict[str, float]()
         for i in range(start, count):
+            if i >= start + step and not changed:
+                break  # all of this wave is known
             params, angles = model.load_block(i), jnp.asarray(model.angles(i, tokens.shape[1]))
             through = partial(_through, partial(run_block, model.blocks[i], angles=angles))
-            disturbed = {name: through(params, y) for name, y in disturbed.items()}
-            for number, (name, values) in enumerate(matrices(params).items() if i < start + step else ()):
-                full = f"blk.{i}.{name}.weight"
-                if full in known:
-                    continue
-                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), number)
-                weight = np.asarray(values)
-                squares = local_squares(weight)
-                noise = NOISE * jax.random.normal(key, weight.shape) * np.sqrt(squares)
-                errors[full] = NOISE**2 * relative_error(squares, weight, importance.get(full))
-                disturbed[full] = through({**params, name: {**params[name], "weight": values + noise}}, after)
+            changed = {name: through(params, y) for name, y in changed.items()}
+            if i < start + step:
+                for name, noisy, error in disturbed(params, i, importance, known=known, seed=seed):
+                    changed[name], errors[name] = through(noisy, after), error
             after = through(params, after)
             if i + 1 == start + step:
                 x = after
             done += 1
             progress(done, total)
-        divergences = _divergences(model, after, disturbed)
+        divergences = _divergences(model, after, changed) if changed else {}
         yield {name: d / errors[name] if errors[name] > 0 else 0.0 for name, d in divergences.items()}
 
 
@@ -75,12 +68,12 @@ def _through(run: Callable[..., Array], params: Mapping, x: np.ndarray) -> np.nd
     return np.concatenate([run(params, x[k : k + 1]) for k in range(len(x))])
 
 
-def _divergences(model: Decoder, x: np.ndarray, disturbed: Mapping[str, np.ndarray]) -> dict[str, float]:
+def _divergences(model: Decoder, x: np.ndarray, changed: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Mean KL divergence of the predictions from what they are after x."""
-    found = dict.fromkeys(disturbed, 0.0)
+    found = dict.fromkeys(changed, 0.0)
     for k in range(len(x)):
         logits = model.logits(jnp.asarray(x[k : k + 1, ::STRIDE]))
-        for name, y in disturbed.items():
+        for name, y in changed.items():
             found[name] += float(_divergence(logits, model.logits(jnp.asarray(y[k : k + 1, ::STRIDE]))))
     return {name: value / len(x) for name, value in found.items()}
 

@@ -17,11 +17,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from jquant.models import Decoder, matrices, run_block
-from jquant.sensitivity import local_squares, relative_error
-
-# Of the size of the weights around: a relative error of 1%, as of 4 bits, where changes are still linear.
-NOISE = 0.1
+from jquant.models import Decoder, run_block
+from jquant.sensitivity import disturbed
 
 
 def output_weights(
@@ -44,15 +41,9 @@ def output_weights(
         params, angles = model.load_block(i), jnp.asarray(model.angles(i, tokens.shape[1]))
         run = partial(run_block, block, angles=angles)
         y = np.concatenate([run(params, x=x[k : k + 1]) for k in range(len(x))])
-        for number, (name, values) in enumerate(matrices(params).items()):
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), number)
-            weight, full = np.asarray(values), f"blk.{i}.{name}.weight"
-            squares = local_squares(weight)
-            noise = NOISE * jax.random.normal(key, weight.shape) * np.sqrt(squares)
-            noisy = {**params, name: {**params[name], "weight": values + noise}}
+        for name, noisy, error in disturbed(params, i, importance, seed=seed):
             changes = [_change(run(noisy, x=x[k : k + 1]), y[k : k + 1]) for k in range(len(x))]
-            error = NOISE**2 * relative_error(squares, weight, importance.get(full))
-            found[full] = float(np.mean(changes)) / error if error > 0 else 0.0
+            found[name] = float(np.mean(changes)) / error if error > 0 else 0.0
         x = y
         progress(i + 1, count)
     total = sum(found.values())

@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -38,12 +38,14 @@ from jaxtyping import Float, Int, UInt8
 from jquant.between import Scratch
 from jquant.core import Block, Format, Source, UserError
 from jquant.formats import FORMATS
-from jquant.models import Decoder, matrices, run_block
+from jquant.models import Decoder, Parameters, matrices, run_block
 from jquant.transcode import FLOAT_DTYPES, transcode
 
 Errors = Mapping[str, Mapping[str, float]]  # tensor → type → relative error
 Damages = Mapping[str, Mapping[str, float]]  # tensor → type → nats a token
 
+# Of the size of the weights around: a relative error of 1%, as of 4 bits, where changes are still linear.
+NOISE = 0.1
 SAMPLE = 4096  # weights of a tensor that are encoded: 16 superblocks
 _ROW = 256  # sampled weights are encoded in rows of this length, which all blocks divide
 _SLAB = 1024  # such rows at a time
@@ -282,6 +284,30 @@ def relative_error(e2: np.ndarray, x: np.ndarray, importance: np.ndarray | None)
     w = w[:, None] if x.ndim > 2 else w
     total = float((w * x * x).sum(dtype=np.float64))
     return float((w * e2).sum(dtype=np.float64)) / max(total, 1e-30)
+
+
+def disturbed(
+    params: Parameters,
+    block: int,
+    importance: Mapping[str, Float[np.ndarray, "matrices cols"]],
+    *,
+    known: Collection[str] = (),
+    seed: int = 0,
+) -> Iterator[tuple[str, Parameters, float]]:
+    """A block with one of its matrices changed as a quantizer would change it, by NOISE, for each of them.
+
+    Gives the matrix's GGUF name, the parameters, and the relative error. known: matrices to leave out.
+    """
+    for number, (name, values) in enumerate(matrices(params).items()):
+        full = f"blk.{block}.{name}.weight"
+        if full in known:
+            continue
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), block), number)
+        weight = np.asarray(values)
+        squares = local_squares(weight)
+        noise = NOISE * jax.random.normal(key, weight.shape) * np.sqrt(squares)
+        noisy = {**params, name: {**params[name], "weight": values + noise}}
+        yield full, noisy, NOISE**2 * relative_error(squares, weight, importance.get(full))
 
 
 def damages(errors: Errors, weights: Mapping[str, float]) -> dict[str, dict[str, float]]:
