@@ -67,11 +67,6 @@ def test_experts_that_saw_too_little_are_named(tmp_path, folder):
     assert any(f"{name}: {experts}" in done.stderr for name, experts in starved.items())
 
 
-def test_a_folder_of_int8_has_no_feedback(tmp_path, folder):
-    done = quantize(folder, tmp_path / "out", "--feedback", "--type", "W8A8", code=2)
-    assert "--feedback" in done.output
-
-
 def test_a_text_that_is_not_there_is_said_before_anything_is_written(tmp_path, folder):
     command = ["quantize", str(folder / "model"), str(tmp_path / "out.gguf"), "--feedback", "-c"]
     done = CliRunner().invoke(app, [*command, str(tmp_path / "absent.txt")])
