@@ -29,6 +29,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import gguf
+import gguf.quants
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,21 +83,17 @@ def relative_errors(
     done = 0
     for stored, same in itertools.groupby(todo, key=lambda n: source.specs[n].type):
         for names in _batches(list(same)):
-            samples = [_sample(source, name, importance.get(name)) for name in names]
-            data, x, w = (np.concatenate([sample[i] for sample in samples]) for i in range(3))
-            ends = np.cumsum([len(sample.x) for sample in samples])
+            samples = {name: _sample(source, name, importance.get(name)) for name in names}
+            needed = {t: [n for n in names if t in missing[n]] for name in names for t in missing[name]}
 
-            def losses(type: str, data=data, x=x, w=w, stored=stored) -> np.ndarray:
-                return _losses(FORMATS[stored], FORMATS[type], data, x, w, weighted=bool(importance))
+            def measure(type: str, of=samples, needed=needed, stored=stored) -> list[float]:
+                wanted = [of[name] for name in needed[type]]
+                return _errors(FORMATS[stored], FORMATS[type], wanted, weighted=bool(importance))
 
-            needed = sorted({t for name in names for t in missing[name]})
             with ThreadPoolExecutor(threads, thread_name_prefix="jquant") as pool:  # compiles side by side
-                by_type = dict(zip(needed, pool.map(losses, needed), strict=True))
-            for type, loss in by_type.items():
-                for name, begin, end in zip(names, [0, *ends], ends, strict=False):
-                    total = float((w[begin:end] * x[begin:end] ** 2).sum(dtype=np.float64))
-                    if type in missing[name]:
-                        out[name][type] = float(loss[begin:end].sum()) / total if total > 0 else 0.0
+                for type, errors in zip(needed, pool.map(measure, needed), strict=True):
+                    for name, error in zip(needed[type], errors, strict=True):
+                        out[name][type] = error
             for name in names:
                 found(name, {t: out[name][t] for t in missing[name]})
             done += len(names)
@@ -162,15 +160,21 @@ def _sample(source: Source, name: str, importance: np.ndarray | None) -> _Sample
 def _decoded(data: np.ndarray, format: Format) -> Float[np.ndarray, "n 256"]:
     if format.name in FLOAT_DTYPES:
         return data.view(FLOAT_DTYPES[format.name]).astype(np.float32)
-    return transcode(data, format, FORMATS["F32"]).data.view(np.float32)
+    try:  # in NumPy, since samples are decoded sooner than code for it is compiled
+        return gguf.quants.dequantize(data, gguf.GGMLQuantizationType(format.ggml_type))
+    except (ValueError, NotImplementedError):  # of a type that this gguf does not know
+        return transcode(data, format, FORMATS["F32"]).data.view(np.float32)
 
 
-def _losses(
-    stored: Format, target: Format, data: np.ndarray, x: np.ndarray, w: np.ndarray, *, weighted: bool
-) -> Float[np.ndarray, " n"]:
-    """Σ w (x − x̂)² of each row, float64. Encodes as the pipeline does, with the same compiled code."""
+def _errors(stored: Format, target: Format, samples: Sequence[_Sample], *, weighted: bool) -> list[float]:
+    """Σ w (x − x̂)² / Σ w x² of each sample. Encodes as the pipeline does, with the same compiled code."""
+    data, x, w = (np.concatenate(parts) for parts in zip(*samples, strict=True))
     encoded = transcode(data, stored, target, w if weighted else None).data
-    return (w * (_decoded(encoded, target) - x).astype(np.float64) ** 2).sum(-1)
+    loss = (w * (_decoded(encoded, target) - x).astype(np.float64) ** 2).sum(-1)
+    total = (w * x.astype(np.float64) ** 2).sum(-1)
+    starts = np.cumsum([0, *(len(sample.x) for sample in samples[:-1])])
+    of, whole = np.add.reduceat(loss, starts), np.add.reduceat(total, starts)
+    return [float(a / b) if b > 0 else 0.0 for a, b in zip(of, whole, strict=True)]
 
 
 def gradient_weights(

@@ -2,12 +2,13 @@
 
 At the price λ of a size, tensor n costs its damage + λ bytes in the best of its types; the sum over tensors
 bounds the damage of any plan of that size. Types are given up one by one, that whose loss raises the bound
-least first, until it has risen by LOSS. Pure.
+least first, until it has risen by LOSS. Of the types left, a tensor keeps those that are its best at some
+damage within REACH of what is expected. Pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -15,7 +16,9 @@ from jquant.core import TensorSpec, bits_per_weight
 from jquant.plan.targets import Candidates, padded_bytes
 
 LOSS = 0.002  # of the whole damage
+REACH = 8.0  # times: more than a search multiplies weights by, and measured errors are off
 _SPREAD = (0.4, 0.6, 1.0, 1.6, 2.5)  # what is measured of tensors lies around what is expected
+_FACTORS = np.geomspace(1 / REACH, REACH, 13)
 _DEAR = 1.0  # nats a byte: more than any damage is worth, where only the smallest types fit
 
 
@@ -38,7 +41,8 @@ def shortlist(
             column = types.index(type)
             damage[row, column] = damages[name][type]
             cost[row, column] = price * padded_bytes(specs[name], type)
-    damage = np.concatenate([damage * factor for factor in _SPREAD])
+    expected = damage
+    damage = np.concatenate([expected * factor for factor in _SPREAD])
     total = damage + np.concatenate([cost] * len(_SPREAD))
     best = total.argmin(1)
     allowed = LOSS * damage[np.arange(len(best)), best].sum() + total.min(1).sum()
@@ -49,9 +53,12 @@ def shortlist(
         if not rise[gone] <= allowed:
             break
         left.remove(gone)
-    kept = {types[i] for i in left}
-    return Candidates(_only(found.within, kept), found.without)
-
-
-def _only(within: Mapping[str, Sequence[str]], kept: set[str]) -> dict[str, tuple[str, ...]]:
-    return {name: tuple(type for type in of if type in kept) for name, of in within.items()}
+    reached = np.zeros(expected.shape, bool)
+    for factor in _FACTORS:
+        best = (expected[:, left] * factor + cost[:, left]).argmin(1)
+        reached[np.arange(len(best)), np.take(left, best)] = True
+    within = {
+        name: tuple(type for type in of if reached[row, types.index(type)])
+        for row, (name, of) in enumerate(found.within.items())
+    }
+    return Candidates(within, found.without)
