@@ -22,7 +22,7 @@ SYNC_BYTES = 256 << 20
 
 
 class Partial:
-    """What `GgufSink` and `GgufPart` do alike. Several processes may have the same files open, each with a
+    """What sinks and their parts do alike. Several processes may have the same files open, each with a
     journal of its own, and write disjoint tensors."""
 
     def __init__(self, shards: Sequence[Shard], layout: Sequence[TensorSpec], journal: Journal) -> None:

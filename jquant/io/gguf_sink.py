@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from jquant.core import Metadata, OutputError, TensorSpec
 from jquant.io._journal import Journal, Record
 from jquant.io._partial import Partial, reporting
+from jquant.io._parts import Part, adopt, open_journals
 from jquant.io._shards import Shard, shards
 
 
@@ -110,14 +111,8 @@ class GgufSink:
         return sorted(p for p in self.path.parent.iterdir() if pattern.fullmatch(p.name))
 
     def _parts(self) -> list[Journal]:
-        """These journals, open; OutputError where a part is still at work."""
-        with reporting(self.path), contextlib.ExitStack() as opened:
-            journals = []
-            for path in self._part_paths():
-                journals.append(Journal(path))
-                opened.callback(journals[-1].close, remove=False)
-            opened.pop_all()
-            return journals
+        with reporting(self.path):
+            return open_journals(self._part_paths())
 
     def adopt_parts(self) -> None:
         """Tensors that a `GgufPart` of this output has finished, in this run or an earlier one, are ours.
@@ -126,15 +121,7 @@ class GgufSink:
         """
         parts = self._parts()
         with reporting(self._journal.path):
-            for part in parts:
-                if part.record is not None and part.record.fingerprint == self._fingerprint:
-                    for name in part.record.names:
-                        self._journal.finish(name)
-                    self._partial.adopt(part.record.names)
-            if parts:
-                self._partial.sync()
-            for part in parts:
-                part.close(remove=True)
+            adopt(parts, self._fingerprint, self._journal, self._partial)
 
     def _check_absent(self, force: bool) -> None:
         for shard in self._shards:
@@ -247,12 +234,8 @@ class GgufSink:
         self.close()
 
 
-class GgufPart:
-    """What a process other than the first writes of the files of a `GgufSink`, in a folder that they share.
-
-    It commits nothing: process 0, once this is closed, calls `adopt_parts` and commits. A part that is killed
-    leaves its journal, from which the next run's sink takes what is whole, whatever its number of processes.
-    """
+class GgufPart(Part):
+    """What a process other than the first writes of the files of a `GgufSink`, in a folder they share."""
 
     def __init__(
         self,
@@ -265,56 +248,14 @@ class GgufPart:
         max_shard_bytes: int | None = None,
         fingerprint: str = "",
     ) -> None:
-        """Opens the partial files. All arguments are those of the sink, which is made before.
-
-        process: from 1. finished: what the sink found finished.
+        """process: from 1. finished: what the sink found finished. The others as of the sink, which is made
+        before.
 
         Raises OutputError where the files of the sink are not here.
         """
         files = shards(path, metadata, layout, max_shard_bytes)
-        journal_path = path.with_name(f"{path.name}.partial.{process}.jsonl")
-        with reporting(journal_path):
-            self._journal = Journal(journal_path)
-        self._partial = Partial(files, layout, self._journal)
-        self._partial.adopt(finished)
-        self._earlier = len(finished)
-        self._closed = False
-        try:
-            self._journal.begin(f"{fingerprint} {_digest(files)}", [])
-            self._partial.join()
-        except BaseException:
-            self.close()
-            raise
-
-    def write(self, name: str, start: int, rows: UInt8[np.ndarray, "k b"]) -> None:
-        """As `GgufSink.write`."""
-        self._partial.write(name, start, rows)
-
-    def finish(self, name: str) -> None:
-        """As `GgufSink.finish`."""
-        self._partial.finish(name)
-
-    def finished(self) -> tuple[str, ...]:
-        """As `GgufSink.finished`: what the sink found, then what this process wrote."""
-        return self._partial.finished()
-
-    def close(self) -> None:
-        """Bring what is written to the disk, for the sink to adopt."""
-        if self._closed:
-            return
-        self._closed = True
-        wrote = len(self.finished()) > self._earlier
-        if wrote:
-            with reporting(self._journal.path):
-                self._partial.sync()
-        self._partial.close()
-        self._journal.close(remove=not wrote)
-
-    def __enter__(self) -> GgufPart:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        journal = path.with_name(f"{path.name}.partial.{process}.jsonl")
+        super().__init__(journal, files, layout, f"{fingerprint} {_digest(files)}", finished)
 
 
 def _journal_path(path: Path) -> Path:
