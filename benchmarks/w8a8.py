@@ -29,7 +29,7 @@ from jquant.evaluate_report import record as figures
 from jquant.evaluate_report import table
 from jquant.fitting import Feedback
 from jquant.folder_feedback import feed_back
-from jquant.folders import as_stored, open_checkpoint, plan_folder, write_folder
+from jquant.folders import Ingredients, as_stored, open_checkpoint, plan_folder, write_folder
 from jquant.io.model_folder import files_beside
 from jquant.io.samples import Text
 from jquant.schemes import SCHEMES
@@ -113,9 +113,8 @@ def main() -> None:
                 checkpoint,
                 plan,
                 out,
-                factors=factors,
-                importance=smoothing.importance(decoder, stats, stored),
-                fed=feed_back(checkpoint, plan, Feedback(samples), factors) if name.endswith(FED) else (),
+                Ingredients(factors or {}, smoothing.importance(decoder, stats, stored)),
+                fed=feed_back(checkpoint, plan, Feedback(samples), factors) if name.endswith(FED) else None,
             )
             files[out] = name
         text = Text(args.text.name, args.text.read_bytes())

@@ -24,7 +24,7 @@ _KNOWN = frozenset({
     "model", "out", "type", "keep", "alpha", "no_smooth", "imatrix", "analyze", "calibration", "samples",
     "sequence_length", "seed", "parse_special", "batch", "revision", "pre_tokenizer", "dry_run",
     "max_shard_size", "force", "json", "quiet", "threads", "feedback", "static_activations",
-    "target_error", "export_scales",
+    "target_error", "export_scales", "resume", "coordinator", "processes", "process",
 })
 # fmt: on
 
@@ -108,11 +108,15 @@ def quantize(
     pre_tokenizer: str | None,
     dry_run: bool,
     max_shard_bytes: int | None,
+    resume: bool,
     force: bool,
     json: bool,
     quiet: bool,
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
 ) -> None:
-    """What `jquant quantize` does for these types."""
+    """What `jquant quantize` does for these types, in one process or as one of several."""
     _refuse_others(context, type)
     type = type.upper()
     if type != "W8A8" and (alpha is not None or no_smooth):
@@ -128,13 +132,16 @@ def quantize(
         )
     start = time.monotonic()
     _runtime.start_jax()
+    reports = _runtime.join(coordinator, processes, process)
+    quiet = quiet or not reports
 
     from dataclasses import replace
 
+    from jquant import folder_hosts, folders, mesh
     from jquant.core import UserError
     from jquant.fitting import Feedback
     from jquant.folder_feedback import feed_back
-    from jquant.folders import open_checkpoint, plan_folder, write_folder
+    from jquant.folders import Ingredients, open_checkpoint, plan_folder
     from jquant.io import check_folder, check_target, hub
     from jquant.io import imatrix as imatrix_file
     from jquant.io import scales as scales_file
@@ -142,6 +149,7 @@ def quantize(
     from jquant.scale_export import scales_of
     from jquant.schemes import SCHEMES
     from jquant.smooth_report import smoothing_report, smoothing_table
+    from jquant.team import everyone
     from jquant.w8a8 import block_errors, measure_model, smooth_model
 
     if out is not None and not dry_run:
@@ -155,7 +163,8 @@ def quantize(
     if not quiet:
         _remark_groups(plan)
     if dry_run or out is None:
-        _show.result_json(_plan_report(checkpoint, plan)) if json else _show.result(_plan_table(plan))
+        if reports:
+            _show.result_json(_plan_report(checkpoint, plan)) if json else _show.result(_plan_table(plan))
         return
     data = calibrated = smoothing = None
     if analyze or smooths or feedback or static:
@@ -181,49 +190,58 @@ def quantize(
     elif static and data is not None:
         shown = _calibration.progress(data, quiet=quiet)
         calibrated = measure_model(checkpoint, plan, data, batch=batch, progress=shown)
-    fed = ()
+    made = Ingredients(
+        factors=calibrated.factors if calibrated else {},
+        importance=weights,
+        input_scales=(calibrated and calibrated.input_scales) or {},
+    )
+    made = everyone().first(made)  # machines may differ in a last bit, and norms and matrices must agree
+    fed = None
     if feedback and data is not None:
         shown = _calibration.progress(data, quiet=quiet)
-        factors = calibrated.factors if calibrated else None
-        fed = feed_back(checkpoint, plan, Feedback(data, batch=batch, progress=shown), factors)
+        fed = feed_back(
+            checkpoint, plan, Feedback(data, batch=batch, progress=shown), made.factors, everyone()
+        )
     total = sum(spec.nbytes for spec in checkpoint.source.specs.values())
+    write_folder = folder_hosts.write_folder if mesh.several() else folders.write_folder
     with ProgressBar(total, shown=not quiet) as progress:
         written = write_folder(
             checkpoint,
             plan,
             out,
-            factors=calibrated.factors if calibrated else None,
-            importance=weights,
-            input_scales=calibrated.input_scales if calibrated else None,
+            made,
             fed=fed,
             max_shard_bytes=max_shard_bytes,
+            resume=resume,
             force=force,
             progress=progress,
         )
-    if export_scales is not None:
-        found = scales_of(checkpoint, plan, out, calibrated)
-        scales_file.write(export_scales, found, {"scheme": plan.scheme.name, "model": model}, force=force)
     missed = _missed(out, smoothing, target_error) if smoothing and target_error is not None else ""
-    report = _plan_report(checkpoint, plan, written.errors) | {
-        "model": model,
-        "smoothing": smoothing_report(smoothing) if smoothing else None,
-        **(
-            {"target_error": {"target": target_error, "reached": not missed}}
-            if target_error is not None
-            else {}
-        ),
-        "files": [{"path": str(file), "bytes": file.stat().st_size} for file in written.files],
-        "seconds": round(time.monotonic() - start, 3),
-        "peak_memory_bytes": _runtime.peak_memory(),
-    }
-    if json:
-        _show.result_json(report)
-    else:
-        if smoothing and not quiet:
-            _show.remark(smoothing_table(smoothing))
-        _show.result(_summary(out, plan, report))
+    if reports:
+        if export_scales is not None:
+            found = scales_of(checkpoint, plan, out, calibrated)
+            scales_file.write(export_scales, found, {"scheme": plan.scheme.name, "model": model}, force=force)
+        report = _plan_report(checkpoint, plan, written.errors) | {
+            "model": model,
+            "smoothing": smoothing_report(smoothing) if smoothing else None,
+            **(
+                {"target_error": {"target": target_error, "reached": not missed}}
+                if target_error is not None
+                else {}
+            ),
+            "files": [{"path": str(file), "bytes": file.stat().st_size} for file in written.files],
+            "seconds": round(time.monotonic() - start, 3),
+            "peak_memory_bytes": _runtime.peak_memory(),
+        }
+        if json:
+            _show.result_json(report)
+        else:
+            if smoothing and not quiet:
+                _show.remark(smoothing_table(smoothing))
+            _show.result(_summary(out, plan, report))
+        if missed:
+            _show.remark(f"jquant: {missed}")
     if missed:
-        _show.remark(f"jquant: {missed}")
         raise typer.Exit(_errors.UNREACHED)
 
 
@@ -270,7 +288,7 @@ def _plan_report(
         "tensor_bytes": sum(spec.nbytes for spec in plan.layout),
         "types": [{"type": t, "tensors": n, "bytes": b} for t, n, b in by_type(plan.layout)],
         "tensors": [
-            {"name": name, "error": None if errors is None else errors[name]} for name in plan.quantized
+            {"name": name, "error": None if errors is None else errors.get(name)} for name in plan.quantized
         ],
     }
 
@@ -299,7 +317,8 @@ def _summary(out: Path, plan: FolderPlan, report: dict) -> str:
     from jquant.text import human_size
 
     size = sum(file["bytes"] for file in report["files"])
-    worst = max(report["tensors"], key=lambda t: t["error"], default=None)
+    known = [t for t in report["tensors"] if t["error"] is not None]  # of this run
+    worst = max(known, key=lambda t: t["error"], default=None)
     lines = [
         f"{out}",
         f"  {plan.scheme.name}, {human_size(size)}, "

@@ -268,9 +268,13 @@ def quantize(
             pre_tokenizer=pre_tokenizer,
             dry_run=dry_run,
             max_shard_bytes=shard_bytes,
+            resume=resume,
             force=force,
             json=json,
             quiet=quiet,
+            coordinator=coordinator,
+            processes=processes,
+            process=process,
         )
         return
     if keep:

@@ -251,22 +251,16 @@ def facts(
 ) -> dict[str, str]:
     """What the bytes depend on, by name: alike wherever copies of the same files are quantized alike."""
     kept = sorted((name, sorted(positions)) for name, positions in protected.items())
-    found = {
-        "jquant": version("jquant"),
-        "jax": f"{version('jax')} with jaxlib {version('jaxlib')} on {jax.default_backend()}",
-        "model": _digest(part for file in model.files for part in _ends(file)),
-        "plan": _digest([plan.to_json().encode()]),
-        "effort": effort,
-    }
+    found = {**common_facts(model), "plan": digest([plan.to_json().encode()]), "effort": effort}
     if kept:
-        found["protected weights"] = _digest([str(kept).encode()])
+        found["protected weights"] = digest([str(kept).encode()])
     if feedback is not None:
         arrays = feedback.samples.tokens.tobytes(), feedback.samples.lengths.tobytes()
-        found["feedback"] = _digest(
+        found["feedback"] = digest(
             [f"{feedback.settings} {feedback.batch} {feedback.tuning}\n".encode(), *arrays]
         )
     if imatrix is not None:
-        found["imatrix"] = _digest(
+        found["imatrix"] = digest(
             part
             for name, values in imatrix.entries.items()
             for part in (name.encode(), np.ascontiguousarray(values).tobytes())
@@ -274,10 +268,19 @@ def facts(
     return found
 
 
+def common_facts(model: Model) -> dict[str, str]:
+    """What any output of this model depends on."""
+    return {
+        "jquant": version("jquant"),
+        "jax": f"{version('jax')} with jaxlib {version('jaxlib')} on {jax.default_backend()}",
+        "model": digest(part for file in model.files for part in _ends(file)),
+    }
+
+
 def fingerprint(model: Model, facts: Mapping[str, str]) -> str:
     """Of these facts and the times of the model's files, to tell whether a run can continue another."""
     times = [file.stat().st_mtime_ns for file in model.files]
-    return _digest([json.dumps([dict(facts), times]).encode()])
+    return digest([json.dumps([dict(facts), times]).encode()])
 
 
 def _ends(file: AnyPath) -> Iterator[bytes]:
@@ -290,8 +293,9 @@ def _ends(file: AnyPath) -> Iterator[bytes]:
         yield opened.read(_END_BYTES)
 
 
-def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
+def digest(parts: Iterable[bytes]) -> str:
+    """SHA-256 of all of them."""
+    found = hashlib.sha256()
     for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+        found.update(part)
+    return found.hexdigest()

@@ -20,6 +20,8 @@ from jquant import models, sequential, smoothing
 from jquant.core import SCALE_DTYPES, Format, QuantizedTensor, ScaledFormat
 from jquant.fitting import Feedback
 from jquant.folders import Checkpoint, FedWeight, FolderPlan, stored_format
+from jquant.parallel import shares
+from jquant.team import ALONE, Team
 from jquant.transforms.smooth import Factors
 
 SCALE_BYTES = 4
@@ -30,8 +32,10 @@ def feed_back(
     plan: FolderPlan,
     feedback: Feedback,
     factors: Mapping[str, Factors] | None = None,
+    team: Team = ALONE,
 ) -> Iterator[FedWeight]:
-    """The weights that the plan quantizes, block by block. factors: of the smoothing before it."""
+    """The weights that the plan quantizes, block by block. factors: of the smoothing before it. team: each
+    learns from a part of the samples, and all get the same weights."""
     model, chosen = checkpoint.model, set(plan.quantized)
     decoder = smoothing.open_decoder(model)
     architecture = models.for_config(checkpoint.config)
@@ -42,13 +46,15 @@ def feed_back(
         if chosen.issuperset(weight.parts)
     }
     blocked = {name: by_groups(format, model.source.specs[name].cols) for name, format in formats.items()}
+    mine = shares(len(feedback.samples.tokens), team.me, team.count)
     blocks = sequential.feed_back(
         smoothing.Smoothed(decoder, factors) if factors else decoder,
-        feedback.samples.tokens,
+        feedback.samples.tokens[mine],
         blocked,
-        lengths=feedback.samples.lengths,
+        lengths=feedback.samples.lengths[mine],
         settings=feedback.settings,
         batch=feedback.batch,
+        team=team,
         progress=feedback.progress,
     )
     for block in blocks:

@@ -8,16 +8,17 @@ write_folder(checkpoint, plan, Path("smol-w8a8"))
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jquant import models, transposed
-from jquant.convert import Model, open_model, read_config
+from jquant.convert import Model, common_facts, digest, fingerprint, open_model, read_config
 from jquant.core import (
     OutputError,
     QuantizedTensor,
@@ -28,7 +29,7 @@ from jquant.core import (
     dequantize,
     quantize,
 )
-from jquant.io import ModelFolder, SafetensorsSource
+from jquant.io import FolderPart, ModelFolder, SafetensorsSource
 from jquant.io.model_folder import files_beside
 from jquant.models import Weight
 from jquant.schemes import METHODS, Scheme, config_of, fitting
@@ -40,6 +41,8 @@ from jquant.transforms.smooth import Factors
 _LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp)?)\.weight")
 # What else transformers builds as a linear layer.
 _OTHER_LINEAR = re.compile(r"output\.weight|blk\.\d+\.ffn_gate_inp(_shexp)?\.weight")
+
+_INPUT_SCALE = ".input_scale"
 
 Progress = Callable[[str, int], None]  # name of a tensor, bytes of it that are now done
 
@@ -61,9 +64,13 @@ class FolderPlan(NamedTuple):
     layout: tuple[TensorSpec, ...]
 
 
+Sink = ModelFolder | FolderPart
+
+
 class WrittenFolder(NamedTuple):
     files: list[Path]
-    errors: dict[str, float]  # Σ (x − x̂)² / Σ x² of each quantized weight; of one that was fed, its own
+    # Σ (x − x̂)² / Σ x² of each weight that this run quantized; of one that was fed, its own.
+    errors: dict[str, float]
 
 
 class FedWeight(NamedTuple):
@@ -146,67 +153,165 @@ def _made(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
     if format.per_code > 1:
         made.append(TensorSpec(f"{module}.weight_shape", (2,), "I64"))
     if scheme.static:
-        made.append(TensorSpec(f"{module}.input_scale", (1,), spec.type))
+        made.append(TensorSpec(module + _INPUT_SCALE, (1,), spec.type))
     return made
+
+
+class Ingredients(NamedTuple):
+    """What was measured on calibration text for the weights of a folder."""
+
+    # What smoothing multiplies tensors by, see `smoothing.factors`.
+    factors: Mapping[str, Factors] = {}
+    # Per GGUF tensor float32 [matrices, cols], where a stack of experts has one row for each.
+    importance: Mapping[str, np.ndarray] = {}
+    # Of a scheme with static scales, by GGUF tensor, see `input_scales`.
+    input_scales: Mapping[str, np.float32] = {}
+
+
+NOTHING = Ingredients()
 
 
 def write_folder(
     checkpoint: Checkpoint,
     plan: FolderPlan,
     out: Path,
+    made: Ingredients = NOTHING,
     *,
-    factors: Mapping[str, Factors] | None = None,
-    importance: Mapping[str, np.ndarray] | None = None,
-    input_scales: Mapping[str, np.float32] | None = None,
-    fed: Iterable[FedWeight] = (),
+    fed: Iterable[FedWeight] | None = None,
     max_shard_bytes: int | None = None,
+    resume: bool = False,
     force: bool = False,
     progress: Progress = lambda name, done: None,
 ) -> WrittenFolder:
     """Write the planned folder, a slab of rows at a time; it appears when it is complete.
 
-    factors: what smoothing multiplies tensors by, see `smoothing.factors`.
-    importance: per GGUF tensor float32 [matrices, cols], where a stack of experts has one row for each.
-    input_scales: of a scheme with static scales, by GGUF tensor, see `input_scales`.
-    fed: weights that are quantized already, see `folder_feedback`.
+    fed: weights that are quantized already, see `folder_feedback`. With `resume`, tensors that a killed run
+    of the same ingredients has finished are not written again, but for those that are fed.
     Raises OutputError where the folder cannot be written, UserError for weights that are no finite numbers.
     """
+    known = facts(checkpoint, plan, made, fed=fed is not None)
+    with open_sink(
+        checkpoint,
+        plan,
+        out,
+        max_shard_bytes=max_shard_bytes,
+        resume=resume,
+        fingerprint=fingerprint(checkpoint.model, known),
+        force=force,
+    ) as sink:
+        write_input_scales(checkpoint, made.input_scales, sink)
+        errors = write_fed(checkpoint, plan, fed or (), sink, progress)
+        rest = left(checkpoint, plan, sink.finished(), errors)
+        errors |= write_weights(checkpoint, plan, rest, sink, made, progress)
+        sink.commit()
+    return WrittenFolder(sorted(out.iterdir()), errors)
+
+
+def facts(checkpoint: Checkpoint, plan: FolderPlan, made: Ingredients, *, fed: bool) -> dict[str, str]:
+    """What the bytes depend on, by name, but for those that are fed, which are written anew by each run."""
+    told = (checkpoint.config, plan.scheme.name, plan.scheme.static, plan.quantized, plan.layout, fed)
+    leaves = jax.tree_util.tree_leaves_with_path(made)
+    arrays = (part for path, a in leaves for part in (str(path).encode(), np.asarray(a).tobytes()))
+    return {
+        **common_facts(checkpoint.model),
+        "plan": digest([str(told).encode()]),
+        "calibration": digest(arrays),
+    }
+
+
+def open_sink(
+    checkpoint: Checkpoint,
+    plan: FolderPlan,
+    out: Path,
+    *,
+    max_shard_bytes: int | None,
+    resume: bool,
+    fingerprint: str,
+    force: bool,
+) -> ModelFolder:
+    """The folder that the plan makes, to be written."""
     if out.exists() and out.samefile(checkpoint.folder):
         raise OutputError(f"{out}: is the model itself; give another name.")
-    config = {**checkpoint.config, "quantization_config": config_of(plan.scheme, plan.ignore)}
-    rows_of = _importance_by_part(checkpoint, importance or {})
-    by_part = factors_by_part(checkpoint, factors or {})
-    chosen, errors = set(plan.quantized), {}
-    sink = ModelFolder(
+    return ModelFolder(
         out,
-        config,
+        {**checkpoint.config, "quantization_config": config_of(plan.scheme, plan.ignore)},
         plan.layout,
         files_beside(checkpoint.folder),
         max_shard_bytes=max_shard_bytes,
+        resume=resume,
+        fingerprint=fingerprint,
         force=force,
     )
-    with sink:
-        for name, scale in (input_scales or {}).items():
-            for part in checkpoint.weights[name].parts:
+
+
+def left(
+    checkpoint: Checkpoint, plan: FolderPlan, finished: Iterable[str], fed: Collection[str]
+) -> list[TensorSpec]:
+    """Tensors of the checkpoint that are not fed, and of which not all is finished."""
+    done = set(finished)
+    specs = checkpoint.source.specs.values()
+    return [s for s in specs if s.name not in fed and not done.issuperset(_names(plan, s))]
+
+
+def _names(plan: FolderPlan, spec: TensorSpec) -> list[str]:
+    """Of the tensors that are written with one of the checkpoint: all that stand for it but input scales."""
+    if spec.name not in plan.quantized:
+        return [spec.name]
+    made = [one.name for one in _made(spec, plan.scheme)]
+    return [name for name in made if not name.endswith(_INPUT_SCALE)]
+
+
+def write_fed(
+    checkpoint: Checkpoint, plan: FolderPlan, fed: Iterable[FedWeight], sink: Sink, progress: Progress
+) -> dict[str, float]:
+    """Write weights that are quantized already, but for their input scales. Their errors, by name."""
+    errors = {}
+    for one in fed:
+        spec = checkpoint.source.specs[one.name]
+        _put(one.quantized, spec, plan.scheme, 0, spec.rows, sink)
+        for name in _names(plan, spec):
+            sink.finish(name)
+        errors[one.name] = one.error
+        progress(spec.name, spec.nbytes)
+    return errors
+
+
+def write_weights(
+    checkpoint: Checkpoint,
+    plan: FolderPlan,
+    specs: Iterable[TensorSpec],
+    sink: Sink,
+    made: Ingredients,
+    progress: Progress,
+) -> dict[str, float]:
+    """Write these tensors of the checkpoint. Errors of the quantized ones, by name."""
+    rows_of = _importance_by_part(checkpoint, made.importance)
+    by_part = factors_by_part(checkpoint, made.factors)
+    chosen, errors = set(plan.quantized), {}
+    for spec in specs:
+        factors = by_part.get(spec.name)
+        if spec.name in chosen:
+            w = rows_of.get(spec.name)
+            errors[spec.name] = _write_quantized(
+                checkpoint.source, spec, plan.scheme, w, factors, sink, progress
+            )
+        else:
+            _write(checkpoint.source, spec, factors, sink, progress)
+        for name in _names(plan, spec):
+            sink.finish(name)
+    return errors
+
+
+def write_input_scales(checkpoint: Checkpoint, scales: Mapping[str, np.float32], sink: Sink) -> None:
+    """Write the static scales that are not yet there."""
+    finished = set(sink.finished())
+    for tensor, scale in scales.items():
+        for part in checkpoint.weights[tensor].parts:
+            name = part.removesuffix(".weight") + _INPUT_SCALE
+            if name not in finished:
                 stored = np.array([[scale]], FLOAT_DTYPES[checkpoint.source.specs[part].type])
-                sink.write(f"{part.removesuffix('.weight')}.input_scale", 0, stored.view(np.uint8))
-        for one in fed:
-            spec = checkpoint.source.specs[one.name]
-            _put(one.quantized, spec, plan.scheme, 0, spec.rows, sink)
-            errors[one.name] = one.error
-            progress(spec.name, spec.nbytes)
-        for spec in checkpoint.source.specs.values():
-            if spec.name in errors:
-                continue
-            if spec.name in chosen:
-                w, f = rows_of.get(spec.name), by_part.get(spec.name)
-                errors[spec.name] = _write_quantized(
-                    checkpoint.source, spec, plan.scheme, w, f, sink, progress
-                )
-            else:
-                _write(checkpoint.source, spec, by_part.get(spec.name), sink, progress)
-        sink.commit()
-    return WrittenFolder(sorted(out.iterdir()), errors)
+                sink.write(name, 0, stored.view(np.uint8))
+                sink.finish(name)
 
 
 def _importance_by_part(
@@ -277,7 +382,7 @@ def as_stored(checkpoint: Checkpoint, smoothing: Smoothing) -> Smoothing:
 
 
 def _write(
-    source: Source, spec: TensorSpec, factors: PartFactors | None, sink: ModelFolder, progress: Progress
+    source: Source, spec: TensorSpec, factors: PartFactors | None, sink: Sink, progress: Progress
 ) -> None:
     for start, stop in _slabs(spec):
         data = source.read(spec.name, start, stop)
@@ -294,7 +399,7 @@ def _write_quantized(
     scheme: Scheme,
     importance: np.ndarray | None,
     factors: PartFactors | None,
-    sink: ModelFolder,
+    sink: Sink,
     progress: Progress,
 ) -> float:
     format, held = stored_format(scheme, spec), list[QuantizedTensor]()
@@ -332,9 +437,7 @@ def stored_format(scheme: Scheme, spec: TensorSpec) -> ScaledFormat:
     return replace(scheme.weights, scale_type=spec.type if scheme.transposed is None else "F16")
 
 
-def _put(
-    q: QuantizedTensor, spec: TensorSpec, scheme: Scheme, start: int, count: int, sink: ModelFolder
-) -> None:
+def _put(q: QuantizedTensor, spec: TensorSpec, scheme: Scheme, start: int, count: int, sink: Sink) -> None:
     """The first `count` rows of q, which are the weight's from `start`; with the last ones its shape."""
     module = spec.name.removesuffix(".weight")
     if scheme.transposed is not None:

@@ -329,7 +329,7 @@ def _back_through_block(
     batch: int,
 ) -> dict[str, Stats]:
     """Gradients `behind` block i, all samples, into `before` it where wanted; the block's statistics."""
-    block, host = model.blocks[i], jax.devices("cpu")[0]
+    block, host = model.blocks[i], jax.local_devices(backend="cpu")[0]
     params, angles = model.load_block(i), jnp.asarray(model.angles(i, x.shape[1]))
     stats = empty = init_all(block, lambda shape: calibrator.init(shape[-2], shape[-1]))
     step = partial(_step, block, calibrator, params)

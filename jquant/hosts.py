@@ -29,15 +29,15 @@ from jquant.team import everyone
 
 # Per weight, relative to a copy. Measured on one core, in ns a weight: copies and casts 0.5 to 3, searches of
 # scales 10 to 40, of codebooks 20 to 80.
-_COPIED, _SEARCHED, _CODEBOOK = 1, 20, 40
+COPIED, SEARCHED, CODEBOOK = 1, 20, 40
 
 
 def cost(entry: Entry) -> int:
     """What it takes to make a tensor, in weights that are merely copied."""
     format = FORMATS[entry.type]
     if entry.type == entry.source_type or format.block_size == 1:
-        return _COPIED * entry.size
-    return entry.size * (_CODEBOOK if format.group_size > 1 else _SEARCHED)
+        return COPIED * entry.size
+    return entry.size * (CODEBOOK if format.group_size > 1 else SEARCHED)
 
 
 def spread(costs: Sequence[int], shares: int) -> list[list[int]]:

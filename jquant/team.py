@@ -48,6 +48,19 @@ class Team:
             out = _sum(mesh)(jax.tree.map(put, tree))
             return jax.block_until_ready(jax.tree.map(lambda a: a.addressable_data(0), out))
 
+    def first(self, tree: PyTree) -> PyTree:
+        """The arrays of the first process, float32, in all of them; shapes are the same. As `sum`."""
+        if self.count == 1:
+            return tree
+        leaves, structure = jax.tree.flatten(tree)
+        if not leaves:
+            return tree
+        flat = np.concatenate([np.ravel(np.asarray(leaf, np.float32)) for leaf in leaves])
+        flat = np.asarray(self.sum(flat if self.me == 0 else np.zeros_like(flat)))
+        ends = np.cumsum([np.size(leaf) for leaf in leaves])
+        parts = [a.reshape(np.shape(leaf)) for a, leaf in zip(np.split(flat, ends[:-1]), leaves, strict=True)]
+        return jax.tree.unflatten(structure, parts)
+
     @property
     def part(self) -> slice:
         """Of a list of tasks, this process's."""

@@ -19,7 +19,7 @@ from jquant.analyze import load_samples
 from jquant.convert import open_model
 from jquant.fitting import Feedback
 from jquant.folder_feedback import by_groups, feed_back
-from jquant.folders import Checkpoint, FolderPlan, open_checkpoint, plan_folder, write_folder
+from jquant.folders import Checkpoint, FolderPlan, Ingredients, open_checkpoint, plan_folder, write_folder
 from jquant.io.samples import Samples
 from jquant.schemes import SCHEMES
 from jquant.transforms.feedback import factor, feedback
@@ -112,8 +112,8 @@ def test_smoothed_weights_are_fed_back_to_a_model_nearer_the_original(tmp_path, 
     checkpoint, samples, plan = planned(tmp_path / "model", name, "W8A8", samples=16)
     made = smooth_model(checkpoint, plan, samples, 0.5)
     fed = feed_back(checkpoint, plan, Feedback(samples), made.factors)
-    write_folder(checkpoint, plan, tmp_path / "fed", factors=made.factors, fed=fed)
-    write_folder(checkpoint, plan, tmp_path / "plain", factors=made.factors, importance=made.importance)
+    write_folder(checkpoint, plan, tmp_path / "fed", Ingredients(made.factors), fed=fed)
+    write_folder(checkpoint, plan, tmp_path / "plain", Ingredients(made.factors, made.importance))
     wanted, *found = (logits(opened(tmp_path / which), samples.tokens) for which in ("model", "fed", "plain"))
     near, far = (float(np.mean(np.square(one - wanted))) for one in found)
     assert 0 < near < 0.8 * far

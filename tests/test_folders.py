@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import forward
@@ -19,8 +20,12 @@ from tiny_models import DTYPES, open_tiny, write_tiny
 from typer.testing import CliRunner
 
 from jquant import SCALED_FORMATS, QuantizedTensor, dequantize, quantize
+from jquant.core import OutputError
 from jquant.engines import FlaxEngine
+from jquant.folders import Ingredients, open_checkpoint, plan_folder, write_folder
 from jquant.models import ARCHITECTURES
+from jquant.schemes import SCHEMES
+from jquant.transforms.smooth import Factors
 from jquant_cli.main import app
 
 FORMATS = {"W8A8": "INT8", "FP8": "FP8", "W4A16": "INT4"}
@@ -264,6 +269,47 @@ def test_what_a_killed_run_left_is_cleared_and_what_is_not_ours_is_not(model, tm
     (partial / "model.safetensors").write_text("half of it")
     run(model, tmp_path / "out", "--type", "W8A8", "-q")
     assert not partial.exists()
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16", "GPTQ"])
+def test_a_killed_run_goes_on_to_the_same_folder(model, tmp_path, monkeypatch, scheme):
+    checkpoint = open_checkpoint(model)
+    plan = plan_folder(checkpoint, replace(SCHEMES[scheme], static=scheme == "W8A8"))
+    chosen = set(plan.quantized)
+    scales = {n: np.float32(0.25) for n, w in checkpoint.weights.items() if chosen.issuperset(w.parts)}
+    made = Ingredients(input_scales=scales if scheme == "W8A8" else {})
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    write_folder(checkpoint, plan, whole, made, max_shard_bytes=200_000)
+    done: list[str] = []
+
+    def kill(name: str, _: int) -> None:
+        done.append(name)
+        if len(done) == 9:
+            raise Killed
+
+    with pytest.raises(Killed):
+        write_folder(checkpoint, plan, out, made, max_shard_bytes=200_000, progress=kill)
+    assert not out.exists()
+    other = Ingredients(
+        {"blk.0.ffn_down": Factors(None, np.full(96, 2.0, np.float32))}, {}, made.input_scales
+    )
+    with pytest.raises(OutputError, match="was begun from another model or with other settings"):
+        write_folder(checkpoint, plan, out, other, max_shard_bytes=200_000, resume=True)
+    again: list[str] = []
+
+    def count(name: str, _: int) -> None:
+        again.append(name)
+
+    write_folder(checkpoint, plan, out, made, max_shard_bytes=200_000, resume=True, progress=count)
+    assert not set(done[:-1]) & set(again)  # the last one's scales were still to come
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == {
+        file.name: file.read_bytes() for file in whole.iterdir()
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
 REFUSED = {

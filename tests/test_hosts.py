@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -232,3 +233,94 @@ def test_a_process_killed_in_error_feedback_ends_all_and_the_run_goes_on(after, 
     for name in ours.specs:
         if after == 2 or name.startswith("blk.0."):  # of the block that was done
             np.testing.assert_array_equal(ours.read(name), theirs.read(name), err_msg=name)
+
+
+FOLDER = (
+    JOIN
+    + """
+import os, signal
+from pathlib import Path
+from jquant import folder_hosts, folders
+from jquant.schemes import SCHEMES
+folder, out, resume, killed = sys.argv[4:]
+written = []
+
+def progress(name, done):
+    written.append(name)
+    if len(written) == 4 and str(process) == killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+try:
+    with mesh.together():
+        checkpoint = folders.open_checkpoint(Path(folder))
+        plan = folders.plan_folder(checkpoint, SCHEMES["W4A16"])
+        write = folder_hosts.write_folder if processes > 1 else folders.write_folder
+        write(checkpoint, plan, Path(out), max_shard_bytes=300_000, resume=bool(resume), progress=progress)
+    print(len(written))
+except mesh.LostError as error:
+    print(error, file=sys.stderr, flush=True)
+    mesh.leave(3)
+"""
+)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(3, 2), *(pytest.param(*n, marks=pytest.mark.slow) for n in [(2, 3), (2, 1)])]
+)
+def test_processes_share_a_folder_and_another_number_of_them_goes_on(before, after, model, tmp_path):
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    ended = run(FOLDER, before, str(model), str(out), "", "1")
+    assert ended[1].code == -signal.SIGKILL
+    assert [e.code for e in (ended[0], *ended[2:])] == [3] * (before - 1), ended
+    assert not out.exists()
+    ended = run(FOLDER, after, str(model), str(out), "resume", "")
+    assert [e.code for e in ended] == [0] * after, ended
+    (everything,) = run(FOLDER, 1, str(model), str(alone), "", "")
+    assert sum(int(e.out) for e in ended) < int(everything.out)  # the others' weights were there
+    assert contents(out) == contents(alone)
+    assert len(list(out.glob("*.safetensors"))) > 2
+    assert not list(tmp_path.glob("*partial*"))
+
+
+@pytest.mark.parametrize("options", [["--alpha", "0.5"], pytest.param([], marks=pytest.mark.slow)], ids=str)
+def test_processes_write_the_folder_of_one(options, model, text, tmp_path):
+    options = ["--type", "W8A8", *options, "-c", text, "--samples", 6, "--sequence-length", 64, "--json"]
+    one, many = tmp_path / "one", tmp_path / "many"
+    told = json.loads(command("quantize", model, one, *options))
+    ended = quantize(2, model, many, *options)
+    assert [e.code for e in ended] == [0, 0], ended
+    assert ended[1].out == ""
+    first = json.loads(ended[0].out)
+    for ours, theirs in zip(first["tensors"], told["tensors"], strict=True):
+        assert ours == theirs | {"error": pytest.approx(theirs["error"], rel=1e-5)}
+    assert contents(many) == contents(one)
+
+
+@pytest.mark.slow
+def test_processes_share_the_error_feedback_of_a_folder(model, text, tmp_path):
+    options = ["--type", "W4A16", "--feedback", "-c", text, "--samples", 6, "--sequence-length", 64, "--json"]
+    one, many = tmp_path / "one", tmp_path / "many"
+    told = json.loads(command("quantize", model, one, *options, "--batch", 6))
+    ended = quantize(2, model, many, *options, "--batch", 3)
+    assert [e.code for e in ended] == [0, 0], ended
+    errors = {tensor["name"]: tensor["error"] for tensor in json.loads(ended[0].out)["tensors"]}
+    for tensor in told["tensors"]:
+        if re.search(r"layers\.0\..*[qkv]_proj", tensor["name"]):  # what follows learns from other codes
+            assert errors[tensor["name"]] == pytest.approx(tensor["error"], rel=0.1), tensor["name"]
+    assert contents(many).keys() == contents(one).keys()
+
+
+def test_processes_with_other_calibration_write_no_folder(model, tmp_path):
+    script = FOLDER.replace(
+        "write(checkpoint, plan, Path(out),",
+        "made = folders.Ingredients(importance={'blk.0.attn_q.weight': np.ones((1, 256 + process))})\n"
+        "        write(checkpoint, plan, Path(out), made,",
+    )
+    for ended in run("import numpy as np\n" + script, 2, str(model), str(tmp_path / "out"), "", ""):
+        assert ended.code == 1
+        assert "SharedError: process 1 has calibration " in ended.err
+    assert not list(tmp_path.iterdir())

@@ -100,7 +100,9 @@ MAY_IMPORT = {
         "sequential",
     }
     | {"transcode", "transposed", "tuning"},
-    "folder_feedback": CORE | {"fitting", "folders", "models", "sequential", "smoothing", "transforms"},
+    "folder_feedback": CORE
+    | {"fitting", "folders", "models", "parallel", "sequential", "smoothing", "team", "transforms"},
+    "folder_hosts": CORE | {"convert", "folders", "hosts", "io", "mesh", "team"},
     "smooth_report": CORE | {"smoothing", "text"},
     "input_scales": CORE
     | {"activations", "calibrate", "io", "models", "smooth_search", "smoothing", "stages", "transforms"},

@@ -160,7 +160,7 @@ def through_block(
 
     Of each distinct input, by the first name that `shared_inputs` has for it; lengths: real tokens [s].
     """
-    block, host = model.blocks[i], jax.devices("cpu")[0]
+    block, host = model.blocks[i], jax.local_devices(backend="cpu")[0]
     params, angles = model.load_block(i), jnp.asarray(model.angles(i, x.shape[1]))
     distinct = {within_block(first) for first in shared_inputs(model, i).values()}
 

@@ -3,11 +3,12 @@
 from jquant.io._shards import file_bytes
 from jquant.io.gguf import GgufSource
 from jquant.io.gguf_sink import GgufPart, GgufSink, check_target, headers_digest
-from jquant.io.model_folder import ModelFolder, check_folder
+from jquant.io.model_folder import FolderPart, ModelFolder, check_folder
 from jquant.io.safetensors import SafetensorsSource
 from jquant.io.sources import open_source
 
 __all__ = [
+    "FolderPart",
     "GgufPart",
     "GgufSink",
     "GgufSource",

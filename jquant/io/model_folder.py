@@ -1,38 +1,36 @@
-"""ModelFolder: a Hugging Face model folder to write, tensor by tensor.
+"""ModelFolder: a Hugging Face model folder to write, tensor by tensor, and resumable.
 
     config.json | model.safetensors, or model-00001-of-0000N.safetensors and model.safetensors.index.json |
     what else the model's own folder has: tokenizer, chat template, generation settings
 
-All of it is made in OUT.partial, which `commit` renames.
+All of it is made in OUT.partial, which `commit` renames. In there, `.jquant` remembers finished tensors, and
+`.jquant.I` those of process I.
 """
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from jquant.core import OutputError, TensorSpec, block_and_bytes
-from jquant.io._reporting import reporting
+from jquant.core import OutputError, TensorSpec, UserError, block_and_bytes
+from jquant.io._journal import Journal
+from jquant.io._partial import Partial, reporting
+from jquant.io._parts import Part, adopt, open_journals
+from jquant.io._shards import Shard
 from jquant.io.safetensors import INDEX, SINGLE
-from jquant.space import reserve
 
 SHARD_BYTES = 5_000_000_000
 _MARK = ".jquant"  # says that a partial folder is ours
 # What lies beside the weights and belongs to the model.
 _BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".md")
 _NOT_COPIED = ("config.json", "quantize_config.json", "quant_config.json")
-
-
-def nbytes(spec: TensorSpec) -> int:
-    return spec.size * block_and_bytes(spec.type)[1]
 
 
 def files_beside(folder: Path) -> list[Path]:
@@ -51,16 +49,17 @@ def files_beside(folder: Path) -> list[Path]:
     ]
 
 
-@dataclass(frozen=True)
-class _Shard:
-    path: Path
-    header: bytes
-    offsets: Mapping[str, int]  # absolute
-    size: int
+class _File(Shard):
+    """A file of the folder, which is partial as a whole."""
+
+    @property
+    def partial(self) -> Path:
+        return self.path
 
 
 class ModelFolder:
-    """Writes the folder `path`. Use it as a context: what is not committed at its end is deleted."""
+    """Writes the folder `path`. Use it as a context: what a UserError ends is deleted, what anything else
+    ends stays where a tensor of it is finished, for a run that resumes it."""
 
     def __init__(
         self,
@@ -70,92 +69,166 @@ class ModelFolder:
         copied: Sequence[Path] = (),
         *,
         max_shard_bytes: int | None = None,
+        resume: bool = False,
+        fingerprint: str = "",
         force: bool = False,
     ) -> None:
-        """config: of config.json. copied: files to put beside it.
+        """config: of config.json. copied: files to put beside it. fingerprint: names all that rows depend on.
 
         Raises OutputError where the folder exists (unless `force`, and it is a model's), cannot be written,
-        or the disk has too little space.
+        the disk has too little space, or what is resumed has another fingerprint.
         """
         check_folder(path, force=force)
-        self.path, self._partial = path, path.with_name(path.name + ".partial")
-        self._layout = {spec.name: spec for spec in layout}
-        self._rows_left = {spec.name: spec.rows for spec in layout}
-        self._open: list[BinaryIO] = []
-        self._where: dict[str, tuple[BinaryIO, int]] = {}
+        self.path, self._folder = path, _partial(path)
+        self._files = _shards(self._folder, layout, max_shard_bytes or SHARD_BYTES)
+        self._layout = layout
         self._closed = False
-        with reporting(self._partial):
-            self._mark = _claim(self._partial)
+        with reporting(self._folder):
+            self._journal = _claim(self._folder)
+        self._partial = Partial(self._files, layout, self._journal)
+        self._fingerprint = _named(fingerprint, self._files)
         try:
-            with reporting(self._partial):
-                self._begin(config, copied, max_shard_bytes or SHARD_BYTES)
+            with reporting(self._folder):
+                self._begin(resume)
+                self._write_beside(config, copied)
         except BaseException:
             self.close()
             raise
 
-    def _begin(self, config: Mapping[str, object], copied: Sequence[Path], limit: int) -> None:
+    def _begin(self, resume: bool) -> None:
+        found, mark = self._journal.record, self._journal.path
+        if resume and found is not None and found.fingerprint != self._fingerprint:
+            self._partial.adopt(found.names)  # so that it stays
+            raise OutputError(
+                f"{self.path}: was begun from another model or with other settings; repeat those to continue "
+                "it, or run without --resume to start over."
+            )
+        sizes = {file.path: file.size for file in self._files}
+        whole = all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
+        parts = open_journals(self._part_paths())
+        if resume and found is not None and whole:
+            self._partial.adopt(self._journal.resume(found))
+            self._partial.create()
+            adopt(parts, self._fingerprint, self._journal, self._partial)
+            return
+        self._journal.begin(self._fingerprint, [])
+        for part in parts:
+            part.close(remove=True)
+        for left in self._folder.iterdir():  # by a run that was killed
+            if left != mark:
+                left.unlink()
+        self._check_space(sum(sizes.values()))
+        self._partial.create()
+
+    def _check_space(self, needed: int) -> None:
+        available = shutil.disk_usage(self._folder).free
+        if needed > available:
+            raise OutputError(
+                f"{self.path}: needs {needed / 1e6:.1f} MB, but the disk has {available / 1e6:.1f} MB "
+                "available; free some space, or write to another disk."
+            )
+
+    def _write_beside(self, config: Mapping[str, object], copied: Sequence[Path]) -> None:
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (self._partial / "config.json").write_text(text, encoding="utf-8")
+        (self._folder / "config.json").write_text(text, encoding="utf-8")
         for file in copied:
-            shutil.copyfile(file, self._partial / file.name)
-        shards = _shards(self._partial, list(self._layout.values()), limit)
-        if len(shards) > 1:
-            weight_map = {name: shard.path.name for shard in shards for name in shard.offsets}
-            total = sum(map(nbytes, self._layout.values()))
+            shutil.copyfile(file, self._folder / file.name)
+        if len(self._files) > 1:
+            weight_map = {name: file.path.name for file in self._files for name in file.offsets}
+            total = sum(spec.nbytes for spec in self._layout)
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (self._partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        for shard in shards:
-            file = shard.path.open("wb")
-            self._open.append(file)
-            reserve(file, shard.size)
-            file.write(shard.header)
-            self._where |= {name: (file, offset) for name, offset in shard.offsets.items()}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _part_paths(self) -> list[Path]:
+        """The journals that parts of this output have left or are writing."""
+        pattern = re.compile(re.escape(_MARK) + r"\.\d+")
+        return sorted(path for path in self._folder.iterdir() if pattern.fullmatch(path.name))
+
+    def adopt_parts(self) -> None:
+        """Tensors that a `FolderPart` of this folder has finished are ours. Raises OutputError where one is
+        not closed."""
+        with reporting(self._folder):
+            adopt(open_journals(self._part_paths()), self._fingerprint, self._journal, self._partial)
 
     def __enter__(self) -> ModelFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        refused = kind is not None and issubclass(kind, UserError) and not issubclass(kind, OutputError)
+        self.close(keep=not refused)
 
     def write(self, name: str, start: int, rows: np.ndarray) -> None:
         """Put rows (uint8 [k, row bytes]) of a tensor at row `start`. ValueError where they do not fit."""
-        spec, (file, offset) = self._layout[name], self._where[name]
-        row = nbytes(spec) // max(spec.rows, 1)
-        if rows.shape[1:] != (row,) or not 0 <= start <= start + len(rows) <= spec.rows:
-            raise ValueError(f"{name}: rows {rows.shape} at {start} do not fit {spec}.")
-        with reporting(self._partial):
-            file.seek(offset + start * row)
-            file.write(np.ascontiguousarray(rows).data)
-        self._rows_left[name] -= len(rows)
+        self._partial.write(name, start, rows)
+
+    def finish(self, name: str) -> None:
+        """All rows of this tensor are written: remember it for a resumed run."""
+        self._partial.finish(name)
+
+    def finished(self) -> tuple[str, ...]:
+        """Tensors that need no writing any more: those of an interrupted run, then those of this one."""
+        return self._partial.finished()
 
     def commit(self) -> None:
-        """Make the folder appear under its name. ValueError where rows are missing."""
-        missing = [name for name, left in self._rows_left.items() if left]
+        """Make the folder appear under its name. ValueError where tensors are missing."""
+        finished = set(self.finished())
+        missing = [spec.name for spec in self._layout if spec.name not in finished]
         if missing:
             raise ValueError(f"{self.path}: {missing[0]} was not written whole.")
         with reporting(self.path):
-            for file in self._open:
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
-            (self._partial / _MARK).unlink()
+            self._partial.sync()
+            self._partial.close()
             replaced = self.path.with_name(self.path.name + ".replaced")
             if self.path.exists():
                 self.path.rename(replaced)
-            self._partial.rename(self.path)
+            self._folder.rename(self.path)
+            (self.path / _MARK).unlink()
             shutil.rmtree(replaced, ignore_errors=True)
             self._closed = True
-            os.close(self._mark)
+            self._journal.close(remove=False)
 
-    def close(self) -> None:
-        """Delete what is not committed."""
+    def close(self, *, keep: bool = True) -> None:
+        """Release what is not committed; it stays where a tensor of it is finished, unless it is not to be
+        kept."""
         if self._closed:
             return
         self._closed = True
-        for file in self._open:
-            file.close()
-        shutil.rmtree(self._partial, ignore_errors=True)
-        os.close(self._mark)
+        kept = keep and bool(self.finished() or self._part_paths())
+        self._partial.close()
+        if not kept:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._journal.close(remove=not kept)
+
+
+class FolderPart(Part):
+    """What a process other than the first writes of the files of a `ModelFolder` that they share."""
+
+    def __init__(
+        self,
+        path: Path,
+        layout: Sequence[TensorSpec],
+        process: int,
+        *,
+        finished: Sequence[str] = (),
+        max_shard_bytes: int | None = None,
+        fingerprint: str = "",
+    ) -> None:
+        """process: from 1. finished: what the folder found finished. The others as of the folder, which is
+        made before.
+
+        Raises OutputError where its files are not here.
+        """
+        files = _shards(_partial(path), layout, max_shard_bytes or SHARD_BYTES)
+        journal = _partial(path) / f"{_MARK}.{process}"
+        super().__init__(journal, files, layout, _named(fingerprint, files), finished)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _named(fingerprint: str, files: Sequence[Shard]) -> str:
+    return f"{fingerprint} {hashlib.sha256(b''.join(file.header for file in files)).hexdigest()}"
 
 
 def check_folder(path: Path, *, force: bool) -> None:
@@ -174,48 +247,39 @@ def check_folder(path: Path, *, force: bool) -> None:
         raise OutputError(f"{path}: is not just a model, so it is not replaced; give another name.")
 
 
-def _claim(partial: Path) -> int:
-    """Make the folder, empty, and lock it against a second run. Returns the lock's descriptor."""
-    mark = partial / _MARK
-    if partial.exists() and not mark.is_file():
-        raise OutputError(f"{partial}: is in the way and none of ours; move it.")
-    partial.mkdir(exist_ok=True)
-    fd = os.open(mark, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise OutputError(f"{partial}: another run is writing it; wait for it or stop it.") from None
-    for left in partial.iterdir():  # by a run that was killed
-        if left != mark:
-            left.unlink()
-    return fd
+def _claim(folder: Path) -> Journal:
+    """Make the folder, and lock its journal against a second run."""
+    mark = folder / _MARK
+    if folder.exists() and not mark.is_file():
+        raise OutputError(f"{folder}: is in the way and none of ours; move it.")
+    folder.mkdir(exist_ok=True)
+    return Journal(mark)
 
 
-def _shards(folder: Path, layout: Sequence[TensorSpec], limit: int) -> list[_Shard]:
+def _shards(folder: Path, layout: Sequence[TensorSpec], limit: int) -> list[_File]:
     """One file, or as many as no file of several tensors passes the limit with its data."""
     parts: list[list[TensorSpec]] = [[]]
     data = 0
     for spec in layout:
-        if parts[-1] and data + nbytes(spec) > limit:
+        if parts[-1] and data + spec.nbytes > limit:
             parts.append([])
             data = 0
         parts[-1].append(spec)
-        data += nbytes(spec)
+        data += spec.nbytes
     names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
     names = [SINGLE] if len(parts) == 1 else names
-    return [_shard(folder / name, part) for name, part in zip(names, parts, strict=True)]
+    return [_file(folder / name, part) for name, part in zip(names, parts, strict=True)]
 
 
-def _shard(path: Path, specs: Sequence[TensorSpec]) -> _Shard:
+def _file(path: Path, specs: Sequence[TensorSpec]) -> _File:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     end, offsets = 0, {}
     # Tensors of wide numbers first, so that each begins at a multiple of its own size.
     for spec in sorted(specs, key=lambda spec: -block_and_bytes(spec.type)[1]):
-        offsets[spec.name], begin, end = end, end, end + nbytes(spec)
+        offsets[spec.name], begin, end = end, end, end + spec.nbytes
         header[spec.name] = {"dtype": spec.type, "shape": list(spec.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     data = 8 + len(text)
     head = len(text).to_bytes(8, "little") + text
-    return _Shard(path, head, {name: data + at for name, at in offsets.items()}, data + end)
+    return _File(path, head, {name: data + at for name, at in offsets.items()}, data + end)
