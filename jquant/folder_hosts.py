@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 
 from jquant.convert import fingerprint
-from jquant.core import TensorSpec
 from jquant.folders import (
     NOTHING,
     Checkpoint,
@@ -76,8 +75,9 @@ def write_folder(
         else:
             errors = {one.name: one.error for one in fed or ()}  # computed by all, written by the first
         name, finished, rest = json.loads(team.told(begun))
-        specs = [checkpoint.source.specs[one] for one in rest]
-        costs = [_cost(spec, plan) for spec in specs]
+        specs, chosen = [checkpoint.source.specs[one] for one in rest], set(plan.quantized)
+        # In numbers that are merely copied.
+        costs = [spec.size * (SEARCHED if spec.name in chosen else COPIED) for spec in specs]
         mine = [specs[i] for i in spread(costs, jax.process_count())[jax.process_index()]]
         if sink is not None:
             errors |= write_weights(checkpoint, plan, mine, sink, made, progress)
@@ -98,8 +98,3 @@ def write_folder(
             sink.commit()
     exchange()
     return WrittenFolder(sorted(out.iterdir()), {k: v for text in told for k, v in json.loads(text).items()})
-
-
-def _cost(spec: TensorSpec, plan: FolderPlan) -> int:
-    """What it takes to make a weight, in numbers that are merely copied."""
-    return spec.size * (SEARCHED if spec.name in plan.quantized else COPIED)

@@ -248,17 +248,18 @@ def left(
     checkpoint: Checkpoint, plan: FolderPlan, finished: Iterable[str], fed: Collection[str]
 ) -> list[TensorSpec]:
     """Tensors of the checkpoint that are not fed, and of which not all is finished."""
-    done = set(finished)
-    specs = checkpoint.source.specs.values()
-    return [s for s in specs if s.name not in fed and not done.issuperset(_names(plan, s))]
+    done, chosen = set(finished), set(plan.quantized)
+    return [
+        spec
+        for spec in checkpoint.source.specs.values()
+        if spec.name not in fed
+        and not done.issuperset(_names(spec, plan.scheme) if spec.name in chosen else [spec.name])
+    ]
 
 
-def _names(plan: FolderPlan, spec: TensorSpec) -> list[str]:
-    """Of the tensors that are written with one of the checkpoint: all that stand for it but input scales."""
-    if spec.name not in plan.quantized:
-        return [spec.name]
-    made = [one.name for one in _made(spec, plan.scheme)]
-    return [name for name in made if not name.endswith(_INPUT_SCALE)]
+def _names(spec: TensorSpec, scheme: Scheme) -> list[str]:
+    """Of the tensors that are written with a quantized weight: all that stand for it but its input scale."""
+    return [made.name for made in _made(spec, scheme) if not made.name.endswith(_INPUT_SCALE)]
 
 
 def write_fed(
@@ -269,7 +270,7 @@ def write_fed(
     for one in fed:
         spec = checkpoint.source.specs[one.name]
         _put(one.quantized, spec, plan.scheme, 0, spec.rows, sink)
-        for name in _names(plan, spec):
+        for name in _names(spec, plan.scheme):
             sink.finish(name)
         errors[one.name] = one.error
         progress(spec.name, spec.nbytes)
@@ -295,10 +296,11 @@ def write_weights(
             errors[spec.name] = _write_quantized(
                 checkpoint.source, spec, plan.scheme, w, factors, sink, progress
             )
+            for name in _names(spec, plan.scheme):
+                sink.finish(name)
         else:
             _write(checkpoint.source, spec, factors, sink, progress)
-        for name in _names(plan, spec):
-            sink.finish(name)
+            sink.finish(spec.name)
     return errors
 
 
