@@ -152,6 +152,20 @@ def test_the_weighted_error_is_below_ggmls(format):
         assert ours < max(0.995 * theirs, 1e-6 * (w * np.square(x, dtype=np.float64)).sum()), name
 
 
+def test_weights_that_lie_on_a_grid_of_fewer_steps_stay_on_it():
+    """As weights decoded from Q5_0 do; one of them matters far more than the others."""
+    rng = np.random.default_rng(0)
+    format, importance = FORMATS["Q5_1"], np.full(32, 0.01, np.float32)
+    importance[23] = 60
+    q = rng.integers(1, 30, (512, 32))
+    q[:, 3], q[:, 9] = 0, 30
+    d = np.float32(np.float16(rng.uniform(0.02, 0.06, (512, 1))))
+    x = (q * d - np.float32(np.float16(15 * d))).astype(np.float32)
+    ours = errors(format, encode(format, x, importance), x, importance)
+    theirs = errors(format, ggml.encode(format.ggml_type, x, importance), x, importance)
+    assert np.all(ours <= theirs + 1e-9)
+
+
 @every_format
 def test_the_size_of_importance_does_not_matter(format):
     x, w = specs.gaussian(16, 256), specs.importance(256)

@@ -11,6 +11,7 @@ accumulated in float32; x and w are first divided by their largest value, so tha
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -116,17 +117,22 @@ def search_affine(blocks: Array, importance: Array, levels: int) -> tuple[Array,
     zero = zeros_along(spread)
     _, factor, shift = lax.fori_loop(0, len(ladder) + REFITS, climb, (zero, zero, zero))
 
-    # As the file will hold it: m rounded to float16 first, then the best d for that m and its codes.
-    m = storable(smallest + shift * spread)
-    shift = (m - smallest) * inverse(spread)
-    q = codes(factor, shift)
-    d = storable(_ratio(_sum(w * q * (x - shift[None])), _sum(w * q * q)) * spread)
+    def held(m: Array) -> tuple[Array, Array]:
+        """As the file will hold it: m rounded to float16 first, then the best d for that m and its codes."""
+        m = storable(m)
+        shift = (m - smallest) * inverse(spread)
+        q = codes(factor, shift)
+        return storable(_ratio(_sum(w * q * (x - shift[None])), _sum(w * q * q)) * spread), m
 
     def error(d: Array, m: Array) -> Array:
         scale, shift = d * inverse(spread), (m - smallest) * inverse(spread)
         q = codes(_ratio(jnp.ones_like(scale), scale), shift)
         return _sum(w * (x - shift[None] - q * scale[None]) ** 2)
 
-    plain_d, plain_m = storable(exact_div(spread, float(levels))), storable(smallest)
-    worse = error(plain_d, plain_m) < error(d, m)
-    return jnp.where(worse, plain_d, d), jnp.where(worse, plain_m, m)
+    # The smallest weight itself too: where weights lie on a grid, it may be the one float16 that fits.
+    plain = storable(exact_div(spread, float(levels))), storable(smallest)
+    best = held(smallest + shift * spread)
+    for other in (held(smallest), plain):
+        is_better = error(*other) < error(*best)
+        best = jax.tree.map(lambda a, b, better=is_better: jnp.where(better, a, b), other, best)
+    return best
