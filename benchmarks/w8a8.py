@@ -29,7 +29,8 @@ from jquant.evaluate_report import record as figures
 from jquant.evaluate_report import table
 from jquant.fitting import Feedback
 from jquant.folder_feedback import feed_back
-from jquant.folders import Ingredients, as_stored, open_checkpoint, plan_folder, write_folder
+from jquant.folder_writer import Ingredients, write_folder
+from jquant.folders import as_stored, open_checkpoint, plan_folder
 from jquant.io.model_folder import files_beside
 from jquant.io.samples import Text
 from jquant.schemes import SCHEMES

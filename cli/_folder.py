@@ -137,11 +137,11 @@ def quantize(
 
     from dataclasses import replace
 
-    from jquant import folder_hosts, folders, mesh
     from jquant.core import UserError
     from jquant.fitting import Feedback
     from jquant.folder_feedback import feed_back
-    from jquant.folders import Ingredients, open_checkpoint, plan_folder
+    from jquant.folder_writer import Ingredients, write_folder
+    from jquant.folders import open_checkpoint, plan_folder
     from jquant.io import check_folder, check_target, hub
     from jquant.io import imatrix as imatrix_file
     from jquant.io import scales as scales_file
@@ -203,7 +203,6 @@ def quantize(
             checkpoint, plan, Feedback(data, batch=batch, progress=shown), made.factors, everyone()
         )
     total = sum(spec.nbytes for spec in checkpoint.source.specs.values())
-    write_folder = folder_hosts.write_folder if mesh.several() else folders.write_folder
     with ProgressBar(total, shown=not quiet) as progress:
         written = write_folder(
             checkpoint,

@@ -19,7 +19,8 @@ from jquant.analyze import load_samples
 from jquant.convert import open_model
 from jquant.fitting import Feedback
 from jquant.folder_feedback import by_groups, feed_back
-from jquant.folders import Checkpoint, FolderPlan, Ingredients, open_checkpoint, plan_folder, write_folder
+from jquant.folder_writer import Ingredients, write_folder
+from jquant.folders import Checkpoint, FolderPlan, open_checkpoint, plan_folder
 from jquant.io.samples import Samples
 from jquant.schemes import SCHEMES
 from jquant.transforms.feedback import factor, feedback

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 from jquant import SCALED_FORMATS, QuantizedTensor, dequantize, quantize
 from jquant.core import OutputError
 from jquant.engines import FlaxEngine
-from jquant.folders import Ingredients, open_checkpoint, plan_folder, write_folder
+from jquant.folder_writer import Ingredients, write_folder
+from jquant.folders import open_checkpoint, plan_folder
 from jquant.models import ARCHITECTURES
 from jquant.schemes import SCHEMES
 from jquant.transforms.smooth import Factors

@@ -240,7 +240,7 @@ FOLDER = (
     + """
 import os, signal
 from pathlib import Path
-from jquant import folder_hosts, folders
+from jquant import folder_writer, folders
 from jquant.schemes import SCHEMES
 folder, out, resume, killed = sys.argv[4:]
 written = []
@@ -254,8 +254,8 @@ try:
     with mesh.together():
         checkpoint = folders.open_checkpoint(Path(folder))
         plan = folders.plan_folder(checkpoint, SCHEMES["W4A16"])
-        write = folder_hosts.write_folder if processes > 1 else folders.write_folder
-        write(checkpoint, plan, Path(out), max_shard_bytes=300_000, resume=bool(resume), progress=progress)
+        options = dict(max_shard_bytes=300_000, resume=bool(resume), progress=progress)
+        folder_writer.write_folder(checkpoint, plan, Path(out), **options)
     print(len(written))
 except mesh.LostError as error:
     print(error, file=sys.stderr, flush=True)
@@ -316,9 +316,9 @@ def test_processes_share_the_error_feedback_of_a_folder(model, text, tmp_path):
 
 def test_processes_with_other_calibration_write_no_folder(model, tmp_path):
     script = FOLDER.replace(
-        "write(checkpoint, plan, Path(out),",
-        "made = folders.Ingredients(importance={'blk.0.attn_q.weight': np.ones((1, 256 + process))})\n"
-        "        write(checkpoint, plan, Path(out), made,",
+        "folder_writer.write_folder(checkpoint, plan, Path(out),",
+        "made = folder_writer.Ingredients(importance={'blk.0.attn_q.weight': np.ones((1, 256 + process))})\n"
+        "        folder_writer.write_folder(checkpoint, plan, Path(out), made,",
     )
     for ended in run("import numpy as np\n" + script, 2, str(model), str(tmp_path / "out"), "", ""):
         assert ended.code == 1

@@ -102,7 +102,19 @@ MAY_IMPORT = {
     | {"transcode", "transposed", "tuning"},
     "folder_feedback": CORE
     | {"fitting", "folders", "models", "parallel", "sequential", "smoothing", "team", "transforms"},
-    "folder_hosts": CORE | {"convert", "folders", "hosts", "io", "mesh", "team"},
+    "folder_writer": CORE
+    | {
+        "convert",
+        "folders",
+        "hosts",
+        "io",
+        "mesh",
+        "schemes",
+        "team",
+        "transcode",
+        "transforms",
+        "transposed",
+    },
     "smooth_report": CORE | {"smoothing", "text"},
     "input_scales": CORE
     | {"activations", "calibrate", "io", "models", "smooth_search", "smoothing", "stages", "transforms"},

@@ -24,7 +24,8 @@ from jquant.core import UserError
 from jquant.engines import FlaxEngine
 from jquant.fitting import Feedback
 from jquant.folder_feedback import feed_back
-from jquant.folders import open_checkpoint, plan_folder, write_folder
+from jquant.folder_writer import write_folder
+from jquant.folders import open_checkpoint, plan_folder
 from jquant.io import GgufSource, SafetensorsSource
 from jquant.schemes import SCHEMES, layout_of
 from jquant.transposed import Transposed
