@@ -107,6 +107,11 @@ class Partial:
         with self._lock:
             return tuple(self._finished)
 
+    def missing(self) -> list[str]:
+        """Tensors that are not finished, in the order of the layout."""
+        with self._lock:
+            return [name for name in self._layout if name not in self._finished]
+
     def sync(self) -> None:
         """Everything that the journal names is on the disk, and the journal says so."""
         for fd in self._fds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,11 @@ def shards(path: Path, metadata: Metadata, layout: Sequence[TensorSpec], limit: 
 def file_bytes(metadata: Metadata, layout: Sequence[TensorSpec], limit: int | None = None) -> int:
     """Bytes of the file of this layout, or of all its shards, with headers and padding."""
     return sum(shard.size for shard in shards(Path("model.gguf"), metadata, layout, limit))
+
+
+def headers_of(files: Sequence[Shard]) -> str:
+    """SHA-256 of their headers: metadata, names, types and places."""
+    return hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
 
 
 def _split(metadata: Metadata, layout: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:

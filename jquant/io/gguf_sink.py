@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from jquant.core import Metadata, OutputError, TensorSpec
 from jquant.io._journal import Journal, Record
 from jquant.io._partial import Partial, reporting
 from jquant.io._parts import Part, adopt, open_journals
-from jquant.io._shards import Shard, shards
+from jquant.io._shards import headers_of, shards
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -72,7 +71,7 @@ class GgufSink:
             created = not journal_path.exists()
             self._journal = Journal(journal_path)
         self._partial = Partial(self._shards, layout, self._journal)
-        self._fingerprint = f"{fingerprint} {_digest(self._shards)}"
+        self._fingerprint = f"{fingerprint} {headers_of(self._shards)}"
         try:
             self._begin(resume, self._fingerprint, force)
         except BaseException:
@@ -193,8 +192,7 @@ class GgufSink:
 
     def commit(self) -> None:
         """Sync and rename. Shards appear from the last to the first, so whoever sees the first sees all."""
-        finished = set(self.finished())
-        missing = [spec.name for spec in self._layout if spec.name not in finished]
+        missing = self._partial.missing()
         if missing:
             raise ValueError(
                 f"{self.path}: {len(missing)} tensors are not finished, the first is {missing[0]}."
@@ -255,7 +253,7 @@ class GgufPart(Part):
         """
         files = shards(path, metadata, layout, max_shard_bytes)
         journal = path.with_name(f"{path.name}.partial.{process}.jsonl")
-        super().__init__(journal, files, layout, f"{fingerprint} {_digest(files)}", finished)
+        super().__init__(journal, files, layout, f"{fingerprint} {headers_of(files)}", finished)
 
 
 def _journal_path(path: Path) -> Path:
@@ -266,11 +264,7 @@ def headers_digest(
     path: Path, metadata: Metadata, layout: Sequence[TensorSpec], max_shard_bytes: int | None
 ) -> str:
     """Of all headers that this output would have: metadata, names, types and places."""
-    return _digest(shards(path, metadata, layout, max_shard_bytes))
-
-
-def _digest(shards: Sequence[Shard]) -> str:
-    return hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
+    return headers_of(shards(path, metadata, layout, max_shard_bytes))
 
 
 def _stale_names(record: Record | None) -> list[str]:

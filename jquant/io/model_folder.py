@@ -9,7 +9,6 @@ All of it is made in OUT.partial, which `commit` renames. In there, `.jquant` re
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from jquant.core import OutputError, TensorSpec, UserError, block_and_bytes
 from jquant.io._journal import Journal
 from jquant.io._partial import Partial, reporting
 from jquant.io._parts import Part, adopt, open_journals
-from jquant.io._shards import Shard
+from jquant.io._shards import Shard, headers_of
 from jquant.io.safetensors import INDEX, SINGLE
 
 SHARD_BYTES = 5_000_000_000
@@ -171,8 +170,7 @@ class ModelFolder:
 
     def commit(self) -> None:
         """Make the folder appear under its name. ValueError where tensors are missing."""
-        finished = set(self.finished())
-        missing = [spec.name for spec in self._layout if spec.name not in finished]
+        missing = self._partial.missing()
         if missing:
             raise ValueError(f"{self.path}: {missing[0]} was not written whole.")
         with reporting(self.path):
@@ -228,7 +226,7 @@ def _partial(path: Path) -> Path:
 
 
 def _named(fingerprint: str, files: Sequence[Shard]) -> str:
-    return f"{fingerprint} {hashlib.sha256(b''.join(file.header for file in files)).hexdigest()}"
+    return f"{fingerprint} {headers_of(files)}"
 
 
 def check_folder(path: Path, *, force: bool) -> None:
