@@ -24,7 +24,8 @@ from peers import llama_quantize
 from scores import CONTEXT, score
 
 from jquant import dynamic
-from jquant.convert import Model, open_model, write_gguf
+from jquant.convert import Model, open_model
+from jquant.gguf_writer import write_gguf
 from jquant.io import imatrix as imatrix_file
 from jquant.plan import candidates, runtime_types, settle
 from jquant.weights import Weights

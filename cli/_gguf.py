@@ -17,9 +17,10 @@ from .profile import read_profile
 
 if TYPE_CHECKING:
     from jquant.coherence import Coherence
-    from jquant.convert import Model, Written
+    from jquant.convert import Model
     from jquant.dynamic import Target
     from jquant.fitting import Feedback
+    from jquant.gguf_writer import Written
     from jquant.io.imatrix import Imatrix
     from jquant.io.samples import Samples
     from jquant.plan import Plan, Profile, Rule
@@ -298,14 +299,12 @@ def _feedback(run: Run, plan: Plan) -> Feedback | None:
 
 
 def _write(run: Run, plan: Plan, out: Path) -> Written:
-    from jquant import hosts, mesh
-    from jquant.convert import write_gguf
+    from jquant.gguf_writer import write_gguf
 
     asked = run.asked
     total = sum(spec.nbytes for spec in run.opened.source.specs.values())
-    write = hosts.write_gguf if mesh.several() else write_gguf
     with ProgressBar(total, shown=not asked.quiet) as progress:
-        return write(
+        return write_gguf(
             run.opened,
             plan,
             out,

@@ -1,41 +1,20 @@
-"""From a model on disk to a GGUF file on disk: what `jquant quantize` and a script call.
-
-model = open_model(Path("SmolLM2-135M"))
-plan_ = plan(model.source.specs, model.metadata, "Q4_K_M")
-write_gguf(model, plan_, Path("smol-q4.gguf"))
-"""
+"""A model on disk as GGUF would describe it, wherever it comes from: what `gguf_writer` writes from."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import gguf
-import jax
 import numpy as np
 
-from jquant import fitting, io, models, sequential, tuning
+from jquant import io, models
 from jquant.compressed import Decompressed
-from jquant.core import Effort, Metadata, MetadataValue, Source, UserError
-from jquant.fitting import Feedback
-from jquant.formats import FORMATS
-from jquant.io import GgufSink, GgufSource, tokenizer
-from jquant.io.imatrix import Imatrix
+from jquant.core import Metadata, Source, UserError
+from jquant.io import GgufSource, tokenizer
 from jquant.io.paths import AnyPath
-from jquant.mesh import local_devices
-from jquant.pipeline import Progress, run
-from jquant.plan import FILE_TYPES, Plan
 from jquant.schemes import METHOD, METHODS, Activations, Scheme, layout_of, scheme_of
-from jquant.transcode import LOW_BPW
 from jquant.transposed import Transposed
-
-RECIPE = "jquant.recipe"  # metadata key
-_END_BYTES = 1 << 16
 
 
 class Rounding(NamedTuple):
@@ -127,175 +106,3 @@ def read_config(folder: AnyPath) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object; got {type(config).__name__}.")
     return config
-
-
-def output_metadata(
-    model: Model, plan: Plan, imatrix: Imatrix | None, imatrix_name: str, *, recipe: str = ""
-) -> Metadata:
-    """The model's own metadata and what llama-quantize adds to it; recipe: JSON, of how the file was made."""
-    added: dict[str, MetadataValue] = {
-        "general.quantization_version": np.uint32(gguf.GGML_QUANT_VERSION),
-        "general.file_type": np.uint32(FILE_TYPES[plan.file_type].number),
-    }
-    if imatrix is not None:
-        added |= {
-            "quantize.imatrix.file": imatrix_name,
-            "quantize.imatrix.dataset": ", ".join(imatrix.datasets),
-            "quantize.imatrix.entries_count": np.uint32(len(imatrix.entries)),
-            "quantize.imatrix.chunks_count": np.uint32(imatrix.chunk_count),
-        }
-    if recipe:
-        added[RECIPE] = recipe
-    # What a source says of an imatrix or a recipe was true of the source.
-    kept = {k: v for k, v in model.metadata.items() if not k.startswith("quantize.imatrix.") and k != RECIPE}
-    return {**kept, **added}
-
-
-class Written(NamedTuple):
-    paths: list[Path]
-    errors: dict[str, float]  # relative error by tensor: see pipeline.run; with feedback that of the output
-    fed: dict[str, sequential.Fed]  # tensors that error feedback made, without their bytes
-    tuned: tuning.Gain | None = None  # where the file was tuned
-
-
-def write_gguf(
-    model: Model,
-    plan: Plan,
-    out: Path,
-    *,
-    imatrix: Imatrix | None = None,
-    imatrix_name: str = "",
-    protected: Mapping[str, Sequence[tuple[int, int]]] | None = None,
-    recipe: str = "",
-    effort: Effort = "fast",
-    feedback: Feedback | None = None,
-    max_shard_bytes: int | None = None,
-    threads: int = 2,
-    resume: bool = False,
-    force: bool = False,
-    progress: Progress = lambda name, done: None,
-) -> Written:
-    """Write the planned file, or its shards.
-
-    The file appears under its final name when it is complete. A run that was killed leaves `OUT.partial`,
-    which `resume` continues; the result has the same bytes as an undisturbed run.
-    feedback: the matrices of the model's blocks are quantized with error feedback, but those with protected
-    weights; all others as without. Where it says so, the whole file is then tuned.
-    Raises OutputError where the output cannot be written, UserError where the input cannot be used.
-    """
-    importance = importance_of(model, imatrix, imatrix_name)
-    metadata = output_metadata(model, plan, imatrix, imatrix_name, recipe=recipe)
-    made_of = fingerprint(model, facts(model, plan, imatrix, protected or {}, effort, feedback))
-    sink = GgufSink(
-        out,
-        metadata,
-        plan.layout(),
-        max_shard_bytes=max_shard_bytes,
-        resume=resume,
-        fingerprint=made_of,
-        force=force,
-    )
-    try:
-        fed = {}
-        if feedback is not None and not sink.renaming:
-            entries = fitting.fed_entries(plan, protected or {})
-            fed = fitting.feed_back(model.source, model.metadata, entries, sink, feedback, threads)
-        errors = run(
-            model.source,
-            plan,
-            sink,
-            importance=importance,
-            protected=protected,
-            effort=effort,
-            threads=threads,
-            devices=local_devices(),
-            progress=progress,
-        )
-        tuned = None
-        if feedback is not None and feedback.tuning is not None and not sink.renaming:
-            tuned = fitting.tune(model.source, model.metadata, plan.layout(), sink, feedback, made_of)
-        sink.commit()
-        fitting.forget(out)
-        return Written(sink.paths, errors | low_errors(plan, fed), fed, tuned)
-    finally:
-        sink.close()
-
-
-def low_errors(plan: Plan, fed: Mapping[str, sequential.Fed]) -> dict[str, float]:
-    """The errors that error feedback left in tensors of few bits, where they are known."""
-    low = {entry.name for entry in plan.entries if FORMATS[entry.type].bpw <= LOW_BPW}
-    return {name: f.error for name, f in fed.items() if name in low and math.isfinite(f.error)}
-
-
-def importance_of(model: Model, imatrix: Imatrix | None, name: str) -> dict[str, np.ndarray]:
-    """The imatrix's entries for the tensors of this model: float32 [matrices, cols] each."""
-    if imatrix is None:
-        return {}
-    found = imatrix.by_tensor(model.source.specs.values())
-    if not found:
-        example = next(iter(imatrix.entries), "nothing")
-        raise UserError(
-            f"{name}: none of its {len(imatrix.entries)} tensors ({example}, …) is in {model.path}; "
-            "this imatrix was made from another model."
-        )
-    return found
-
-
-def facts(
-    model: Model,
-    plan: Plan,
-    imatrix: Imatrix | None,
-    protected: Mapping[str, Sequence[tuple[int, int]]],
-    effort: Effort,
-    feedback: Feedback | None = None,
-) -> dict[str, str]:
-    """What the bytes depend on, by name: alike wherever copies of the same files are quantized alike."""
-    kept = sorted((name, sorted(positions)) for name, positions in protected.items())
-    found = {**common_facts(model), "plan": digest([plan.to_json().encode()]), "effort": effort}
-    if kept:
-        found["protected weights"] = digest([str(kept).encode()])
-    if feedback is not None:
-        arrays = feedback.samples.tokens.tobytes(), feedback.samples.lengths.tobytes()
-        found["feedback"] = digest(
-            [f"{feedback.settings} {feedback.batch} {feedback.tuning}\n".encode(), *arrays]
-        )
-    if imatrix is not None:
-        found["imatrix"] = digest(
-            part
-            for name, values in imatrix.entries.items()
-            for part in (name.encode(), np.ascontiguousarray(values).tobytes())
-        )
-    return found
-
-
-def common_facts(model: Model) -> dict[str, str]:
-    """What any output of this model depends on."""
-    return {
-        "jquant": version("jquant"),
-        "jax": f"{version('jax')} with jaxlib {version('jaxlib')} on {jax.default_backend()}",
-        "model": digest(part for file in model.files for part in _ends(file)),
-    }
-
-
-def fingerprint(model: Model, facts: Mapping[str, str]) -> str:
-    """Of these facts and the times of the model's files, to tell whether a run can continue another."""
-    times = [file.stat().st_mtime_ns for file in model.files]
-    return digest([json.dumps([dict(facts), times]).encode()])
-
-
-def _ends(file: AnyPath) -> Iterator[bytes]:
-    """Name, size, and some bytes of the beginning and of the end, which tell one training from another."""
-    size = file.stat().st_size
-    yield f"{file.name} {size}\n".encode()
-    with file.open("rb") as opened:
-        yield opened.read(_END_BYTES)
-        opened.seek(max(size - _END_BYTES, 0))
-        yield opened.read(_END_BYTES)
-
-
-def digest(parts: Iterable[bytes]) -> str:
-    """SHA-256 of all of them."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part)
-    return found.hexdigest()

@@ -14,8 +14,9 @@ from typing import Literal
 import numpy as np
 
 from jquant import io, models
-from jquant.convert import Model, output_metadata
+from jquant.convert import Model
 from jquant.core import UserError, bits_per_weight
+from jquant.gguf_writer import output_metadata
 from jquant.io.imatrix import Imatrix
 from jquant.measured_weights import measured_weights
 from jquant.output_weights import output_weights

@@ -1,7 +1,7 @@
 """A folder written as it is planned, by one process or by several that share it.
 
-As `hosts` for GGUF: weights are spread by what they cost, each process writes its own into the files that
-process 0 has made, and process 0 checks that nothing is missing and commits. The bytes are those of one.
+As `gguf_writer` for GGUF: weights are spread by what they cost, each process writes its own into the files
+that process 0 has made, and process 0 checks that nothing is missing and commits. The bytes are those of one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant import transposed
-from jquant.convert import common_facts, digest, fingerprint
 from jquant.core import (
     OutputError,
     QuantizedTensor,
@@ -28,6 +27,7 @@ from jquant.core import (
     dequantize,
     quantize,
 )
+from jquant.fingerprints import common_facts, digest, fingerprint
 from jquant.folders import (
     INPUT_SCALE,
     Checkpoint,
@@ -38,11 +38,11 @@ from jquant.folders import (
     names_of,
     stored_format,
 )
-from jquant.hosts import COPIED, SEARCHED, spread
 from jquant.io import FolderPart, ModelFolder
 from jquant.io.model_folder import files_beside
 from jquant.mesh import agree, exchange, is_first
 from jquant.schemes import Scheme, config_of
+from jquant.spread import COPIED, SEARCHED, spread
 from jquant.team import everyone
 from jquant.transcode import FLOAT_DTYPES, slab_rows
 from jquant.transforms.smooth import Factors

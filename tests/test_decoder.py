@@ -15,8 +15,9 @@ from test_models import CASES, SHARED, convert, llama_logits
 from tiny_models import open_tiny, write_tiny
 
 from jquant import models
-from jquant.convert import open_model, write_gguf
+from jquant.convert import open_model
 from jquant.core import UserError
+from jquant.gguf_writer import write_gguf
 from jquant.models import ARCHITECTURES, Decoder
 from jquant.models._layers import TILE, attend, tiles_of_experts
 from jquant.models._rope import Rotary

@@ -13,9 +13,10 @@ from tiny_models import LINES, write_tiny
 
 from jquant import comparison, scoring
 from jquant.comparison import Settings, compare, open_file
-from jquant.convert import open_model, write_gguf
+from jquant.convert import open_model
 from jquant.core import UserError
 from jquant.engines import FlaxEngine, LlamaCppEngine, _flax, choose
+from jquant.gguf_writer import write_gguf
 from jquant.io.samples import Text
 from jquant.plan import plan
 

@@ -11,8 +11,9 @@ from tiny_models import write_tiny
 
 from jquant import FORMATS, dequantize, models, quantize, sequential, streams
 from jquant.analyze import load_samples
-from jquant.convert import open_model, write_gguf
+from jquant.convert import open_model
 from jquant.fitting import Feedback
+from jquant.gguf_writer import write_gguf
 from jquant.io.samples import Text
 from jquant.plan import plan
 from jquant.sequential import Fitter, Settings
@@ -273,7 +274,8 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bytes(tmp_path, name):
 
 
 def test_other_settings_do_not_continue_a_run(tmp_path):
-    from jquant.convert import facts, fingerprint
+    from jquant.fingerprints import fingerprint
+    from jquant.gguf_writer import facts
 
     model, samples = opened(tmp_path, "LlamaForCausalLM")
     planned = plan(model.source.specs, model.metadata, "Q2_K")

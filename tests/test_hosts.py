@@ -14,15 +14,16 @@ from test_quantize_command import JQUANT, WIDE, imatrix_file
 from test_quantize_command import run as command
 from tiny_models import write_tiny
 
-from jquant.hosts import spread
 from jquant.io import GgufSource
+from jquant.spread import spread
 
 QUANTIZE = (
     JOIN
     + """
 import os, signal
 from pathlib import Path
-from jquant import convert, hosts
+from jquant import convert
+from jquant.gguf_writer import write_gguf
 from jquant.plan import plan
 folder, out, kind, resume, killed = sys.argv[4:]
 
@@ -34,8 +35,7 @@ try:
     with mesh.together():
         model = convert.open_model(Path(folder))
         planned = plan(model.source.specs, model.metadata, kind)
-        write = hosts.write_gguf if processes > 1 else convert.write_gguf
-        write(model, planned, Path(out), resume=bool(resume), threads=1, progress=progress)
+        write_gguf(model, planned, Path(out), resume=bool(resume), threads=1, progress=progress)
 except mesh.LostError as error:
     print(error, file=sys.stderr, flush=True)
     mesh.leave(3)
@@ -136,7 +136,7 @@ def test_processes_with_another_model_or_version_are_refused(what, model, tmp_pa
     other = write_tiny(tmp_path / "other", "MixtralForCausalLM", seed=1, **WIDE)
     hook = {
         "model": f"if process: folder = {str(other)!r}\n",
-        "jquant": "if process: convert.version = lambda name: '9.9'\n",
+        "jquant": "from jquant import fingerprints\nif process: fingerprints.version = lambda name: '9.9'\n",
     }[what]
     out = tmp_path / "out"
     out.mkdir()
@@ -192,7 +192,8 @@ FED = (
     + """
 import os, signal
 from pathlib import Path
-from jquant import convert, hosts
+from jquant import convert
+from jquant.gguf_writer import write_gguf
 from jquant.analyze import load_samples
 from jquant.fitting import Feedback
 from jquant.plan import plan
@@ -206,10 +207,9 @@ try:
     with mesh.together():
         model = convert.open_model(Path(folder))
         samples = load_samples(model, text, samples=6, sequence_length=64)
-        write = hosts.write_gguf if processes > 1 else convert.write_gguf
         planned = plan(model.source.specs, model.metadata, "Q2_K")
         fed = Feedback(samples, progress=progress)
-        write(model, planned, Path(out), feedback=fed, resume=bool(resume), threads=1)
+        write_gguf(model, planned, Path(out), feedback=fed, resume=bool(resume), threads=1)
 except mesh.LostError as error:
     print(error, file=sys.stderr, flush=True)
     mesh.leave(3)

@@ -42,7 +42,11 @@ MAY_IMPORT = {
     "pipeline": CORE | {"formats", "plan", "transcode"},
     "mesh": CORE,
     "team": {"mesh"},
-    "hosts": CORE | {"convert", "fitting", "formats", "io", "mesh", "pipeline", "plan", "team"},
+    "spread": {"formats", "plan"},
+    "fingerprints": {"convert", "io"},
+    "gguf_writer": CORE
+    | {"convert", "fingerprints", "fitting", "formats", "io", "mesh", "pipeline", "plan", "sequential"}
+    | {"spread", "team", "transcode", "tuning"},
     "parallel": CORE | {"between", "calibrate", "mesh", "sharding"},
     "figures": set(),
     "analyze": CORE
@@ -68,6 +72,7 @@ MAY_IMPORT = {
     "dynamic": CORE
     | {
         "convert",
+        "gguf_writer",
         "io",
         "measured_weights",
         "models",
@@ -86,30 +91,17 @@ MAY_IMPORT = {
     "tuning": CORE | {"between", "calibrate", "models", "moving"},
     "fitting": CORE
     | {"forecast", "formats", "io", "models", "parallel", "plan", "sequential", "team", "tuning", "weights"},
-    "convert": CORE
-    | {
-        "compressed",
-        "fitting",
-        "formats",
-        "io",
-        "mesh",
-        "models",
-        "pipeline",
-        "plan",
-        "schemes",
-        "sequential",
-    }
-    | {"transcode", "transposed", "tuning"},
+    "convert": CORE | {"compressed", "formats", "io", "models", "schemes", "transcode", "transposed"},
     "folder_feedback": CORE
     | {"fitting", "folders", "models", "parallel", "sequential", "smoothing", "team", "transforms"},
     "folder_writer": CORE
     | {
-        "convert",
+        "fingerprints",
         "folders",
-        "hosts",
         "io",
         "mesh",
         "schemes",
+        "spread",
         "team",
         "transcode",
         "transforms",

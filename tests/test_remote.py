@@ -13,8 +13,9 @@ import pytest
 from test_models import convert
 from tiny_models import write_tiny
 
-from jquant.convert import open_model, write_gguf
+from jquant.convert import open_model
 from jquant.core import UserError
+from jquant.gguf_writer import write_gguf
 from jquant.io import GgufSource, hub
 from jquant.io.paths import open_url
 from jquant.plan import plan

@@ -9,8 +9,9 @@ from divergence import Noisy, divergence
 from tiny_models import write_tiny
 
 from jquant import models
-from jquant.convert import Model, open_model, write_gguf
+from jquant.convert import Model, open_model
 from jquant.dynamic import factors, importance_of
+from jquant.gguf_writer import write_gguf
 from jquant.io import GgufSource
 from jquant.io.imatrix import Imatrix
 from jquant.plan import plan

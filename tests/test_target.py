@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import jquant
 from jquant import analyze, models
-from jquant.convert import Model, open_model, write_gguf
+from jquant.convert import Model, open_model
 from jquant.core import UserError, bits_per_weight
 from jquant.dynamic import (
     Sensitivity,
@@ -27,6 +27,7 @@ from jquant.dynamic import (
     shortlist,
     tensor_weights,
 )
+from jquant.gguf_writer import write_gguf
 from jquant.io import GgufSource
 from jquant.io.imatrix import Imatrix
 from jquant.measured_weights import measured_weights

@@ -13,9 +13,10 @@ from tiny_models import write_tiny
 
 from jquant import FORMATS, models, moving, quantize, tuning
 from jquant.analyze import load_samples
-from jquant.convert import open_model, write_gguf
+from jquant.convert import open_model
 from jquant.core import UserError
 from jquant.fitting import Feedback
+from jquant.gguf_writer import write_gguf
 from jquant.io.samples import Text
 from jquant.plan import plan
 from jquant.weights import Weights

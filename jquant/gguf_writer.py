@@ -1,0 +1,219 @@
+"""From a model to a GGUF file on disk: what `jquant quantize` and a script call.
+
+model = open_model(Path("SmolLM2-135M"))
+plan_ = plan(model.source.specs, model.metadata, "Q4_K_M")
+write_gguf(model, plan_, Path("smol-q4.gguf"))
+
+Several processes that share the output's folder all call it with the same arguments. Tensors are spread over
+them by what they cost. Each writes its own where they belong in the partial file that process 0 has made, with
+a journal of its own; process 0 checks that nothing is missing and commits. The bytes are those of one process.
+After a kill, any number of processes continues with what is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import gguf
+import numpy as np
+
+from jquant import fitting, sequential, tuning
+from jquant.convert import Model
+from jquant.core import Effort, Metadata, MetadataValue, UserError
+from jquant.fingerprints import common_facts, digest, fingerprint
+from jquant.fitting import Feedback
+from jquant.formats import FORMATS
+from jquant.io import GgufPart, GgufSink, headers_digest
+from jquant.io.imatrix import Imatrix
+from jquant.mesh import SharedError, agree, exchange, is_first, local_devices
+from jquant.pipeline import Progress, run
+from jquant.plan import FILE_TYPES, Plan
+from jquant.spread import cost, spread
+from jquant.team import everyone
+from jquant.transcode import LOW_BPW
+
+RECIPE = "jquant.recipe"  # metadata key
+
+
+def output_metadata(
+    model: Model, plan: Plan, imatrix: Imatrix | None, imatrix_name: str, *, recipe: str = ""
+) -> Metadata:
+    """The model's own metadata and what llama-quantize adds to it; recipe: JSON, of how the file was made."""
+    added: dict[str, MetadataValue] = {
+        "general.quantization_version": np.uint32(gguf.GGML_QUANT_VERSION),
+        "general.file_type": np.uint32(FILE_TYPES[plan.file_type].number),
+    }
+    if imatrix is not None:
+        added |= {
+            "quantize.imatrix.file": imatrix_name,
+            "quantize.imatrix.dataset": ", ".join(imatrix.datasets),
+            "quantize.imatrix.entries_count": np.uint32(len(imatrix.entries)),
+            "quantize.imatrix.chunks_count": np.uint32(imatrix.chunk_count),
+        }
+    if recipe:
+        added[RECIPE] = recipe
+    # What a source says of an imatrix or a recipe was true of the source.
+    kept = {k: v for k, v in model.metadata.items() if not k.startswith("quantize.imatrix.") and k != RECIPE}
+    return {**kept, **added}
+
+
+class Written(NamedTuple):
+    paths: list[Path]
+    errors: dict[str, float]  # relative error by tensor: see pipeline.run; with feedback that of the output
+    fed: dict[str, sequential.Fed]  # tensors that error feedback made, without their bytes
+    tuned: tuning.Gain | None = None  # where the file was tuned
+
+
+def low_errors(plan: Plan, fed: Mapping[str, sequential.Fed]) -> dict[str, float]:
+    """The errors that error feedback left in tensors of few bits, where they are known."""
+    low = {entry.name for entry in plan.entries if FORMATS[entry.type].bpw <= LOW_BPW}
+    return {name: f.error for name, f in fed.items() if name in low and math.isfinite(f.error)}
+
+
+def importance_of(model: Model, imatrix: Imatrix | None, name: str) -> dict[str, np.ndarray]:
+    """The imatrix's entries for the tensors of this model: float32 [matrices, cols] each."""
+    if imatrix is None:
+        return {}
+    found = imatrix.by_tensor(model.source.specs.values())
+    if not found:
+        example = next(iter(imatrix.entries), "nothing")
+        raise UserError(
+            f"{name}: none of its {len(imatrix.entries)} tensors ({example}, …) is in {model.path}; "
+            "this imatrix was made from another model."
+        )
+    return found
+
+
+def facts(
+    model: Model,
+    plan: Plan,
+    imatrix: Imatrix | None,
+    protected: Mapping[str, Sequence[tuple[int, int]]],
+    effort: Effort,
+    feedback: Feedback | None = None,
+) -> dict[str, str]:
+    """What the bytes depend on, by name: alike wherever copies of the same files are quantized alike."""
+    kept = sorted((name, sorted(positions)) for name, positions in protected.items())
+    found = {**common_facts(model), "plan": digest([plan.to_json().encode()]), "effort": effort}
+    if kept:
+        found["protected weights"] = digest([str(kept).encode()])
+    if feedback is not None:
+        arrays = feedback.samples.tokens.tobytes(), feedback.samples.lengths.tobytes()
+        found["feedback"] = digest(
+            [f"{feedback.settings} {feedback.batch} {feedback.tuning}\n".encode(), *arrays]
+        )
+    if imatrix is not None:
+        found["imatrix"] = digest(
+            part
+            for name, values in imatrix.entries.items()
+            for part in (name.encode(), np.ascontiguousarray(values).tobytes())
+        )
+    return found
+
+
+def write_gguf(
+    model: Model,
+    plan: Plan,
+    out: Path,
+    *,
+    imatrix: Imatrix | None = None,
+    imatrix_name: str = "",
+    protected: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+    recipe: str = "",
+    effort: Effort = "fast",
+    feedback: Feedback | None = None,
+    max_shard_bytes: int | None = None,
+    threads: int = 2,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = lambda name, done: None,
+) -> Written:
+    """Write the planned file, or its shards.
+
+    The file appears under its final name when it is complete. A run that was killed leaves `OUT.partial`,
+    which `resume` continues; the result has the same bytes as an undisturbed run.
+    feedback: the matrices of the model's blocks are quantized with error feedback, but those with protected
+    weights; all others as without. Where it says so, the whole file is then tuned. Of several processes, each
+    has a part of its samples and codes a part of the rows of every matrix; sums are in another order than in
+    one, so bytes may differ from its. progress: of this process's share.
+
+    Raises OutputError where the output cannot be written, UserError where the input cannot be used, and in
+    all processes where they differ in version, model, options or anything else that the bytes depend on,
+    where one of them fails, and for tuning, which is of one process.
+    """
+    importance = importance_of(model, imatrix, imatrix_name)
+    metadata = output_metadata(model, plan, imatrix, imatrix_name, recipe=recipe)
+    team, tunes = everyone(), feedback is not None and feedback.tuning is not None
+    if tunes and team.count > 1:
+        raise SharedError("tuning runs in one process: leave --effort best, or --feedback, away.")
+    known = facts(model, plan, imatrix, protected or {}, effort, feedback)
+    header = headers_digest(out, metadata, plan.layout(), max_shard_bytes)
+    agree(known | {"output": out.name, "header": header, "resume": str(resume)})
+    made_of = fingerprint(model, known)
+
+    with contextlib.ExitStack() as opened:
+        sink = None
+        if is_first():
+            sink = GgufSink(
+                out,
+                metadata,
+                plan.layout(),
+                max_shard_bytes=max_shard_bytes,
+                resume=resume,
+                fingerprint=made_of,
+                force=force,
+            )
+            opened.callback(sink.close)
+        renaming = json.loads(team.told(json.dumps(sink is not None and sink.renaming)))
+        fed = {}
+        if feedback is not None and not renaming:
+            entries = fitting.fed_entries(plan, protected or {})
+            fed = fitting.feed_back(model.source, model.metadata, entries, sink, feedback, threads, team)
+        begun = json.dumps([made_of, sink.finished()] if sink is not None else [])
+        first_made_of, finished = json.loads(team.told(begun))
+        left = [entry for entry in plan.entries if entry.name not in set(finished)]
+        mine = [left[i] for i in spread([cost(entry) for entry in left], team.count)[team.me]]
+        target = sink
+        if target is None and mine:
+            target = GgufPart(
+                out,
+                metadata,
+                plan.layout(),
+                team.me,
+                finished=finished,
+                max_shard_bytes=max_shard_bytes,
+                fingerprint=first_made_of,
+            )
+            opened.callback(target.close)
+        errors = {}
+        if target is not None:
+            errors = run(
+                model.source,
+                replace(plan, entries=tuple(mine)),
+                target,
+                importance=importance,
+                protected=protected,
+                effort=effort,
+                threads=threads,
+                devices=local_devices(),
+                progress=progress,
+            )
+        if isinstance(target, GgufPart):
+            target.close()
+        errors = {name: e for told in exchange(json.dumps(errors)) for name, e in json.loads(told).items()}
+        tuned, paths = None, list[Path]()
+        if sink is not None:
+            sink.adopt_parts()
+            if feedback is not None and tunes and not renaming:
+                tuned = fitting.tune(model.source, model.metadata, plan.layout(), sink, feedback, made_of)
+            sink.commit()
+            fitting.forget(out)
+            paths = sink.paths
+        paths = json.loads(team.told(json.dumps([str(path) for path in paths])))
+        return Written([Path(path) for path in paths], errors | low_errors(plan, fed), fed, tuned)
