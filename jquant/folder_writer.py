@@ -112,10 +112,10 @@ def write_folder(
             _write_input_scales(checkpoint, made.input_scales, sink)
             errors = _write_fed(checkpoint, plan, fed or (), sink, progress)
             rest = _left(checkpoint, plan, sink.finished(), errors)
-            begun = json.dumps([name, sink.finished(), [spec.name for spec in rest]])
+            begun = json.dumps([name, [spec.name for spec in rest]])
         else:
             errors = {one.name: one.error for one in fed or ()}  # computed by all, written by the first
-        name, finished, rest = json.loads(team.told(begun))
+        name, rest = json.loads(team.told(begun))
         specs, chosen = [checkpoint.source.specs[one] for one in rest], set(plan.quantized)
         # In numbers that are merely copied.
         costs = [spec.size * (SEARCHED if spec.name in chosen else COPIED) for spec in specs]
@@ -127,7 +127,6 @@ def write_folder(
                 out,
                 plan.layout,
                 team.me,
-                finished=finished,
                 max_shard_bytes=max_shard_bytes,
                 fingerprint=name,
             )
@@ -233,7 +232,7 @@ def _write_weights(
     return errors
 
 
-def _write_input_scales(checkpoint: Checkpoint, scales: Mapping[str, np.float32], sink: Sink) -> None:
+def _write_input_scales(checkpoint: Checkpoint, scales: Mapping[str, np.float32], sink: ModelFolder) -> None:
     """Write the static scales that are not yet there."""
     finished = set(sink.finished())
     for tensor, scale in scales.items():

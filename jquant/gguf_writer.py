@@ -4,10 +4,10 @@ model = open_model(Path("SmolLM2-135M"))
 plan_ = plan(model.source.specs, model.metadata, "Q4_K_M")
 write_gguf(model, plan_, Path("smol-q4.gguf"))
 
-Several processes that share the output's folder all call it with the same arguments. Tensors are spread over
-them by what they cost. Each writes its own where they belong in the partial file that process 0 has made, with
-a journal of its own; process 0 checks that nothing is missing and commits. The bytes are those of one process.
-After a kill, any number of processes continues with what is whole.
+Several processes that share the output's folder all call it with the same arguments. Rows are spread over
+them by what they cost. Each writes its own where they belong in the partial file that process 0 has made,
+with a journal of its own; process 0 checks that nothing is missing and commits. The bytes are those of one
+process. After a kill, any number of processes continues with what is whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,16 +24,16 @@ import numpy as np
 
 from jquant import fitting, sequential, tuning
 from jquant.convert import Model
-from jquant.core import Effort, Metadata, MetadataValue, UserError
+from jquant.core import Effort, Metadata, MetadataValue, Rows, UserError
 from jquant.fingerprints import common_facts, digest, fingerprint
 from jquant.fitting import Feedback
 from jquant.formats import FORMATS
 from jquant.io import GgufPart, GgufSink, headers_digest
 from jquant.io.imatrix import Imatrix
 from jquant.mesh import SharedError, agree, exchange, is_first, local_devices
-from jquant.pipeline import Progress, run
+from jquant.pipeline import Progress, relative_errors, run
 from jquant.plan import FILE_TYPES, Plan
-from jquant.spread import cost, spread
+from jquant.spread import portion
 from jquant.team import everyone
 from jquant.transcode import LOW_BPW
 
@@ -65,7 +64,8 @@ def output_metadata(
 
 class Written(NamedTuple):
     paths: list[Path]
-    errors: dict[str, float]  # relative error by tensor: see pipeline.run; with feedback that of the output
+    # Relative error by tensor, see pipeline.relative_errors; with feedback that of the output.
+    errors: dict[str, float]
     fed: dict[str, sequential.Fed]  # tensors that error feedback made, without their bytes
     tuned: tuning.Gain | None = None  # where the file was tuned
 
@@ -175,10 +175,10 @@ def write_gguf(
         if feedback is not None and not renaming:
             entries = fitting.fed_entries(plan, protected or {})
             fed = fitting.feed_back(model.source, model.metadata, entries, sink, feedback, threads, team)
-        begun = json.dumps([made_of, sink.finished()] if sink is not None else [])
-        first_made_of, finished = json.loads(team.told(begun))
-        left = [entry for entry in plan.entries if entry.name not in set(finished)]
-        mine = [left[i] for i in spread([cost(entry) for entry in left], team.count)[team.me]]
+        begun = json.dumps([made_of, sink.left()] if sink is not None else [])
+        first_made_of, told = json.loads(team.told(begun))
+        left, entries = [Rows(*one) for one in told], {entry.name: entry for entry in plan.entries}
+        mine = portion(left, entries, team.count, team.me)
         target = sink
         if target is None and mine:
             target = GgufPart(
@@ -186,17 +186,17 @@ def write_gguf(
                 metadata,
                 plan.layout(),
                 team.me,
-                finished=finished,
                 max_shard_bytes=max_shard_bytes,
                 fingerprint=first_made_of,
             )
             opened.callback(target.close)
-        errors = {}
+        losses = {}
         if target is not None:
-            errors = run(
+            losses = run(
                 model.source,
-                replace(plan, entries=tuple(mine)),
+                plan,
                 target,
+                mine,
                 importance=importance,
                 protected=protected,
                 effort=effort,
@@ -206,7 +206,11 @@ def write_gguf(
             )
         if isinstance(target, GgufPart):
             target.close()
-        errors = {name: e for told in exchange(json.dumps(errors)) for name, e in json.loads(told).items()}
+        # Of what an interrupted run had begun, the error of the rest says nothing.
+        whole = {rows.name for rows in left if rows.stop - rows.start == entries[rows.name].spec.rows}
+        told = [json.loads(text) for text in exchange(json.dumps(losses))]
+        errors = relative_errors([{name: (loss, of) for name, (loss, of) in one.items()} for one in told])
+        errors = {name: error for name, error in errors.items() if name in whole}
         tuned, paths = None, list[Path]()
         if sink is not None:
             sink.adopt_parts()

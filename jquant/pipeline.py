@@ -11,7 +11,7 @@ import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jquant.core import Effort, QuantizedTensor, Source, UserError, Writer, at_effort, dequantize
+from jquant.core import Effort, QuantizedTensor, Rows, Source, UserError, Writer, at_effort, dequantize
 from jquant.formats import FORMATS
 from jquant.plan import Entry, Plan
 from jquant.transcode import FLOAT_DTYPES, LOW_BPW, slab_rows, transcode
@@ -30,12 +30,16 @@ PROTECTION = 1e3
 
 F16_MAX = float(np.finfo(np.float16).max)
 
-# Tensor name, source bytes that are now done; no name for what an interrupted run had done already.
+# Σ w (x − x̂)² and Σ w x² of some rows, w importance or 1.
+Loss = tuple[float, float]
+
+# Tensor name, source bytes that are now done; no name for what is not this run's to do.
 Progress = Callable[[str, int], None]
 
 
 class Job(NamedTuple):
     entry: Entry
+    rows: Rows  # that this is a part of
     start: int
     stop: int
 
@@ -44,6 +48,7 @@ def run(
     source: Source,
     plan: Plan,
     sink: Writer,
+    rows: Iterable[Rows] | None = None,
     *,
     importance: Mapping[str, np.ndarray] | None = None,
     protected: Mapping[str, Sequence[tuple[int, int]]] | None = None,
@@ -51,11 +56,10 @@ def run(
     threads: int = 2,
     devices: Mesh | None = None,
     progress: Progress = lambda name, done: None,
-) -> dict[str, float]:
-    """Write every tensor of the plan. The caller commits the sink.
+) -> dict[str, Loss]:
+    """Write these rows of the plan's tensors, by default all. The caller commits the sink.
 
-    Returns the relative error Σ w (x − x̂)² / Σ w x² of each tensor with few bits (transcode.LOW_BPW), as its
-    bytes decode, where w is importance or 1. Tensors that an interrupted run had finished are not among them.
+    Returns what is lost in each tensor with few bits (transcode.LOW_BPW), as its bytes decode, in these rows.
 
     importance: per tensor name float32 [matrices, cols], where a stack of experts has one row for each; a
     tensor without an entry is encoded without importance. protected: per tensor name (row, column) of single
@@ -67,14 +71,17 @@ def run(
     weights are too large for its type.
     """
     importance, protected = importance or {}, protected or {}
-    finished = set(sink.finished())
-    entries = [e for e in plan.entries if e.name not in finished]
-    progress("", sum(source.specs[name].nbytes for name in finished))
-    todo = [job for entry in entries for job in _slabs(entry, 1 if devices is None else devices.size)]
-    open_jobs = Counter(job.entry.name for job in todo)
+    entries = {entry.name: entry for entry in plan.entries}
+    if rows is None:
+        rows = [Rows(entry.name, 0, entry.spec.rows) for entry in plan.entries]
+    rows, device_count = list(rows), 1 if devices is None else devices.size
+    mine = sum((r.stop - r.start) * source.specs[r.name].row_bytes for r in rows)
+    progress("", sum(source.specs[name].nbytes for name in entries) - mine)
+    todo = [job for r in rows for job in _slabs(r, entries[r.name], device_count)]
+    open_jobs = Counter(job.rows for job in todo)
     lock = threading.Lock()
     jobs = iter(todo)
-    sums: dict[str, list[tuple[float, float]]] = {}
+    sums: dict[str, list[Loss]] = {}
 
     def work() -> None:
         while True:
@@ -90,10 +97,10 @@ def run(
             with lock:
                 if job.entry.type != job.entry.source_type and FORMATS[job.entry.type].bpw <= LOW_BPW:
                     sums.setdefault(name, []).append((loss, total))
-                open_jobs[name] -= 1
-                is_last = open_jobs[name] == 0
+                open_jobs[job.rows] -= 1
+                is_last = open_jobs[job.rows] == 0
             if is_last:
-                sink.finish(name)
+                sink.finish(*job.rows)
             progress(name, (job.stop - job.start) * source.specs[name].row_bytes)
 
     def work_or_stop_all() -> None:
@@ -113,19 +120,33 @@ def run(
             raise
         for future in futures:
             future.result()
+    return {name: _sum(parts) for name, parts in sums.items()}
+
+
+def relative_errors(parts: Iterable[Mapping[str, Loss]]) -> dict[str, float]:
+    """Σ w (x − x̂)² / Σ w x² of each tensor over all parts, w importance or 1, where it is a finite number."""
+    sums: dict[str, list[Loss]] = {}
+    for part in parts:
+        for name, loss in part.items():
+            sums.setdefault(name, []).append(loss)
     relative = {}
-    for name, parts in sums.items():
-        loss, total = map(math.fsum, zip(*parts, strict=True))
+    for name, losses in sums.items():
+        loss, total = _sum(losses)
         share = loss / total if total > 0 else 0.0
         if math.isfinite(share):
             relative[name] = share
     return relative
 
 
-def _slabs(entry: Entry, devices: int) -> Iterator[Job]:
-    rows, step = entry.spec.rows, slab_rows(entry.spec.cols) * devices
-    for start in range(0, rows, step):
-        yield Job(entry, start, min(start + step, rows))
+def _sum(losses: Sequence[Loss]) -> Loss:
+    loss, total = map(math.fsum, zip(*losses, strict=True))
+    return loss, total
+
+
+def _slabs(rows: Rows, entry: Entry, devices: int) -> Iterator[Job]:
+    step = slab_rows(entry.spec.cols) * devices
+    for start in range(rows.start, rows.stop, step):
+        yield Job(entry, rows, start, min(start + step, rows.stop))
 
 
 def _encode(
@@ -137,7 +158,7 @@ def _encode(
     devices: Mesh | None,
 ) -> tuple[np.ndarray, float, float]:
     """Read and encode one slab: uint8 [rows, row bytes], and `Encoded`'s loss and total."""
-    entry, start, stop = job
+    entry, _, start, stop = job
     data = source.read(entry.name, start, stop)
     if entry.type == entry.source_type:
         if entry.type in FLOAT_DTYPES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_gguf_sink import LAYOUT, METADATA, put, write
+from test_gguf_sink import LAYOUT, METADATA, ROWS, put, write
 
 from jquant import io
 from jquant.core import OutputError
@@ -40,6 +40,46 @@ def test_parts_and_sink_make_the_file_of_one_writer(tmp_path, limit):
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "alone", *sink.paths])
 
 
+@pytest.mark.parametrize("limit", SHARDED)
+def test_parts_and_sink_write_rows_of_one_tensor(tmp_path, limit):
+    path = tmp_path / "m.gguf"
+    (tmp_path / "alone").mkdir()
+    alone = write(tmp_path / "alone" / "m.gguf", max_shard_bytes=limit)
+
+    def put_rows(writer, name: str, start: int, stop: int) -> None:
+        writer.write(name, start, ROWS[name][start:stop])
+        writer.finish(name, start, stop)
+
+    with io.GgufSink(path, METADATA, LAYOUT, max_shard_bytes=limit) as sink:
+        with part(path, 1, max_shard_bytes=limit) as one:
+            put_rows(one, "experts", 9, 15)
+            put_rows(one, "output", 0, 7)
+            with pytest.raises(ValueError, match="output: 2 rows are still to be written"):
+                one.finish("output", 7, 9)
+        put_rows(sink, "experts", 2, 4)
+    with io.GgufSink(path, METADATA, LAYOUT, max_shard_bytes=limit, resume=True) as sink:
+        assert sink.finished() == ()
+        assert sink.left() == [
+            ("embedding", 0, 40),
+            ("norm", 0, 1),
+            ("experts", 0, 2),
+            ("experts", 4, 9),
+            ("output", 7, 40),
+        ]
+        with part(path, 1, max_shard_bytes=limit) as one:
+            put_rows(one, "output", 7, 40)
+            put(one, "embedding", "norm")
+        for start, stop in [(4, 9), (0, 2)]:
+            put_rows(sink, "experts", start, stop)
+        assert sink.finished() == ("experts",)
+        with pytest.raises(ValueError, match="3 tensors are not finished, the first is embedding"):
+            sink.commit()
+        sink.adopt_parts()
+        assert sink.left() == []
+        sink.commit()
+    assert data(sink) == data(alone)
+
+
 def test_a_tensor_that_no_part_wrote_is_missing_at_the_end(tmp_path):
     path = tmp_path / "m.gguf"
     with io.GgufSink(path, METADATA, LAYOUT) as sink:
@@ -65,7 +105,7 @@ def test_what_parts_had_finished_is_continued_by_another_number_of_them(tmp_path
     assert not path.exists()
     with io.GgufSink(path, METADATA, LAYOUT, resume=True, fingerprint="f") as sink:
         assert set(sink.finished()) == {"experts", "norm"}
-        parts = [part(path, i, finished=sink.finished(), fingerprint="f") for i in range(1, again)]
+        parts = [part(path, i, fingerprint="f") for i in range(1, again)]
         writers = [sink, *parts]
         for i, name in enumerate(["embedding", "output"]):
             put(writers[i % len(writers)], name)

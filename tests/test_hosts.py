@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import signal
@@ -14,8 +15,11 @@ from test_quantize_command import JQUANT, WIDE, imatrix_file
 from test_quantize_command import run as command
 from tiny_models import write_tiny
 
+from jquant.core import Rows
 from jquant.io import GgufSource
-from jquant.spread import spread
+from jquant.plan import Entry
+from jquant.spread import PARTS, cost, portion, spread
+from jquant.transcode import slab_rows
 
 QUANTIZE = (
     JOIN
@@ -74,6 +78,27 @@ def test_costs_are_spread_whole_and_nearly_evenly(shares):
     assert max(sums) <= 4 / 3 * max(sum(costs) / shares, max(costs))
 
 
+@pytest.mark.parametrize("shares", [2, 3, 64])
+def test_rows_are_spread_whole_and_evenly_however_large_a_tensor_is(shares):
+    shapes = {"embedding": (150_000, 4096), "experts": (128, 1536, 4096), "norm": (4096,), "q": (8192, 4096)}
+    types = dict(zip(shapes, ("Q6_K", "IQ2_XXS", "F32", "Q4_K"), strict=True))
+    entries = {n: Entry(n, s, "F32" if n == "norm" else "F16", types[n], "") for n, s in shapes.items()}
+    left = [Rows(name, 0, entry.spec.rows) for name, entry in entries.items()]
+    left[0] = Rows("embedding", 999, 150_000)  # an earlier run had begun it
+    found = [portion(left, entries, shares, share) for share in range(shares)]
+    for name, first, last in left:
+        parts = sorted(rows for share in found for rows in share if rows.name == name)
+        assert (parts[0].start, parts[-1].stop) == (first, last)
+        for one, next_one in itertools.pairwise(parts):
+            assert one.stop == next_one.start
+            assert (one.stop - first) % slab_rows(entries[name].spec.cols) == 0
+    costs = [sum(cost(entries[rows.name], rows.stop - rows.start) for rows in share) for share in found]
+    assert max(costs) <= (1 + 1 / PARTS) * sum(costs) / shares
+    if shares == 64:
+        assert len({rows.name for share in found for rows in share}) < sum(map(len, found)) / 8
+    assert portion(left, entries, 1, 0) == left
+
+
 @pytest.mark.parametrize(
     ("processes", "kind"),
     [(2, "Q2_K"), *(pytest.param(n, "IQ2_M", marks=pytest.mark.slow) for n in (2, 3, 4))],
@@ -115,6 +140,27 @@ def test_a_killed_process_and_another_number_of_them_give_the_same_file(before, 
     assert [e.code for e in ended] == [0] * after, ended
     alone = tmp_path / "alone.gguf"
     run(QUANTIZE, 1, str(model), str(alone), "Q8_0", "", "")
+    assert out.read_bytes() == alone.read_bytes()
+    assert not list(tmp_path.glob("*partial*"))
+
+
+# Slabs of a few rows, of which the second process makes nine.
+OF_ROWS = QUANTIZE.replace(
+    "\ntry:", "\nfrom jquant import transcode\ntranscode.SLAB_WEIGHTS = 1 << 13\nseen = []\ntry:", 1
+).replace("    if name and", "    seen.append(name)\n    if len(seen) == 9 and")
+
+
+def test_rows_of_one_tensor_are_shared_and_those_that_are_there_are_kept(model, tmp_path):
+    out, alone = tmp_path / "m.gguf", tmp_path / "alone.gguf"
+    arguments = [str(model), str(out), "Q4_K_M"]
+    ended = run(OF_ROWS, 3, *arguments, "", "1")
+    assert [e.code for e in ended] == [3, -signal.SIGKILL, 3], ended
+    lines = [json.loads(x) for p in tmp_path.glob("*.jsonl") for x in p.read_text().splitlines()]
+    begun = {line[0] for line in lines if isinstance(line, list)}
+    assert begun - {line for line in lines if isinstance(line, str)}
+    ended = run(OF_ROWS, 2, *arguments, "resume", "")
+    assert [e.code for e in ended] == [0, 0], ended
+    run(QUANTIZE, 1, str(model), str(alone), "Q4_K_M", "", "")
     assert out.read_bytes() == alone.read_bytes()
     assert not list(tmp_path.glob("*partial*"))
 

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "pipeline": CORE | {"formats", "plan", "transcode"},
     "mesh": CORE,
     "team": {"mesh"},
-    "spread": {"formats", "plan"},
+    "spread": CORE | {"formats", "plan", "transcode"},
     "fingerprints": {"convert", "io"},
     "gguf_writer": CORE
     | {"convert", "fingerprints", "fitting", "formats", "io", "mesh", "pipeline", "plan", "sequential"}

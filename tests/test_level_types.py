@@ -142,6 +142,24 @@ def test_a_tensor_that_was_trained_ternary_is_kept(name):
         np.testing.assert_array_equal(dequantize(quantize(jnp.asarray(x), FORMATS[name], importance)), x)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", ["TQ2_0", "Q1_0"])
+def test_one_scale_for_few_levels_is_the_best_that_there_is(name, weighted):
+    """What no other encoder can go below: a scale's best codes are those of a threshold on |x|, or signs."""
+    format, x = FORMATS[name], samples()["student"]
+    w = importance_of(x) if weighted else np.ones_like(x)
+    y = ggml.decode(format.ggml_type, encode(format, x, w if weighted else None)).astype(np.float64)
+    size, weight = (
+        np.broadcast_to(a, x.shape).reshape(-1, format.block_size).astype(np.float64) for a in (np.abs(x), w)
+    )
+    order = np.argsort(-size, axis=1)
+    s, v = np.take_along_axis(size, order, 1), np.take_along_axis(weight, order, 1)
+    gains = np.cumsum(v * s, axis=1) ** 2 / np.cumsum(v, axis=1)  # of the first k as ±d, the others 0
+    gain = gains[:, -1] if name == "Q1_0" else gains.max(axis=1)
+    least = np.sum(v * s * s) - gain.sum()
+    assert np.sum(w * (x - y) ** 2) <= least * 1.001
+
+
 def test_a_tensor_that_was_mxfp4_is_kept():
     format = FORMATS["MXFP4"]
     data = np.random.default_rng(4).integers(0, 256, (16, 48 * 17), dtype=np.uint8)

@@ -41,11 +41,8 @@ class Memory:
     def write(self, name, start, rows):
         self.rows[start] = rows
 
-    def finish(self, name):
+    def finish(self, name, start=0, stop=None):
         pass
-
-    def finished(self):
-        return ()
 
     def commit(self):
         pass

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import gguf
 import numpy as np
@@ -69,6 +69,14 @@ class TensorSpec:
         return self.rows * self.row_bytes
 
 
+class Rows(NamedTuple):
+    """Rows [start, stop) of a tensor seen as a matrix."""
+
+    name: str
+    start: int
+    stop: int
+
+
 @runtime_checkable
 class Source(Protocol):
     """A model to read: headers at once, rows when asked.
@@ -92,12 +100,8 @@ class Writer(Protocol):
         """Put rows (uint8 [k, row bytes]) of a tensor at row `start`."""
         ...
 
-    def finish(self, name: str) -> None:
-        """All rows of this tensor are written: remember it for a resumed run."""
-        ...
-
-    def finished(self) -> Iterable[str]:
-        """Tensors that an interrupted run has already written."""
+    def finish(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Rows [start, stop) of this tensor, by default all, are written: remember it for a resumed run."""
         ...
 
 

@@ -5,7 +5,8 @@ One JSON value a line, appended with one system call, so that a line is whole or
     {"fingerprint": …, "files": […]}   what is being made, and the partial files of it
     {"boot": …}                        the boot of the machine that wrote the next lines
     "blk.0.attn_q.weight"              a finished tensor, its bytes handed to the kernel before
-    {"synced": true}                   all tensors above are on the disk (fsync)
+    ["blk.0.ffn_up.weight", 0, 2048]   rows of one, likewise
+    {"synced": true}                   all of the above is on the disk (fsync)
     {"committing": true}               so is everything; files are being renamed
 
 A killed process loses nothing that the kernel has: within one boot every line counts, and nothing needs a
@@ -22,8 +23,17 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from jquant.core import OutputError
+
+
+class Done(NamedTuple):
+    """Rows [start, stop) of a tensor, by default all of them, that are written."""
+
+    name: str
+    start: int = 0
+    stop: int | None = None
 
 
 @dataclass
@@ -32,7 +42,7 @@ class Record:
 
     fingerprint: str
     files: list[str]
-    names: list[str] = field(default_factory=list)
+    done: list[Done] = field(default_factory=list)
     committing: bool = False
     end: int = 0
 
@@ -61,14 +71,14 @@ class Journal:
         self._append({"fingerprint": fingerprint, "files": files}, {"boot": _boot()})
         os.fsync(self._fd)
 
-    def resume(self, record: Record) -> list[str]:
-        """Continue the record that was found: the names of the tensors that are finished."""
+    def resume(self, record: Record) -> list[Done]:
+        """Continue the record that was found: what is finished."""
         os.ftruncate(self._fd, record.end)
         self._append({"boot": _boot()})
-        return record.names
+        return record.done
 
-    def finish(self, name: str) -> None:
-        self._append(name)
+    def finish(self, done: Done) -> None:
+        self._append(done.name if done.stop is None else done)
 
     def synced(self) -> None:
         self._append({"synced": True})
@@ -104,22 +114,22 @@ def _parse(data: bytes, boot: str | None) -> Record | None:
             if record is None:
                 return None
             synced_end = end
-        elif isinstance(value, str):
-            record.names.append(value)
+        elif isinstance(value, Done):
+            record.done.append(value)
         elif "boot" in value:
             written_in = value["boot"]
         else:
-            synced, synced_end = len(record.names), end
+            synced, synced_end = len(record.done), end
             record.committing = "committing" in value
     if record is None:
         return None
     same_boot = boot is not None and written_in == boot
     record.end = end if same_boot else synced_end
-    record.names = record.names if same_boot else record.names[:synced]
+    record.done = record.done if same_boot else record.done[:synced]
     return record
 
 
-def _record(first: dict[str, object] | str) -> Record | None:
+def _record(first: dict[str, object] | Done) -> Record | None:
     """The record that the first line begins; None where this is no journal of ours."""
     if isinstance(first, dict):
         fingerprint, files = first.get("fingerprint"), first.get("files")
@@ -128,12 +138,17 @@ def _record(first: dict[str, object] | str) -> Record | None:
     return None
 
 
-def _json(line: bytes) -> dict[str, object] | str | None:
+def _json(line: bytes) -> dict[str, object] | Done | None:
     """The value of a whole line, None for a torn one."""
     if line.endswith(b"\n"):
         with contextlib.suppress(ValueError):
-            value = json.loads(line)
-            return value if isinstance(value, dict | str) else None
+            match json.loads(line):
+                case dict() as value:
+                    return value
+                case str() as name:
+                    return Done(name)
+                case [str() as name, int() as start, int() as stop]:
+                    return Done(name, start, stop)
     return None
 
 

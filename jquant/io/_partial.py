@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from jquant.core import OutputError, TensorSpec
-from jquant.io._journal import Journal
+from jquant.core import OutputError, Rows, TensorSpec
+from jquant.io._journal import Done, Journal
 from jquant.io._shards import Shard
 
 # Between two syncs: so much work may be lost when the machine (not the process) goes down. A sync of this
@@ -23,13 +23,15 @@ SYNC_BYTES = 256 << 20
 
 class Partial:
     """What sinks and their parts do alike. Several processes may have the same files open, each with a
-    journal of its own, and write disjoint tensors."""
+    journal of its own, and write other rows."""
 
     def __init__(self, shards: Sequence[Shard], layout: Sequence[TensorSpec], journal: Journal) -> None:
         self.shards, self._journal = shards, journal
         self._layout = {spec.name: spec for spec in layout}
-        self._rows_left = {spec.name: spec.rows for spec in layout}
+        self._written = dict.fromkeys(self._layout, 0)  # rows that are not yet finished
+        self._done: dict[str, list[tuple[int, int]]] = {}  # of each tensor disjoint, in order
         self._finished: dict[str, None] = {}  # in order
+        self.wrote = False  # whether this process has finished anything
         self._lock = threading.Lock()
         self._unsynced = 0
         self._fds: list[int] = []
@@ -74,7 +76,7 @@ class Partial:
         with reporting(shard.partial):
             _write_at(fd, np.ascontiguousarray(rows).data, offset + start * spec.row_bytes)
         with self._lock:
-            self._rows_left[name] -= len(rows)
+            self._written[name] += len(rows)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> UInt8[np.ndarray, "k b"]:
         """Rows [start, stop) of a finished tensor, as they were written."""
@@ -85,32 +87,62 @@ class Partial:
             data = os.pread(fd, count * spec.row_bytes, offset + start * spec.row_bytes)
         return np.frombuffer(data, np.uint8).reshape(count, spec.row_bytes)
 
-    def finish(self, name: str) -> None:
-        """All rows of this tensor are written: remember it for a resumed run."""
+    def finish(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Rows [start, stop) of this tensor, by default all, are written: remember it for a resumed run."""
+        spec = self._layout[name]
+        count = (spec.rows if stop is None else stop) - start
         with self._lock:
-            if self._rows_left[name] != 0:
-                raise ValueError(f"{name}: {self._rows_left[name]} rows are still to be written.")
+            if self._written[name] < count:
+                raise ValueError(f"{name}: {count - self._written[name]} rows are still to be written.")
+            self._written[name] -= count
             with reporting(self._journal.path):
-                self._journal.finish(name)
-                self._finished[name] = None
-                self._unsynced += self._layout[name].nbytes
+                done = Done(name) if count == spec.rows else Done(name, start, stop)
+                self._journal.finish(done)
+                self._add(done)
+                self.wrote = True
+                self._unsynced += count * spec.row_bytes
                 if self._unsynced >= SYNC_BYTES:
                     self.sync()
 
-    def adopt(self, names: Iterable[str]) -> None:
-        """These tensors are in the files, whoever wrote them."""
+    def adopt(self, done: Iterable[Done]) -> None:
+        """These rows are in the files, whoever wrote them."""
         with self._lock:
-            self._finished |= dict.fromkeys(names)
+            for one in done:
+                self._add(one)
+
+    def _add(self, done: Done) -> None:
+        rows = self._layout[done.name].rows
+        joined: list[tuple[int, int]] = []
+        found = [*self._done.get(done.name, ()), (done.start, rows if done.stop is None else done.stop)]
+        for start, stop in sorted(found):
+            if joined and start <= joined[-1][1]:
+                start, stop = joined[-1][0], max(stop, joined.pop()[1])
+            joined.append((start, stop))
+        self._done[done.name] = joined
+        if joined == [(0, rows)]:
+            self._finished[done.name] = None
 
     def finished(self) -> tuple[str, ...]:
         """Tensors that need no writing any more: those of an interrupted run, then those of this one."""
         with self._lock:
             return tuple(self._finished)
 
-    def missing(self) -> list[str]:
-        """Tensors that are not finished, in the order of the layout."""
+    def left(self) -> list[Rows]:
+        """What is not finished, in the order of the layout."""
+        found: list[Rows] = []
         with self._lock:
-            return [name for name in self._layout if name not in self._finished]
+            for name, spec in self._layout.items():
+                at = 0
+                for start, stop in [*self._done.get(name, ()), (spec.rows, spec.rows)]:
+                    if at < start:
+                        found.append(Rows(name, at, start))
+                    at = stop
+        return found
+
+    @property
+    def begun(self) -> bool:
+        """Whether any rows are finished."""
+        return bool(self._done)
 
     def sync(self) -> None:
         """Everything that the journal names is on the disk, and the journal says so."""

@@ -16,7 +16,7 @@ from jquant.io._shards import Shard
 
 
 class Part:
-    """The tensors of one process, with a journal of its own.
+    """The rows of one process, with a journal of its own.
 
     It commits nothing: process 0, once this is closed, adopts what its journal names and commits. A part that
     is killed leaves its journal, from which the next run takes what is whole, whatever its number of
@@ -29,17 +29,14 @@ class Part:
         files: Sequence[Shard],
         layout: Sequence[TensorSpec],
         fingerprint: str,
-        finished: Sequence[str] = (),
     ) -> None:
-        """Opens the partial files that process 0 has made. finished: what it found finished.
+        """Opens the partial files that process 0 has made.
 
         Raises OutputError where they are not here.
         """
         with reporting(journal):
             self._journal = Journal(journal)
         self._partial = Partial(files, layout, self._journal)
-        self._partial.adopt(finished)
-        self._earlier = len(finished)
         self._closed = False
         try:
             self._journal.begin(fingerprint, [])
@@ -52,25 +49,20 @@ class Part:
         """As `GgufSink.write`."""
         self._partial.write(name, start, rows)
 
-    def finish(self, name: str) -> None:
+    def finish(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """As `GgufSink.finish`."""
-        self._partial.finish(name)
-
-    def finished(self) -> tuple[str, ...]:
-        """What process 0 found, then what this process wrote."""
-        return self._partial.finished()
+        self._partial.finish(name, start, stop)
 
     def close(self) -> None:
         """Bring what is written to the disk, for process 0 to adopt."""
         if self._closed:
             return
         self._closed = True
-        wrote = len(self.finished()) > self._earlier
-        if wrote:
+        if self._partial.wrote:
             with reporting(self._journal.path):
                 self._partial.sync()
         self._partial.close()
-        self._journal.close(remove=not wrote)
+        self._journal.close(remove=not self._partial.wrote)
 
     def __enter__(self) -> Part:
         return self
@@ -91,13 +83,12 @@ def open_journals(paths: Iterable[Path]) -> list[Journal]:
 
 
 def adopt(journals: Sequence[Journal], fingerprint: str, own: Journal, partial: Partial) -> None:
-    """Tensors that these parts of an output of this fingerprint have finished are the first process's. Ends
-    them."""
+    """What these parts of an output of this fingerprint have finished is the first process's. Ends them."""
     for part in journals:
         if part.record is not None and part.record.fingerprint == fingerprint:
-            for name in part.record.names:
-                own.finish(name)
-            partial.adopt(part.record.names)
+            for done in part.record.done:
+                own.finish(done)
+            partial.adopt(part.record.done)
     if journals:
         partial.sync()
     for part in journals:

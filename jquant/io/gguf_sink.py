@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from jquant.core import Metadata, OutputError, TensorSpec
-from jquant.io._journal import Journal, Record
+from jquant.core import Metadata, OutputError, Rows, TensorSpec
+from jquant.io._journal import Done, Journal, Record
 from jquant.io._partial import Partial, reporting
 from jquant.io._parts import Part, adopt, open_journals
 from jquant.io._shards import headers_of, shards
@@ -88,7 +88,7 @@ class GgufSink:
         earlier = found if resume and found is not None and self._can_continue(found) else None
         if earlier is not None and earlier.committing:
             self._renaming = True
-            self._partial.adopt(spec.name for spec in self._layout)
+            self._partial.adopt(Done(spec.name) for spec in self._layout)
             return
         self._check_absent(force)
         self._check_space()
@@ -114,7 +114,7 @@ class GgufSink:
             return open_journals(self._part_paths())
 
     def adopt_parts(self) -> None:
-        """Tensors that a `GgufPart` of this output has finished, in this run or an earlier one, are ours.
+        """What a `GgufPart` of this output has finished, in this run or an earlier one, is ours.
 
         Raises OutputError where a part is not closed.
         """
@@ -172,13 +172,17 @@ class GgufSink:
         """Rows [start, stop) of a finished tensor, as they were written."""
         return self._partial.read(name, start, stop)
 
-    def finish(self, name: str) -> None:
-        """All rows of this tensor are written: remember it for a resumed run."""
-        self._partial.finish(name)
+    def finish(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Rows [start, stop) of this tensor, by default all, are written: remember it for a resumed run."""
+        self._partial.finish(name, start, stop)
 
     def finished(self) -> tuple[str, ...]:
         """Tensors that need no writing any more: those of an interrupted run, then those of this one."""
         return self._partial.finished()
+
+    def left(self) -> list[Rows]:
+        """What is not finished, by this run or an interrupted one, in the order of the layout."""
+        return self._partial.left()
 
     @property
     def renaming(self) -> bool:
@@ -192,7 +196,7 @@ class GgufSink:
 
     def commit(self) -> None:
         """Sync and rename. Shards appear from the last to the first, so whoever sees the first sees all."""
-        missing = self._partial.missing()
+        missing = list(dict.fromkeys(rows.name for rows in self.left()))
         if missing:
             raise ValueError(
                 f"{self.path}: {len(missing)} tensors are not finished, the first is {missing[0]}."
@@ -214,7 +218,7 @@ class GgufSink:
         Where there is none, the partial files go too. After `commit` this does nothing.
         """
         if not self._closed:
-            self._release(keep=bool(self.finished() or self._part_paths()))
+            self._release(keep=bool(self._partial.begun or self._part_paths()))
 
     def _release(self, *, keep: bool) -> None:
         """Close everything; unless `keep`, nothing with a partial name remains."""
@@ -242,18 +246,16 @@ class GgufPart(Part):
         layout: Sequence[TensorSpec],
         process: int,
         *,
-        finished: Sequence[str] = (),
         max_shard_bytes: int | None = None,
         fingerprint: str = "",
     ) -> None:
-        """process: from 1. finished: what the sink found finished. The others as of the sink, which is made
-        before.
+        """process: from 1. The others as of the sink, which is made before.
 
         Raises OutputError where the files of the sink are not here.
         """
         files = shards(path, metadata, layout, max_shard_bytes)
         journal = path.with_name(f"{path.name}.partial.{process}.jsonl")
-        super().__init__(journal, files, layout, f"{fingerprint} {headers_of(files)}", finished)
+        super().__init__(journal, files, layout, f"{fingerprint} {headers_of(files)}")
 
 
 def _journal_path(path: Path) -> Path:

@@ -97,7 +97,7 @@ class ModelFolder:
     def _begin(self, resume: bool) -> None:
         found, mark = self._journal.record, self._journal.path
         if resume and found is not None and found.fingerprint != self._fingerprint:
-            self._partial.adopt(found.names)  # so that it stays
+            self._partial.adopt(found.done)  # so that it stays
             raise OutputError(
                 f"{self.path}: was begun from another model or with other settings; repeat those to continue "
                 "it, or run without --resume to start over."
@@ -144,7 +144,7 @@ class ModelFolder:
         return sorted(path for path in self._folder.iterdir() if pattern.fullmatch(path.name))
 
     def adopt_parts(self) -> None:
-        """Tensors that a `FolderPart` of this folder has finished are ours. Raises OutputError where one is
+        """What a `FolderPart` of this folder has finished is ours. Raises OutputError where one is
         not closed."""
         with reporting(self._folder):
             adopt(open_journals(self._part_paths()), self._fingerprint, self._journal, self._partial)
@@ -170,9 +170,9 @@ class ModelFolder:
 
     def commit(self) -> None:
         """Make the folder appear under its name. ValueError where tensors are missing."""
-        missing = self._partial.missing()
-        if missing:
-            raise ValueError(f"{self.path}: {missing[0]} was not written whole.")
+        left = self._partial.left()
+        if left:
+            raise ValueError(f"{self.path}: {left[0].name} was not written whole.")
         with reporting(self.path):
             self._partial.sync()
             self._partial.close()
@@ -191,7 +191,7 @@ class ModelFolder:
         if self._closed:
             return
         self._closed = True
-        kept = keep and bool(self.finished() or self._part_paths())
+        kept = keep and bool(self._partial.begun or self._part_paths())
         self._partial.close()
         if not kept:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -207,18 +207,16 @@ class FolderPart(Part):
         layout: Sequence[TensorSpec],
         process: int,
         *,
-        finished: Sequence[str] = (),
         max_shard_bytes: int | None = None,
         fingerprint: str = "",
     ) -> None:
-        """process: from 1. finished: what the folder found finished. The others as of the folder, which is
-        made before.
+        """process: from 1. The others as of the folder, which is made before.
 
         Raises OutputError where its files are not here.
         """
         files = _shards(_partial(path), layout, max_shard_bytes or SHARD_BYTES)
         journal = _partial(path) / f"{_MARK}.{process}"
-        super().__init__(journal, files, layout, _named(fingerprint, files), finished)
+        super().__init__(journal, files, layout, _named(fingerprint, files))
 
 
 def _partial(path: Path) -> Path:
