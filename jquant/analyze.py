@@ -24,13 +24,14 @@ from jquant.calibrate import SECOND_MOMENTS, Progress, Stats, Through, collect
 from jquant.convert import Model
 from jquant.core import OutputError, TensorSpec, UserError
 from jquant.io import check_target
-from jquant.io.checkpoint import Checkpoint
 from jquant.io.imatrix import Imatrix
 from jquant.io.samples import Samples, Table, Text, read_texts, sample
 from jquant.io.token_ids import from_metadata
 from jquant.mesh import agree
 from jquant.models import Decoder, Precision
 from jquant.parallel import over, shares
+from jquant.shared_checkpoint import SharedCheckpoint
+from jquant.team import ALONE, everyone
 from jquant.text import text_table
 from jquant.transforms.super_weights import DENSE, SuperWeight
 from jquant.weights import Weights
@@ -91,8 +92,7 @@ def importance(
     """
     decoder = decoder_for(model, precision)
     if mesh is not None:
-        run = run_of(model, samples, batch=batch, method="imatrix", precision=precision)
-        agree({name: str(value) for name, value in run.items() if name != "model files"})  # and their times
+        agree_on(model, samples, batch=batch, method="imatrix", precision=precision)
     mine, through = share_of(samples, mesh)
     stats = collect(
         decoder,
@@ -136,15 +136,16 @@ def open_checkpoint(
     method: str = "imatrix",
     mesh: Mesh | None = None,
     precision: Precision | None = None,
-) -> Checkpoint:
+) -> SharedCheckpoint:
     """A store in `folder` for `importance`, or another method's run, of the same arguments.
 
+    Another mesh, and another number of processes, may continue: its sums differ in their last digits.
     Raises UserError where a checkpoint is there and `resume` is false, or it is of another run.
     """
     run = run_of(model, samples, batch=batch, method=method, precision=precision)
-    if mesh is not None:
-        run["mesh"] = dict(mesh.shape)  # the order of sums
-    return Checkpoint(folder, run, resume=resume)
+    team = ALONE if mesh is None else everyone()
+    mine, _ = share_of(samples, mesh)
+    return SharedCheckpoint(folder, run, resume=resume, samples=len(samples.tokens), mine=mine, team=team)
 
 
 def run_of(
@@ -165,6 +166,14 @@ def run_of(
         "versions": {name: version(name) for name in ("jquant", "jax", "jaxlib")},
         "device": jax.devices()[0].device_kind,
     }
+
+
+def agree_on(
+    model: Model, samples: Samples, *, batch: int, method: str, precision: Precision | None = None
+) -> None:
+    """Raise UserError where processes are to measure different things."""
+    run = run_of(model, samples, batch=batch, method=method, precision=precision)
+    agree({name: str(value) for name, value in run.items() if name != "model files"})  # and their times
 
 
 def imatrix_of(stats: Mapping[str, Stats], samples: Samples) -> Imatrix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jquant.analyze import decoder_for, imatrix_of, importance, open_checkpoint, run_of, share_of
+from jquant.analyze import agree_on, decoder_for, imatrix_of, importance, open_checkpoint, run_of, share_of
 from jquant.between import Store
 from jquant.calibrate import HESSIAN, Progress, init_all, shared_inputs, stream
 from jquant.convert import Model
@@ -20,6 +21,7 @@ from jquant.io.imatrix import Imatrix
 from jquant.io.samples import Samples
 from jquant.io.statistics import TYPES, StatisticsSink
 from jquant.io.tape import GradientCheckpoint
+from jquant.mesh import is_first
 from jquant.models import Decoder, Precision
 from jquant.ranges import RANGES
 
@@ -43,14 +45,11 @@ def measure(
 ) -> Imatrix:
     """What a method finds out of each input column; those of STATISTICS write `output` on the way.
 
-    checkpoint: the folder of one, which `resume` continues. mesh: see `analyze.importance`; fisher runs on
-    one device and in float32, and several processes measure by "imatrix" only. Errors are those of the
-    functions below.
+    checkpoint: the folder of one, which `resume` continues. mesh: see `analyze.importance`; fisher runs in
+    one process, on one device and in float32. Errors are those of the functions below.
     """
-    if mesh is not None and jax.process_count() > 1:
-        refused = "--checkpoint-dir" if checkpoint is not None else f"--method {method}"
-        if method != "imatrix" or checkpoint is not None:
-            raise UserError(f"{refused}: runs in one process only; leave out --coordinator.")
+    if method == "fisher" and mesh is not None and jax.process_count() > 1:
+        raise UserError("--method fisher: runs in one process only; leave out --coordinator.")
     if method == "fisher":
         tape = None
         if checkpoint is not None:
@@ -150,6 +149,7 @@ def write_statistics(
 
     A Hessian of an input of width w costs 2 · tokens · w² operations and 4 · w² bytes on the disk (22 GB for
     a Llama of 7 B); in memory are those of one block. A store that remembers holds them a second time.
+    Of several processes, each runs its share of the samples, and the first writes.
     Raises OutputError where the file cannot be written, and what `calibrate.stream` raises.
     """
     calibrator, decoder = STATISTICS[method], decoder_for(model, precision)
@@ -167,24 +167,33 @@ def write_statistics(
     }
     others = {name: first for name, first in shared.items() if name != first}
     squares: dict[str, dict[str, jax.Array]] = {}
-    with StatisticsSink(path, about, _layout(decoder, method, others), others, force=force) as sink:
+    if mesh is not None:
+        agree_on(model, samples, batch=batch, method=method, precision=precision)
+    mine, through = share_of(samples, mesh)
+    with contextlib.ExitStack() as opened:
+        sink = None
+        if is_first():
+            layout = _layout(decoder, method, others)
+            sink = opened.enter_context(StatisticsSink(path, about, layout, others, force=force))
         blocks = stream(
             decoder,
-            samples.tokens,
+            samples.tokens[mine],
             calibrator,
-            lengths=samples.lengths,
+            lengths=samples.lengths[mine],
             batch=batch,
             store=store,
-            through=share_of(samples, mesh)[1],
+            through=through,
             progress=progress,
         )
         for block in blocks:
             for name, stats in block.items():
                 for key, value in stats.items():
-                    sink.write(f"{name}.{key}", jax.device_get(value))
+                    if sink is not None:
+                        sink.write(f"{name}.{key}", jax.device_get(value))
                 sum2 = stats["sum2"] if "sum2" in stats else jnp.diagonal(stats["xtx"], axis1=-2, axis2=-1)
                 squares[name] = {"sum2": sum2, "count": stats["count"]}
-        sink.commit()
+        if sink is not None:
+            sink.commit()
     return imatrix_of({name: squares[first] for name, first in shared.items()}, samples)
 
 

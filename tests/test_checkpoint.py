@@ -6,12 +6,16 @@ import errno
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import processes
 import pytest
+from processes import JOIN
 from test_analyze import run
 from test_models import SHARED
 from tiny_models import LINES, write_tiny
@@ -19,7 +23,9 @@ from tiny_models import LINES, write_tiny
 from jquant import between, parallel
 from jquant.calibrate import _collect
 from jquant.core import OutputError, UserError
+from jquant.io import imatrix
 from jquant.io.checkpoint import Checkpoint
+from jquant.shared_checkpoint import SharedCheckpoint
 
 JQUANT = str(Path(sys.executable).with_name("jquant"))
 SMALL = ("--samples", 5, "--sequence-length", 20, "--batch", 2, "-q")
@@ -77,6 +83,80 @@ def test_a_run_that_stops_anywhere_continues_to_the_same_bytes(steps, model, tex
 def test_a_run_over_two_devices_continues_to_the_same_bytes(steps, model, text, tmp_path, monkeypatch):
     # Two steps a block, of two samples on each device.
     stop_and_continue(model, text, tmp_path, monkeypatch, (parallel, "check_finite"), steps, (6, 2))
+
+
+TOGETHER = (
+    JOIN
+    + """
+import os, signal
+from pathlib import Path
+import jax
+from jquant import methods
+from jquant.analyze import load_samples
+from jquant.convert import open_model
+from jquant.io import imatrix
+folder, text, kept, out, resume, killed = sys.argv[4:]
+blocks = []
+
+def progress(done, count):
+    blocks.append(done)
+    if done == 2 and str(process) == killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+try:
+    with mesh.together():
+        model = open_model(Path(folder))
+        samples = load_samples(model, text, samples=5, sequence_length=20)
+        devices = mesh.make_mesh() if jax.device_count() > 1 else None
+        options = dict(checkpoint=Path(kept), resume=bool(resume), mesh=devices, progress=progress)
+        found = methods.measure("imatrix", model, samples, batch=1, **options)
+        if process == 0:
+            imatrix.write_gguf(Path(out), found)
+    print(blocks)
+except mesh.LostError as error:
+    print(error, file=sys.stderr, flush=True)
+    mesh.leave(3)
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(2, 3), *(pytest.param(*n, marks=pytest.mark.slow) for n in [(3, 2), (3, 1)])]
+)
+def test_a_killed_process_and_another_number_of_them_measure_what_one_does(
+    before, after, model, text, tmp_path
+):
+    out, alone, kept = (tmp_path / name for name in ("out.gguf", "alone.gguf", "kept"))
+    arguments = [str(model), str(text), str(kept), str(out)]
+    ended = processes.run(TOGETHER, before, *arguments, "", "1")
+    assert ended[1].code == -signal.SIGKILL
+    assert [e.code for e in (ended[0], *ended[2:])] == [3] * (before - 1), ended
+    done = len(list(kept.glob("block-*.npz")))
+    assert 1 <= done <= 2
+    ended = processes.run(TOGETHER, after, *arguments, "resume", "")
+    assert [e.code for e in ended] == [0] * after, ended
+    assert [json.loads(e.out) for e in ended] == [list(range(done + 1, 4))] * after
+    (whole,) = processes.run(TOGETHER, 1, str(model), str(text), str(tmp_path / "own"), str(alone), "", "")
+    assert whole.code == 0
+    ours, theirs = imatrix.read(out), imatrix.read(alone)
+    assert ours.entries.keys() == theirs.entries.keys()
+    for name, entry in theirs.entries.items():
+        np.testing.assert_allclose(ours.entries[name], entry, rtol=1e-4, err_msg=name)
+
+
+def test_samples_in_a_file_share_no_page(tmp_path):
+    made = Checkpoint(tmp_path / "run", {"data": "x"}, resume=False)
+    whole = made.activations(0, (3, 5, 7))
+    whole[:] = np.arange(105).reshape(3, 5, 7)
+    assert whole.strides[0] % 4096 == 0
+    own = SharedCheckpoint(tmp_path / "own", {"data": "x"}, resume=False, samples=3, mine=slice(1, 2))
+    part = own.activations(0, (1, 5, 7))
+    part[:] = whole[1:2]
+    own.activations(1, (1, 5, 7))
+    own.finish(0, {})
+    data = np.fromfile(tmp_path / "run/activations-00000", np.float32).reshape(3, -1)
+    np.testing.assert_array_equal(data[:, :35], np.arange(105).reshape(3, 35))
+    assert own.activations(1, (1, 5, 7)).shape == (1, 5, 7)
 
 
 def test_a_finished_checkpoint_is_used_as_it_is(model, text, tmp_path, monkeypatch):
@@ -151,7 +231,7 @@ def test_a_full_disk_is_told_before_anything_is_mapped(tmp_path, monkeypatch):
 
 def test_activations_occupy_the_disk_from_the_start(tmp_path):
     made = Checkpoint(tmp_path / "run", {"data": "x"}, resume=False)
-    assert made.activations(0, (1 << 18,)).shape == (1 << 18,)
+    assert made.activations(0, (1, 1 << 18)).shape == (1, 1 << 18)
     assert (tmp_path / "run/activations-00000").stat().st_blocks * 512 >= 1 << 20
 
 

@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "pipeline": CORE | {"formats", "plan", "transcode"},
     "mesh": CORE,
     "team": {"mesh"},
+    "shared_checkpoint": {"io", "team"},
     "spread": CORE | {"formats", "plan", "transcode"},
     "fingerprints": {"convert", "io"},
     "gguf_writer": CORE
@@ -51,10 +52,21 @@ MAY_IMPORT = {
     "figures": set(),
     "analyze": CORE
     | {"between", "calibrate", "convert", "figures", "io", "mesh", "models", "parallel", "text", "transforms"}
-    | {"weights"},
+    | {"shared_checkpoint", "team", "weights"},
     "protection": CORE | {"convert", "gradients", "io", "models", "plan", "text", "transforms", "weights"},
     "methods": CORE
-    | {"analyze", "between", "calibrate", "convert", "gradients", "io", "models", "ranges", "weights"},
+    | {
+        "analyze",
+        "between",
+        "calibrate",
+        "convert",
+        "gradients",
+        "io",
+        "mesh",
+        "models",
+        "ranges",
+        "weights",
+    },
     "evaluate": set(),
     "coherence": set(),
     "svg": set(),

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from processes import JOIN, Ended, free_address, run, start, wait
+from safetensors.numpy import load_file
 from test_calibrate import CALIBRATORS
 from test_decoder import opened
 from test_quantize_command import JQUANT
@@ -202,6 +203,29 @@ def test_analyze_in_two_processes_writes_what_one_measures(folder_and_text, tmp_
     for name, entry in theirs.entries.items():
         np.testing.assert_allclose(ours.entries[name], entry, rtol=1e-4, err_msg=name)
         np.testing.assert_array_equal(ours.counts[name], theirs.counts[name])
+
+
+@pytest.mark.parametrize("method", ["hessian", pytest.param("ranges", marks=pytest.mark.slow)])
+def test_statistics_of_two_processes_are_those_of_one(method, folder_and_text, tmp_path):
+    model, options = folder_and_text
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    (alone,) = analyze(1, model, "-o", one, *options, "--method", method)
+    both = analyze(2, model, "-o", two, *options, "--method", method, "--checkpoint-dir", tmp_path / "kept")
+    assert [e.code for e in (alone, *both)] == [0, 0, 0], (alone, both)
+    ours, theirs = load_file(two), load_file(one)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        atol = 1e-4 * np.abs(value).max()
+        np.testing.assert_allclose(ours[name], value, rtol=0, atol=atol, err_msg=name)
+
+
+def test_an_output_that_exists_ends_all_processes(folder_and_text, tmp_path):
+    model, options = folder_and_text
+    (tmp_path / "h.safetensors").write_bytes(b"mine")
+    for ended in analyze(2, model, "-o", tmp_path / "h.safetensors", *options, "--method", "hessian"):
+        assert ended.code in (3, 4)
+        assert "h.safetensors: exists; give another name, or --force" in ended.err
+    assert (tmp_path / "h.safetensors").read_bytes() == b"mine"
 
 
 def test_processes_with_other_samples_are_refused(folder_and_text, tmp_path):

@@ -2,7 +2,8 @@
 
     run.json            what is being computed; another run is refused with what differs
     block-00003.npz     statistics of block 3: "TENSOR|KEY" → array
-    activations-00004   float32 [samples, tokens, width]: what goes into block 4
+    activations-00004   float32 [samples, tokens, width]: what goes into block 4; each sample begins a
+                        page, so that several machines may write one file
 
 A block's file appears, complete, after the activations behind it are on the disk; those before it are deleted
 then. A run that was killed at any moment therefore continues at the first block without a file, and computes
@@ -28,6 +29,7 @@ from jquant.core import OutputError, UserError
 from jquant.space import reserve
 
 _RUN = "run.json"
+_PAGE = 4096  # bytes
 
 
 class Checkpoint:
@@ -42,35 +44,58 @@ class Checkpoint:
         self.folder = folder
         open_run(folder, run, resume=resume)
 
+    def done(self) -> int:
+        """How many blocks are."""
+        count = 0
+        while block_file(self.folder, count).exists():
+            count += 1
+        return count
+
     def restore(self) -> Iterator[dict[str, dict[str, Array]]]:
         """The statistics of the blocks that are done, in order, each read when it is asked for."""
-        done = 0
-        while (path := self._block(done)).exists():
-            yield read_stats(path)
-            done += 1
+        done = self.done()
+        for block in range(done):
+            yield read_stats(block_file(self.folder, block))
         with reporting(self.folder):
             for block in range(done):  # a run may have been killed before it deleted them
-                self._activations(block).unlink(missing_ok=True)
+                activations_file(self.folder, block).unlink(missing_ok=True)
 
     def activations(self, block: int, shape: tuple[int, ...]) -> np.ndarray:
         """float32, a file: as an earlier run left it, or new where no block before this one is done."""
-        done = block > 0 and self._block(block - 1).exists()
-        return map_file(self._activations(block), shape, new=not done)
+        done = block > 0 and block_file(self.folder, block - 1).exists()
+        return map_samples(activations_file(self.folder, block), shape, new=not done)
 
     def finish(self, block: int, stats: dict[str, dict[str, Array]]) -> None:
         """The activations behind this block go to the disk before its file appears."""
-        behind = self._activations(block + 1)
-        with reporting(behind):
-            if behind.exists():
-                sync(behind)
-            write_stats(self._block(block), stats)
-            self._activations(block).unlink(missing_ok=True)
+        sync_activations(self.folder, block + 1)
+        with reporting(self.folder):
+            write_stats(block_file(self.folder, block), stats)
+            activations_file(self.folder, block).unlink(missing_ok=True)
 
-    def _activations(self, block: int) -> Path:
-        return self.folder / f"activations-{block:05}"
 
-    def _block(self, block: int) -> Path:
-        return self.folder / f"block-{block:05}.npz"
+def activations_file(folder: Path, block: int) -> Path:
+    """What goes into this block."""
+    return folder / f"activations-{block:05}"
+
+
+def block_file(folder: Path, block: int) -> Path:
+    """The statistics of this block."""
+    return folder / f"block-{block:05}.npz"
+
+
+def sync_activations(folder: Path, block: int) -> None:
+    """What this process has written of what goes into the block is on the disk, if anything goes into it."""
+    path = activations_file(folder, block)
+    with reporting(path):
+        if path.exists():
+            sync(path)
+
+
+def map_samples(path: Path, shape: tuple[int, ...], *, new: bool) -> np.ndarray:
+    """As `map_file`, of a shape [samples, …], where each sample begins a page."""
+    numbers, page = int(np.prod(shape[1:], dtype=np.int64)), _PAGE // 4
+    mapped = map_file(path, (shape[0], -(-numbers // page) * page), new=new)
+    return mapped[:, :numbers].reshape(shape)  # of the same memory
 
 
 def open_run(folder: Path, run: Mapping[str, object], *, resume: bool) -> None:
