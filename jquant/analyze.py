@@ -139,7 +139,8 @@ def open_checkpoint(
 ) -> SharedCheckpoint:
     """A store in `folder` for `importance`, or another method's run, of the same arguments.
 
-    Another mesh, and another number of processes, may continue: its sums differ in their last digits.
+    Another mesh, and another number of processes, may continue: its sums differ in their last digits. Of
+    several processes, all call this, and have agreed on what they measure.
     Raises UserError where a checkpoint is there and `resume` is false, or it is of another run.
     """
     run = run_of(model, samples, batch=batch, method=method, precision=precision)
@@ -169,10 +170,16 @@ def run_of(
 
 
 def agree_on(
-    model: Model, samples: Samples, *, batch: int, method: str, precision: Precision | None = None
+    model: Model,
+    samples: Samples,
+    *,
+    batch: int,
+    method: str,
+    precision: Precision | None = None,
+    **more: str,
 ) -> None:
-    """Raise UserError where processes are to measure different things."""
-    run = run_of(model, samples, batch=batch, method=method, precision=precision)
+    """Raise UserError where processes are to measure different things, or differ in anything more."""
+    run = run_of(model, samples, batch=batch, method=method, precision=precision) | more
     agree({name: str(value) for name, value in run.items() if name != "model files"})  # and their times
 
 

@@ -27,7 +27,6 @@ from jquant.convert import Model
 from jquant.core import Effort, Metadata, MetadataValue, Rows, UserError
 from jquant.fingerprints import common_facts, digest, fingerprint
 from jquant.fitting import Feedback
-from jquant.formats import FORMATS
 from jquant.io import GgufPart, GgufSink, headers_digest
 from jquant.io.imatrix import Imatrix
 from jquant.mesh import SharedError, agree, exchange, is_first, local_devices
@@ -64,7 +63,8 @@ def output_metadata(
 
 class Written(NamedTuple):
     paths: list[Path]
-    # Relative error by tensor, see pipeline.relative_errors; with feedback that of the output.
+    # Relative error by tensor, see pipeline.relative_errors; with feedback that of the output. Not of tensors
+    # that an interrupted run had begun.
     errors: dict[str, float]
     fed: dict[str, sequential.Fed]  # tensors that error feedback made, without their bytes
     tuned: tuning.Gain | None = None  # where the file was tuned
@@ -72,7 +72,7 @@ class Written(NamedTuple):
 
 def low_errors(plan: Plan, fed: Mapping[str, sequential.Fed]) -> dict[str, float]:
     """The errors that error feedback left in tensors of few bits, where they are known."""
-    low = {entry.name for entry in plan.entries if FORMATS[entry.type].bpw <= LOW_BPW}
+    low = {entry.name for entry in plan.entries if entry.bpw <= LOW_BPW}
     return {name: f.error for name, f in fed.items() if name in low and math.isfinite(f.error)}
 
 
@@ -176,8 +176,8 @@ def write_gguf(
             entries = fitting.fed_entries(plan, protected or {})
             fed = fitting.feed_back(model.source, model.metadata, entries, sink, feedback, threads, team)
         begun = json.dumps([made_of, sink.left()] if sink is not None else [])
-        first_made_of, told = json.loads(team.told(begun))
-        left, entries = [Rows(*one) for one in told], {entry.name: entry for entry in plan.entries}
+        first_made_of, remaining = json.loads(team.told(begun))
+        left, entries = [Rows(*one) for one in remaining], {entry.name: entry for entry in plan.entries}
         mine = portion(left, entries, team.count, team.me)
         target = sink
         if target is None and mine:
@@ -208,8 +208,8 @@ def write_gguf(
             target.close()
         # Of what an interrupted run had begun, the error of the rest says nothing.
         whole = {rows.name for rows in left if rows.stop - rows.start == entries[rows.name].spec.rows}
-        told = [json.loads(text) for text in exchange(json.dumps(losses))]
-        errors = relative_errors([{name: (loss, of) for name, (loss, of) in one.items()} for one in told])
+        of_all = [json.loads(text) for text in exchange(json.dumps(losses))]
+        errors = relative_errors([{name: (loss, total) for name, (loss, total) in o.items()} for o in of_all])
         errors = {name: error for name, error in errors.items() if name in whole}
         tuned, paths = None, list[Path]()
         if sink is not None:

@@ -50,6 +50,17 @@ def measure(
     """
     if method == "fisher" and mesh is not None and jax.process_count() > 1:
         raise UserError("--method fisher: runs in one process only; leave out --coordinator.")
+    if mesh is not None:  # before anything is made that a refused run would leave
+        kept = "" if checkpoint is None else checkpoint.name
+        agree_on(
+            model,
+            samples,
+            batch=batch,
+            method=method,
+            precision=precision,
+            checkpoint=kept,
+            resume=str(resume),
+        )
     if method == "fisher":
         tape = None
         if checkpoint is not None:
@@ -149,7 +160,7 @@ def write_statistics(
 
     A Hessian of an input of width w costs 2 · tokens · w² operations and 4 · w² bytes on the disk (22 GB for
     a Llama of 7 B); in memory are those of one block. A store that remembers holds them a second time.
-    Of several processes, each runs its share of the samples, and the first writes.
+    Of several processes that the mesh spans, each runs its share of the samples, and the first writes.
     Raises OutputError where the file cannot be written, and what `calibrate.stream` raises.
     """
     calibrator, decoder = STATISTICS[method], decoder_for(model, precision)

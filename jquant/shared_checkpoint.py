@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jax import Array
 
+from jquant.core import OutputError
 from jquant.io.checkpoint import (
     Checkpoint,
     activations_file,
@@ -47,7 +48,8 @@ class SharedCheckpoint:
         if self._first is not None:
             yield from self._first.restore()
         else:
-            yield from (read_stats(block_file(self._folder, block)) for block in range(done))
+            for block in range(done):
+                yield read_stats(self._shared(block_file(self._folder, block)))
 
     def activations(self, block: int, shape: tuple[int, ...]) -> np.ndarray:
         """float32 of this process's samples, a part of the file."""
@@ -55,7 +57,7 @@ class SharedCheckpoint:
         made = None if self._first is None else self._first.activations(block, whole)
         self._team.told("")  # the file is there
         if made is None:
-            made = map_samples(activations_file(self._folder, block), whole, new=False)
+            made = map_samples(self._shared(activations_file(self._folder, block)), whole, new=False)
         return made[self._mine]
 
     def finish(self, block: int, stats: dict[str, dict[str, Array]]) -> None:
@@ -64,3 +66,9 @@ class SharedCheckpoint:
         self._team.told("")  # all have
         if self._first is not None:
             self._first.finish(block, stats)
+
+    def _shared(self, path: Path) -> Path:
+        """A file that the first process has made. Raises OutputError where it is not here."""
+        if not path.exists():
+            raise OutputError(f"{path}: is not here; name a folder that all processes share.")
+        return path

@@ -21,10 +21,10 @@ PARTS = 8
 
 def cost(entry: Entry, rows: int) -> int:
     """What it takes to make so many rows of a tensor, in weights that are merely copied."""
-    format, size = FORMATS[entry.type], rows * entry.spec.cols
-    if entry.type == entry.source_type or format.block_size == 1:
+    size = rows * entry.spec.cols
+    if entry.type == entry.source_type or FORMATS[entry.type].block_size == 1:
         return COPIED * size
-    return size * (CODEBOOK if format.group_size > 1 else SEARCHED)
+    return size * (CODEBOOK if FORMATS[entry.type].group_size > 1 else SEARCHED)
 
 
 def portion(left: Sequence[Rows], entries: Mapping[str, Entry], shares: int, share: int) -> list[Rows]:

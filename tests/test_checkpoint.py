@@ -26,6 +26,7 @@ from jquant.core import OutputError, UserError
 from jquant.io import imatrix
 from jquant.io.checkpoint import Checkpoint
 from jquant.shared_checkpoint import SharedCheckpoint
+from jquant.team import Team
 
 JQUANT = str(Path(sys.executable).with_name("jquant"))
 SMALL = ("--samples", 5, "--sequence-length", 20, "--batch", 2, "-q")
@@ -148,7 +149,7 @@ def test_samples_in_a_file_share_no_page(tmp_path):
     made = Checkpoint(tmp_path / "run", {"data": "x"}, resume=False)
     whole = made.activations(0, (3, 5, 7))
     whole[:] = np.arange(105).reshape(3, 5, 7)
-    assert whole.strides[0] % 4096 == 0
+    assert whole.strides[0] % 65536 == 0
     own = SharedCheckpoint(tmp_path / "own", {"data": "x"}, resume=False, samples=3, mine=slice(1, 2))
     part = own.activations(0, (1, 5, 7))
     part[:] = whole[1:2]
@@ -157,6 +158,15 @@ def test_samples_in_a_file_share_no_page(tmp_path):
     data = np.fromfile(tmp_path / "run/activations-00000", np.float32).reshape(3, -1)
     np.testing.assert_array_equal(data[:, :35], np.arange(105).reshape(3, 35))
     assert own.activations(1, (1, 5, 7)).shape == (1, 5, 7)
+
+
+def test_a_checkpoint_in_a_folder_that_is_not_shared_is_told(tmp_path, monkeypatch):
+    second = SharedCheckpoint(tmp_path, {}, resume=False, samples=3, mine=slice(1, 2), team=Team(2, 1))
+    monkeypatch.setattr(Team, "told", lambda self, text: "1")  # of a first process elsewhere
+    with pytest.raises(OutputError, match=r"block-00000\.npz: is not here; name a folder that all"):
+        list(second.restore())
+    with pytest.raises(OutputError, match="activations-00001: is not here; name a folder that all"):
+        second.activations(1, (1, 5, 7))
 
 
 def test_a_finished_checkpoint_is_used_as_it_is(model, text, tmp_path, monkeypatch):

@@ -300,6 +300,9 @@ def test_a_killed_run_goes_on_to_the_same_folder(model, tmp_path, monkeypatch, s
     )
     with pytest.raises(OutputError, match="was begun from another model or with other settings"):
         write_folder(checkpoint, plan, out, other, max_shard_bytes=200_000, resume=True)
+    fewer = plan_folder(checkpoint, SCHEMES[scheme], ["layers.0"])  # other tensors in the folder
+    with pytest.raises(OutputError, match="was begun from another model or with other settings"):
+        write_folder(checkpoint, fewer, out, Ingredients(), max_shard_bytes=200_000, resume=True)
     again: list[str] = []
 
     def count(name: str, _: int) -> None:

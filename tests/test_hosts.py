@@ -18,7 +18,7 @@ from tiny_models import write_tiny
 from jquant.core import Rows
 from jquant.io import GgufSource
 from jquant.plan import Entry
-from jquant.spread import PARTS, cost, portion, spread
+from jquant.spread import COPIED, PARTS, cost, portion, spread
 from jquant.transcode import slab_rows
 
 QUANTIZE = (
@@ -32,14 +32,18 @@ from jquant.plan import plan
 folder, out, kind, resume, killed = sys.argv[4:]
 
 def progress(name, done):
+    global written
+    written += done if name else 0
     if name and str(process) == killed:
         os.kill(os.getpid(), signal.SIGKILL)
 
 try:
+    written = 0
     with mesh.together():
         model = convert.open_model(Path(folder))
         planned = plan(model.source.specs, model.metadata, kind)
         write_gguf(model, planned, Path(out), resume=bool(resume), threads=1, progress=progress)
+    print(written)
 except mesh.LostError as error:
     print(error, file=sys.stderr, flush=True)
     mesh.leave(3)
@@ -97,6 +101,10 @@ def test_rows_are_spread_whole_and_evenly_however_large_a_tensor_is(shares):
     if shares == 64:
         assert len({rows.name for share in found for rows in share}) < sum(map(len, found)) / 8
     assert portion(left, entries, 1, 0) == left
+
+
+def test_what_is_only_copied_has_a_cost_of_any_type():
+    assert cost(Entry("ffn_gate_tid2eid.weight", (8, 32), "I32", "I32", ""), 8) == COPIED * 256
 
 
 @pytest.mark.parametrize(
@@ -160,7 +168,8 @@ def test_rows_of_one_tensor_are_shared_and_those_that_are_there_are_kept(model, 
     assert begun - {line for line in lines if isinstance(line, str)}
     ended = run(OF_ROWS, 2, *arguments, "resume", "")
     assert [e.code for e in ended] == [0, 0], ended
-    run(QUANTIZE, 1, str(model), str(alone), "Q4_K_M", "", "")
+    (everything,) = run(QUANTIZE, 1, str(model), str(alone), "Q4_K_M", "", "")
+    assert sum(int(e.out) for e in ended) < 0.9 * int(everything.out)  # the others' rows were there
     assert out.read_bytes() == alone.read_bytes()
     assert not list(tmp_path.glob("*partial*"))
 

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "pipeline": CORE | {"formats", "plan", "transcode"},
     "mesh": CORE,
     "team": {"mesh"},
-    "shared_checkpoint": {"io", "team"},
+    "shared_checkpoint": CORE | {"io", "team"},
     "spread": CORE | {"formats", "plan", "transcode"},
     "fingerprints": {"convert", "io"},
     "gguf_writer": CORE

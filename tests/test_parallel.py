@@ -219,13 +219,41 @@ def test_statistics_of_two_processes_are_those_of_one(method, folder_and_text, t
         np.testing.assert_allclose(ours[name], value, rtol=0, atol=atol, err_msg=name)
 
 
-def test_an_output_that_exists_ends_all_processes(folder_and_text, tmp_path):
+STATISTICS = (
+    JOIN
+    + """
+from pathlib import Path
+from jquant import methods
+from jquant.analyze import load_samples
+from jquant.convert import open_model
+folder, text, out = sys.argv[4:]
+with mesh.together():
+    model = open_model(Path(folder))
+    samples = load_samples(model, text, samples=4, sequence_length=32)
+    methods.write_statistics(Path(out), model, samples, "hessian", mesh=mesh.make_mesh())
+"""
+)
+
+
+def test_an_output_that_only_the_first_process_makes_ends_all(folder_and_text, tmp_path):
     model, options = folder_and_text
-    (tmp_path / "h.safetensors").write_bytes(b"mine")
-    for ended in analyze(2, model, "-o", tmp_path / "h.safetensors", *options, "--method", "hessian"):
-        assert ended.code in (3, 4)
+    out = tmp_path / "h.safetensors"
+    out.write_bytes(b"mine")
+    for ended in run(STATISTICS, 2, str(model), str(options[1]), str(out)):
+        assert ended.code == 1
         assert "h.safetensors: exists; give another name, or --force" in ended.err
-    assert (tmp_path / "h.safetensors").read_bytes() == b"mine"
+    assert out.read_bytes() == b"mine"
+
+
+def test_processes_of_which_one_has_a_checkpoint_are_refused_and_leave_nothing(folder_and_text, tmp_path):
+    model, options = folder_and_text
+    kept = ("--checkpoint-dir", tmp_path / "kept")
+    for ended in analyze(2, model, *options, others=kept):
+        assert ended.code == 3
+        assert "process 1 has checkpoint kept" in ended.err
+    for ended in analyze(2, model, *options, *kept, others=("--seed", 3)):
+        assert ended.code == 3
+    assert not list(tmp_path.iterdir())
 
 
 def test_processes_with_other_samples_are_refused(folder_and_text, tmp_path):

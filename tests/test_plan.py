@@ -14,6 +14,7 @@ from model_shapes import MODELS, Header, dense, experts, fused
 
 from jquant.core import TensorSpec, UserError, block_and_bytes
 from jquant.formats import FORMATS
+from jquant.gguf_writer import low_errors
 from jquant.plan import Entry, Plan, check_encodable, plan
 from jquant.plan.file_types import ALIASES, FILE_TYPES, file_type
 from jquant.plan.rules import Rule, parse_rule, parse_rules_file
@@ -167,8 +168,10 @@ def test_tensors_that_are_never_quantized_become_float32(stored):
 
 def test_integer_tensors_are_copied():
     specs = {"blk.0.table.weight": TensorSpec("blk.0.table.weight", (64, 256), "I32")}
-    (entry,) = plan(specs, {"general.architecture": "llama"}, "Q8_0").entries
+    planned = plan(specs, {"general.architecture": "llama"}, "Q8_0")
+    (entry,) = planned.entries
     assert (entry.type, entry.reason) == ("I32", "I32 is copied")
+    assert low_errors(planned, {}) == {}  # what is said of a file that is written
 
 
 def test_an_architecture_that_nobody_knows_is_planned_by_names_and_dimensions():

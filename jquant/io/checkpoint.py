@@ -7,7 +7,7 @@
 
 A block's file appears, complete, after the activations behind it are on the disk; those before it are deleted
 then. A run that was killed at any moment therefore continues at the first block without a file, and computes
-the same bytes.
+the same bytes; over another mesh or number of processes, sums in another order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jquant.core import OutputError, UserError
 from jquant.space import reserve
 
 _RUN = "run.json"
-_PAGE = 4096  # bytes
+_PAGE = 1 << 16  # bytes: the largest of any common machine
 
 
 class Checkpoint:

@@ -33,7 +33,7 @@ class GgufSink:
     """Writes `path`, or `path`-00001-of-0000N.gguf and so on where one file would pass `max_shard_bytes`.
 
     Everything goes to `*.partial` first; `commit` syncs and renames, so nothing half-written ever has the
-    final name. Beside them, `path.partial.jsonl` remembers finished tensors: with `resume` and the same
+    final name. Beside them, `path.partial.jsonl` remembers what is finished: with `resume` and the same
     fingerprint (and layout and metadata), a run continues where another was killed, and ends with the same
     bytes. Bytes depend on metadata, layout and rows only.
 

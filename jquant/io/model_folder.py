@@ -82,6 +82,7 @@ class ModelFolder:
         self._files = _shards(self._folder, layout, max_shard_bytes or SHARD_BYTES)
         self._layout = layout
         self._closed = False
+        self._others = False  # whether what lies there is another run's, and stays
         with reporting(self._folder):
             self._journal = _claim(self._folder)
         self._partial = Partial(self._files, layout, self._journal)
@@ -97,7 +98,7 @@ class ModelFolder:
     def _begin(self, resume: bool) -> None:
         found, mark = self._journal.record, self._journal.path
         if resume and found is not None and found.fingerprint != self._fingerprint:
-            self._partial.adopt(found.done)  # so that it stays
+            self._others = True
             raise OutputError(
                 f"{self.path}: was begun from another model or with other settings; repeat those to continue "
                 "it, or run without --resume to start over."
@@ -191,7 +192,7 @@ class ModelFolder:
         if self._closed:
             return
         self._closed = True
-        kept = keep and bool(self._partial.begun or self._part_paths())
+        kept = keep and bool(self._others or self._partial.begun or self._part_paths())
         self._partial.close()
         if not kept:
             shutil.rmtree(self._folder, ignore_errors=True)

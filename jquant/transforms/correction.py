@@ -18,8 +18,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Float
+
+from jquant.transforms._positive import solve
 
 RIDGES = (0.05, 0.2, 0.8)  # λ tried, relative to the mean diagonal of H
 JUDGED = 512  # rows of a matrix by which α and λ are chosen
@@ -57,8 +58,8 @@ def _change(W: Array, moments: Moments, ridge: float | Array) -> Float[Array, "r
     scale = jnp.trace(H) / len(H)
     damped = H + (ridge * scale + jnp.where(scale > 0, 0.0, 1.0)) * jnp.eye(len(H))
     if len(W) < len(H):  # fewer to solve for
-        return cho_solve(cho_factor(damped), jnp.matmul(W, C - H, precision=PRECISION).T).T
-    return jnp.matmul(W, cho_solve(cho_factor(damped), (C - H).T).T, precision=PRECISION)
+        return solve(damped, jnp.matmul(W, C - H, precision=PRECISION).T).T
+    return jnp.matmul(W, solve(damped, (C - H).T).T, precision=PRECISION)
 
 
 @jax.jit

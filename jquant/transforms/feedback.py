@@ -32,6 +32,7 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Float, PyTree, UInt8
 
 from jquant.core import Format, QuantizedTensor
+from jquant.transforms._positive import cholesky
 
 DAMPING = 0.01  # of the mean diagonal of H, added to its diagonal
 ROUNDS = 2  # searches for the scales of a block
@@ -61,7 +62,7 @@ def factor(H: Float[Array, "cols cols"], group_size: int, damping: float | Array
     H = jnp.where(scale > 0, H / jnp.where(scale > 0, scale, 1.0), jnp.eye(cols))
     H = H + damping * jnp.eye(cols)
     # H = L' L'ᵀ with L' upper triangular is the Cholesky factor of H with its order reversed.
-    upper = jnp.linalg.cholesky(H[::-1, ::-1])[::-1, ::-1]
+    upper = cholesky(H[::-1, ::-1])[::-1, ::-1]
     groups = cols // group_size
     own = jnp.arange(groups)[:, None] * group_size + jnp.arange(group_size)[None]
     diagonal = upper[own[:, :, None], own[:, None, :]]  # [groups, G, G], each upper triangular
