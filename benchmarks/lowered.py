@@ -35,11 +35,15 @@ class Compiled(NamedTuple):
     sent: int = 0  # bytes of their results
 
 
-def compiled(what: str, function: Callable, *arguments: object, passes: float = 1) -> Compiled:
+def compiled(
+    what: str, function: Callable, *arguments: object, passes: float = 1, collectives: bool = False
+) -> Compiled:
+    """collectives: whether to count them, in the text of the code; of some for TPUs XLA cannot print it."""
     made = function.lower(*arguments).compile()  # pyright: ignore[reportFunctionMemberAccess]
     memory, cost = made.memory_analysis(), made.cost_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    results = [found["result"] for found in _COLLECTIVE.finditer(made.as_text())]
+    text = made.as_text() if collectives else ""
+    results = [found["result"] for found in _COLLECTIVE.finditer(text)]
     flops, moved = cost.get("flops", 0.0), cost.get("bytes accessed", 0.0)
     sent = sum(map(_size, results))
     return Compiled(what, held + memory.temp_size_in_bytes, flops, moved, passes, len(results), sent)

@@ -36,9 +36,9 @@ def blocks(devices: list[jax.Device], headers: Headers) -> Iterator[Compiled]:
         mesh = make_mesh({"data": 1, "model": 1} | {axis: len(devices)}, devices)
         for what, calibrator in (("imatrix", SECOND_MOMENTS), ("Hessians", HESSIAN)):
             step, merge, given = block_step(headers, mesh, calibrator, SAMPLES, TOKENS)
-            yield compiled(f"block, {what}, {axis}", step, *given)
+            yield compiled(f"block, {what}, {axis}", step, *given, collectives=True)
             if axis == "data":
-                yield compiled(f"merge, {what}, {axis}", merge, given[1])
+                yield compiled(f"merge, {what}, {axis}", merge, given[1], collectives=True)
 
 
 def encoders(devices: list[jax.Device], types: list[str]) -> Iterator[Compiled]:
@@ -48,7 +48,7 @@ def encoders(devices: list[jax.Device], types: list[str]) -> Iterator[Compiled]:
     for name in types:
         encode = transcode._over(rows, FORMATS["BF16"], FORMATS[name], True, ACCELERATOR_GRAIN)
         given = Shape(slab, jnp.bfloat16), Shape(slab, jnp.float32), Shape((len(devices),), jnp.int32)
-        yield compiled(f"encode {name}, a step each", encode, *given)
+        yield compiled(f"encode {name}, a step each", encode, *given, collectives=True)
 
 
 def main() -> None:
