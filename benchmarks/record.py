@@ -31,5 +31,5 @@ def device() -> dict[str, object]:
 
 def record(args: argparse.Namespace, results: object) -> None:
     """Write to the file of --json: device, settings, results."""
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    args.json.write_text(json.dumps({"device": device(), "settings": settings, "results": results}, indent=2))
+    told = {"device": device(), "settings": vars(args), "results": results}
+    args.json.write_text(json.dumps(told, indent=2, default=str))  # paths, and lists of them
