@@ -160,7 +160,8 @@ def write_statistics(
 
     A Hessian of an input of width w costs 2 · tokens · w² operations and 4 · w² bytes on the disk (22 GB for
     a Llama of 7 B); in memory are those of one block. A store that remembers holds them a second time.
-    Of several processes that the mesh spans, each runs its share of the samples, and the first writes.
+    Of several processes that the mesh spans, and that have agreed on the arguments, each runs its share of
+    the samples, and the first writes.
     Raises OutputError where the file cannot be written, and what `calibrate.stream` raises.
     """
     calibrator, decoder = STATISTICS[method], decoder_for(model, precision)
@@ -178,8 +179,6 @@ def write_statistics(
     }
     others = {name: first for name, first in shared.items() if name != first}
     squares: dict[str, dict[str, jax.Array]] = {}
-    if mesh is not None:
-        agree_on(model, samples, batch=batch, method=method, precision=precision)
     mine, through = share_of(samples, mesh)
     with contextlib.ExitStack() as opened:
         sink = None

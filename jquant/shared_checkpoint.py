@@ -62,8 +62,9 @@ class SharedCheckpoint:
 
     def finish(self, block: int, stats: dict[str, dict[str, Array]]) -> None:
         """The activations behind this block go to the disk, those of all, before its file appears."""
-        sync_activations(self._folder, block + 1)
-        self._team.told("")  # all have
+        if self._first is None:
+            sync_activations(self._folder, block + 1)
+        self._team.told("")  # the others have
         if self._first is not None:
             self._first.finish(block, stats)
 

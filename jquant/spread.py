@@ -14,9 +14,7 @@ from jquant.transcode import slab_rows
 # scales 10 to 40, of codebooks 20 to 80.
 COPIED, SEARCHED, CODEBOOK = 1, 20, 40
 
-
-# A share differs from another by at most one part: these are so many in a share.
-PARTS = 8
+PARTS = 8  # in a share, at least: shares differ by no more than one of them
 
 
 def cost(entry: Entry, rows: int) -> int:

@@ -55,18 +55,8 @@ MAY_IMPORT = {
     | {"shared_checkpoint", "team", "weights"},
     "protection": CORE | {"convert", "gradients", "io", "models", "plan", "text", "transforms", "weights"},
     "methods": CORE
-    | {
-        "analyze",
-        "between",
-        "calibrate",
-        "convert",
-        "gradients",
-        "io",
-        "mesh",
-        "models",
-        "ranges",
-        "weights",
-    },
+    | {"analyze", "between", "calibrate", "convert", "gradients", "io", "mesh", "models"}
+    | {"ranges", "weights"},
     "evaluate": set(),
     "coherence": set(),
     "svg": set(),

@@ -145,8 +145,7 @@ class ModelFolder:
         return sorted(path for path in self._folder.iterdir() if pattern.fullmatch(path.name))
 
     def adopt_parts(self) -> None:
-        """What a `FolderPart` of this folder has finished is ours. Raises OutputError where one is
-        not closed."""
+        """What its parts have finished is ours. Raises OutputError where one is not closed."""
         with reporting(self._folder):
             adopt(open_journals(self._part_paths()), self._fingerprint, self._journal, self._partial)
 
