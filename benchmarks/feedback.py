@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from peers import llama_quantize
-from scores import score
+from scores import CONTEXT, score
 
 JQUANT = str(Path(sys.executable).with_name("jquant"))
 
@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("--imatrix", type=Path, required=True)
     parser.add_argument("--calibration", nargs="+", required=True, help="texts, in equal shares")
     parser.add_argument("--samples", default="42")
+    parser.add_argument("--sequence-length", default="512")
+    parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--types", nargs="+", default=["IQ2_XXS"])
     parser.add_argument("--kinds", nargs="+", default=["llama.cpp", "importance", "feedback", "tuned"])
     parser.add_argument("--texts", nargs="+", type=Path, required=True)
@@ -58,7 +60,7 @@ def make(args: argparse.Namespace, file: Path, type: str, kind: str) -> None:
     command = [JQUANT, "quantize", str(args.model), str(file), "--type", type, "--quiet", "--resume"]
     command += ["--imatrix", str(args.imatrix)]
     if kind != "importance":
-        command += ["--feedback", "--samples", args.samples]
+        command += ["--feedback", "--samples", args.samples, "--sequence-length", args.sequence_length]
         command += [part for text in args.calibration for part in ("--calibration", text)]
     if kind == "tuned":
         command += ["--effort", "best"]
