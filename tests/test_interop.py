@@ -159,3 +159,25 @@ def test_predictions_agree_as_nearly_as_torch_agrees_with_itself(scheme, is_stat
     away = divergence(logits(original, tokens), wanted)
     assert divergence(wanted, found) < max(2 * itself, 0.1 * away)
     assert (found.argmax(-1) == wanted.argmax(-1)).mean() > 0.97
+
+
+@pytest.mark.parametrize("scheme", ["GPTQ", "AWQ"])
+def test_transformers_loads_layouts_of_four_bits(scheme, tmp_path):
+    """By gptqmodel, whose kernel in plain Torch is exact; others compute in 16 bits."""
+    pytest.importorskip("gptqmodel", reason="gptqmodel is not installed: pip install gptqmodel optimum")
+    folder = write_tiny(tmp_path / "model", "LlamaForCausalLM", **WIDE)
+    run(folder, tmp_path / "out", "--type", scheme, "-q")
+    declared = (
+        transformers.GPTQConfig(bits=4, backend="torch")
+        if scheme == "GPTQ"
+        else transformers.AwqConfig(bits=4, backend="torch_awq")
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, device_map="cpu", quantization_config=declared
+    )
+    assert "gptqmodel" in type(model.model.layers[0].self_attn.q_proj).__module__
+    got = np.stack(list(FlaxEngine(tmp_path / "out").logits(list(TOKENS), [0] * len(TOKENS))))
+    wanted = logits(model, TOKENS)
+    assert divergence(wanted, got) < 1e-4
+    original = np.stack(list(FlaxEngine(folder).logits(list(TOKENS), [0] * len(TOKENS))))
+    assert divergence(original, got) > 100 * divergence(wanted, got)
