@@ -1,4 +1,5 @@
-"""What each part of error feedback earns: files of one type and size, each made without one part of it.
+"""What each part of error feedback earns: files of one type and size, each made without one part of it,
+or with one more.
 
     python benchmarks/ablation.py smol768-f16.gguf wikitext2-test-120kB.txt --imatrix imatrix.gguf \
         --calibration wikitext2-train-1MB.txt --type IQ2_XXS --folder files --chunks 16
@@ -110,14 +111,16 @@ def _not_sequential() -> None:
 
 def _outputs() -> None:
     """The error of rows too is carried on: tr H_O Δ H Δᵀ, H_O = E[δ δᵀ] of the gradients of the KL divergence
-    with respect to outputs (YAQA), is minimised 64 rows after the other, with what those before lost."""
+    with respect to outputs (YAQA), is minimised 64 rows after the other, with what those before lost. Of
+    models without experts."""
     import jax.numpy as jnp
     import numpy as np
 
     from jquant import sequential
+    from jquant.core import QuantizedTensor, dequantize
     from jquant.gradients import OUTPUT_PRODUCTS, collect_gradients, sampled_labels
     from jquant.streams import Streams
-    from jquant.transforms.feedback import factor, feedback_rows
+    from jquant.transforms.feedback import PRECISION, factor, feedback_rows
 
     rows, damping = 64, 0.1
     products: dict[str, np.ndarray] = {}
@@ -138,9 +141,9 @@ def _outputs() -> None:
         lost, made = jnp.zeros_like(W), []
         for start in range(0, len(W), rows):
             here = slice(start, start + rows)
-            target = W[here] + jnp.matmul(outputs.U[:, here].T, lost, precision="highest")
+            target = W[here] + jnp.matmul(outputs.U[:, here].T, lost, precision=PRECISION)
             made.append(feedback_rows(target, factors, format))
-            decoded = sequential.dequantize(sequential.QuantizedTensor({"blocks": made[-1]}, format))
+            decoded = dequantize(QuantizedTensor({"blocks": made[-1]}, format))
             lost = lost.at[here].set(W[here] - decoded)
         return np.concatenate([np.asarray(part) for part in made])
 

@@ -1,4 +1,4 @@
-"""W8A8 by llm-compressor, to be compared with ours: SmoothQuant, then nearest codes or GPTQ.
+"""W8A8 by llm-compressor, to be compared with ours: SmoothQuant, then the nearest codes.
 
     pip install llmcompressor  # into an environment of its own, with torch
     python benchmarks/llm_compressor.py SmolLM2-135M/ out/ --calibration wikitext2-train.txt
@@ -22,12 +22,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--strength", type=float, default=0.8, help="alpha, by the library's examples 0.8")
-    parser.add_argument("--gptq", action="store_true", help="codes by GPTQ, rather than the nearest")
     args = parser.parse_args()
 
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,7 +38,6 @@ def main() -> None:
     rows = [tokens[i * n : (i + 1) * n] for i in range(args.samples)]
     assert len(rows[-1]) == n, f"{args.calibration}: too short for {args.samples} samples"
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * n] * len(rows)})
-    coder = GPTQModifier if args.gptq else QuantizationModifier
     start = time.monotonic()
     oneshot(
         model=model,
@@ -48,7 +45,7 @@ def main() -> None:
         dataset=data,
         recipe=[
             SmoothQuantModifier(smoothing_strength=args.strength),
-            coder(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
+            QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
         ],
         max_seq_length=n,
         num_calibration_samples=len(rows),

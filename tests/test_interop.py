@@ -44,8 +44,8 @@ def static(tmp_path: Path) -> list[object]:
     return ["--static-activations", *text]
 
 
-def loaded(folder: Path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def loaded(folder: Path, **options):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     with torch.no_grad():  # weights are decoded in the first forward pass
         model(torch.tensor(TOKENS[:1, :2], dtype=torch.long))
     return model
@@ -172,12 +172,9 @@ def test_transformers_loads_layouts_of_four_bits(scheme, tmp_path):
         if scheme == "GPTQ"
         else transformers.AwqConfig(bits=4, backend="torch_awq")
     )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, device_map="cpu", quantization_config=declared
-    )
+    model = loaded(tmp_path / "out", device_map="cpu", quantization_config=declared)
     assert "gptqmodel" in type(model.model.layers[0].self_attn.q_proj).__module__
-    got = np.stack(list(FlaxEngine(tmp_path / "out").logits(list(TOKENS), [0] * len(TOKENS))))
-    wanted = logits(model, TOKENS)
-    assert divergence(wanted, got) < 1e-4
-    original = np.stack(list(FlaxEngine(folder).logits(list(TOKENS), [0] * len(TOKENS))))
-    assert divergence(original, got) > 100 * divergence(wanted, got)
+    found, wanted = ours(FlaxEngine(tmp_path / "out"), TOKENS), logits(model, TOKENS)
+    assert divergence(wanted, found) < 1e-4
+    original = ours(FlaxEngine(folder), TOKENS)
+    assert divergence(original, found) > 100 * divergence(wanted, found)
