@@ -150,7 +150,7 @@ def quantize(
     from jquant.schemes import SCHEMES
     from jquant.smooth_report import smoothing_report, smoothing_table
     from jquant.team import everyone
-    from jquant.w8a8 import block_errors, measure_model, smooth_model
+    from jquant.w8a8 import judged, measure_model, smooth_model
 
     if out is not None and not dry_run:
         check_folder(out, force=force)
@@ -185,8 +185,8 @@ def quantize(
             searching=_searching(quiet),
         )
         weights, smoothing = calibrated.importance, calibrated.smoothing
-        if target_error is not None and smoothing is not None:
-            smoothing = smoothing._replace(errors=block_errors(checkpoint, plan, data, smoothing))
+        if target_error is not None and smoothing is not None and not smoothing.errors:
+            smoothing = judged(checkpoint, plan, data, smoothing)
     elif static and data is not None:
         shown = _calibration.progress(data, quiet=quiet)
         calibrated = measure_model(checkpoint, plan, data, batch=batch, progress=shown)
@@ -217,12 +217,13 @@ def quantize(
         )
     missed = _missed(out, smoothing, target_error) if smoothing and target_error is not None else ""
     if reports:
+        stored = {name: weight.parts for name, weight in checkpoint.weights.items()}
         if export_scales is not None:
             found = scales_of(checkpoint, plan, out, calibrated)
             scales_file.write(export_scales, found, {"scheme": plan.scheme.name, "model": model}, force=force)
         report = _plan_report(checkpoint, plan, written.errors) | {
             "model": model,
-            "smoothing": smoothing_report(smoothing) if smoothing else None,
+            "smoothing": smoothing_report(smoothing, stored) if smoothing else None,
             **(
                 {"target_error": {"target": target_error, "reached": not missed}}
                 if target_error is not None
@@ -236,7 +237,7 @@ def quantize(
             _show.result_json(report)
         else:
             if smoothing and not quiet:
-                _show.remark(smoothing_table(smoothing))
+                _show.remark(smoothing_table(smoothing, stored))
             _show.result(_summary(out, plan, report))
         if missed:
             _show.remark(f"jquant: {missed}")

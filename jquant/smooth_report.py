@@ -2,31 +2,63 @@
 
 from __future__ import annotations
 
-from statistics import median
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from jquant.smoothing import Place, Smoothing
 from jquant.text import text_table
 
-# An error so many times the median block's stands out.
-OUTSTANDING = 4.0
 OUTLIERS = 20.0  # largest channel by the median one, from which 8 bits leave most channels few levels
+HELPS = 0.75  # of a block's error, that is left if a place alone is worth keeping
+
+Stored = Mapping[str, Sequence[str]]  # names in the folder, by GGUF name
 
 
-def advice(smoothing: Smoothing, place: Place) -> str:
+def advice(smoothing: Smoothing, place: Place, stored: Stored) -> str:
     """What would help; "" where nothing needs to."""
-    if smoothing.errors:
-        errors = [after for _, after in smoothing.errors]
-        if errors[place.block] <= OUTSTANDING * median(errors):
+    if place.block in smoothing.outstanding:
+        left = {name: error for (block, name), error in smoothing.kept.items() if block == place.block}
+        if not left or place.name != min(left, key=lambda name: left[name]):
             return ""
-        if place.after > OUTLIERS:
-            return f"keep in 16 bit: --keep 'layers\\.{place.block}\\.'"
-        return ""
-    if place.after > OUTLIERS and place.alpha is not None and place.alpha < 0.9:
+        if left[place.name] < HELPS * smoothing.errors[place.block][1]:
+            return f"keep in 16 bit: --keep '{_pattern(place, stored)}', leaves {left[place.name]:.2e}"
+        return f"keep in 16 bit: --keep '{_start(place, stored)}'"
+    if not smoothing.errors and place.after > OUTLIERS and place.alpha is not None and place.alpha < 0.9:
         return "higher alpha"
     return ""
 
 
-def smoothing_report(smoothing: Smoothing) -> list[dict[str, object]]:
+def _pattern(place: Place, stored: Stored) -> str:
+    """A pattern of the names that a place's consumers have in the folder; of experts all."""
+    start = _start(place, stored)
+    found: dict[str, list[str]] = {}
+    for name in _names(place, stored):
+        *module, last = re.split(start, name, maxsplit=1)[1].removesuffix(".weight").split(".")
+        head = "".join(r"\d+\." if part.isdecimal() else re.escape(f"{part}.") for part in module)
+        found.setdefault(head, [])
+        if re.escape(last) not in found[head]:
+            found[head].append(re.escape(last))
+    return start + _any(head + _any(own) for head, own in found.items())
+
+
+def _any(patterns: Iterable[str]) -> str:
+    found = list(patterns)
+    return found[0] if len(found) == 1 else f"({'|'.join(found)})"
+
+
+def _start(place: Place, stored: Stored) -> str:
+    """What the names of a block have in common, such as layers\\.0\\."""
+    parts = _names(place, stored)[0].split(".")
+    i = parts.index(str(place.block))
+    return re.escape(".".join(parts[max(i - 1, 0) : i + 1]) + ".")
+
+
+def _names(place: Place, stored: Stored) -> list[str]:
+    consumers = [name for name in place.consumers if "gate_inp" not in name]  # routers are not quantized
+    return [part for name in consumers for part in stored[f"blk.{place.block}.{name}.weight"]]
+
+
+def smoothing_report(smoothing: Smoothing, stored: Stored) -> list[dict[str, object]]:
     """One JSON value a place."""
     rows: list[dict[str, object]] = []
     for place in smoothing.places:
@@ -37,16 +69,18 @@ def smoothing_report(smoothing: Smoothing) -> list[dict[str, object]]:
             "alpha": place.alpha,
             "outlier_ratio": round(place.before, 3),
             "smoothed_outlier_ratio": round(place.after, 3),
-            "advice": advice(smoothing, place) or None,
+            "advice": advice(smoothing, place, stored) or None,
         }
         if smoothing.errors:
             before, after = smoothing.errors[place.block]
             row |= {"block_error": before, "smoothed_block_error": after}
+        if (place.block, place.name) in smoothing.kept:
+            row["block_error_if_kept"] = smoothing.kept[place.block, place.name]
         rows.append(row)
     return rows
 
 
-def smoothing_table(smoothing: Smoothing) -> str:
+def smoothing_table(smoothing: Smoothing, stored: Stored) -> str:
     rows = []
     for place in smoothing.places:
         error = ""
@@ -55,6 +89,7 @@ def smoothing_table(smoothing: Smoothing) -> str:
             error = f"{before:.2e} → {after:.2e}"
         alpha = "searched" if place.alpha is None else f"{place.alpha:.2f}"
         outliers = f"{place.before:.1f} → {place.after:.1f}"
-        rows.append((str(place.block), place.name, outliers, alpha, error, advice(smoothing, place)))
+        said = advice(smoothing, place, stored)
+        rows.append((str(place.block), place.name, outliers, alpha, error, said))
     header = ("block", "behind", "outlier ratio", "alpha", "block error", "advice")
     return text_table(header, rows, (0, 2, 3, 4))

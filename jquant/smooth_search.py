@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import NamedTuple, cast
 
 import jax
@@ -267,6 +268,27 @@ def errors(
         before, after = map(float, made)
         found.append((before, after))
     return tuple(found)
+
+
+def kept_errors(
+    decoder: Decoder,
+    samples: Samples,
+    smoothing: Smoothing,
+    quantized: frozenset[str],
+    *,
+    settings: Search = DEFAULT,
+    rounding: Rounding = by_token,
+) -> dict[tuple[int, str], float]:
+    """`Smoothing.kept`, on the samples that decide in the search."""
+    found: dict[tuple[int, str], float] = {}
+    last = max(smoothing.outstanding, default=-1)
+    for i, block, params, angles, _, check in islice(_blocks(decoder, samples, settings), last + 1):
+        if i in smoothing.outstanding:
+            logs = {name: jnp.log(jnp.asarray(s)) for name, s in smoothing.scales(i).items()}
+            for place in smooth.couplings(block):
+                others = _within(quantized, i).difference(place.consumers)
+                found[i, place.name] = float(error(block, others, params, logs, check, angles, rounding))
+    return found
 
 
 def _blocks(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,8 @@ from jquant.transforms import smooth
 from jquant.transforms.smooth import Coupling
 from jquant.weights import Weights
 
+OUTSTANDING = 4.0  # times the median block's error
+
 
 class Place(NamedTuple):
     """What smoothing did to one input of a block."""
@@ -43,9 +46,17 @@ class Smoothing(NamedTuple):
     places: tuple[Place, ...]
     # Where searched: relative output error of each block, weights and inputs rounded, as it was and smoothed.
     errors: tuple[tuple[float, float], ...] = ()
+    # In blocks that stand out what is left of it if a place's consumers stay as they are, by block and place.
+    kept: Mapping[tuple[int, str], float] = {}
 
     def scales(self, block: int) -> dict[str, np.ndarray]:
         return {place.name: place.scales for place in self.places if place.block == block}
+
+    @property
+    def outstanding(self) -> tuple[int, ...]:
+        """Blocks whose error is many times the median block's."""
+        after = [after for _, after in self.errors]
+        return tuple(i for i, error in enumerate(after) if error > OUTSTANDING * median(after))
 
 
 def open_decoder(model: Model) -> Decoder:

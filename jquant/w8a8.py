@@ -11,7 +11,7 @@ from jquant import input_scales, smoothing
 from jquant.calibrate import Progress, Stats
 from jquant.folders import Checkpoint, FolderPlan, as_stored
 from jquant.io.samples import Samples
-from jquant.smooth_search import DEFAULT, Search, by_tensor, by_token, errors, search
+from jquant.smooth_search import DEFAULT, Search, by_tensor, by_token, errors, kept_errors, search
 from jquant.smoothing import Smoothing
 from jquant.transcode import FLOAT_DTYPES
 from jquant.transforms.smooth import Factors
@@ -51,6 +51,8 @@ def smooth_model(
     else:
         found = smoothing.fixed(decoder, stats, alpha)
     found = as_stored(checkpoint, found)
+    if found.errors:
+        found = judged(checkpoint, plan, samples, found, settings)
     importance = smoothing.importance(decoder, stats, found)
     scales = _scales(checkpoint, plan, samples, stats, found) if plan.scheme.static else None
     return Calibrated(stats, found, smoothing.factors(decoder, found), importance, scales)
@@ -70,17 +72,17 @@ def measure_model(
     return Calibrated(stats, None, {}, {}, scales)
 
 
-def block_errors(
+def judged(
     checkpoint: Checkpoint, plan: FolderPlan, samples: Samples, found: Smoothing, settings: Search = DEFAULT
-) -> tuple[tuple[float, float], ...]:
-    """`Smoothing.errors`, measured where the search has not done so."""
-    if found.errors:
-        return found.errors
-    decoder, rounding = (
-        smoothing.open_decoder(checkpoint.model),
-        by_tensor if plan.scheme.static else by_token,
-    )
-    return errors(decoder, samples, found, _quantized(checkpoint, plan), settings=settings, rounding=rounding)
+) -> Smoothing:
+    """The smoothing with the errors of its blocks, and what would mend those that stand out."""
+    decoder, quantized = smoothing.open_decoder(checkpoint.model), _quantized(checkpoint, plan)
+    rounding = by_tensor if plan.scheme.static else by_token
+    if not found.errors:
+        measured = errors(decoder, samples, found, quantized, settings=settings, rounding=rounding)
+        found = found._replace(errors=measured)
+    kept = kept_errors(decoder, samples, found, quantized, settings=settings, rounding=rounding)
+    return found._replace(kept=kept)
 
 
 def _quantized(checkpoint: Checkpoint, plan: FolderPlan) -> frozenset[str]:
