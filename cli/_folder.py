@@ -150,7 +150,7 @@ def quantize(
     from jquant.schemes import SCHEMES
     from jquant.smooth_report import smoothing_report, smoothing_table
     from jquant.team import everyone
-    from jquant.w8a8 import judged, measure_model, smooth_model
+    from jquant.w8a8 import measure_model, smooth_model
 
     if out is not None and not dry_run:
         check_folder(out, force=force)
@@ -180,13 +180,12 @@ def quantize(
             plan,
             data,
             alpha,
+            judge=target_error is not None,
             batch=batch,
             progress=_calibration.progress(data, quiet=quiet),
             searching=_searching(quiet),
         )
         weights, smoothing = calibrated.importance, calibrated.smoothing
-        if target_error is not None and smoothing is not None and not smoothing.errors:
-            smoothing = judged(checkpoint, plan, data, smoothing)
     elif static and data is not None:
         shown = _calibration.progress(data, quiet=quiet)
         calibrated = measure_model(checkpoint, plan, data, batch=batch, progress=shown)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from jquant.smoothing import Place, Smoothing
 from jquant.text import text_table
+from jquant.transforms.smooth import without_routers
 
 OUTLIERS = 20.0  # largest channel by the median one, from which 8 bits leave most channels few levels
 HELPS = 0.75  # of a block's error, that is left if a place alone is worth keeping
@@ -16,9 +17,9 @@ Stored = Mapping[str, Sequence[str]]  # names in the folder, by GGUF name
 
 def advice(smoothing: Smoothing, place: Place, stored: Stored) -> str:
     """What would help; "" where nothing needs to."""
-    if place.block in smoothing.outstanding:
-        left = {name: error for (block, name), error in smoothing.kept.items() if block == place.block}
-        if not left or place.name != min(left, key=lambda name: left[name]):
+    left = smoothing.kept.get(place.block)
+    if left:
+        if place.name != min(left, key=lambda name: left[name]):
             return ""
         if left[place.name] < HELPS * smoothing.errors[place.block][1]:
             return f"keep in 16 bit: --keep '{_pattern(place, stored)}', leaves {left[place.name]:.2e}"
@@ -31,13 +32,11 @@ def advice(smoothing: Smoothing, place: Place, stored: Stored) -> str:
 def _pattern(place: Place, stored: Stored) -> str:
     """A pattern of the names that a place's consumers have in the folder; of experts all."""
     start = _start(place, stored)
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, None]] = {}  # of each module its matrices, in order
     for name in _names(place, stored):
         *module, last = re.split(start, name, maxsplit=1)[1].removesuffix(".weight").split(".")
         head = "".join(r"\d+\." if part.isdecimal() else re.escape(f"{part}.") for part in module)
-        found.setdefault(head, [])
-        if re.escape(last) not in found[head]:
-            found[head].append(re.escape(last))
+        found.setdefault(head, {})[re.escape(last)] = None
     return start + _any(head + _any(own) for head, own in found.items())
 
 
@@ -54,7 +53,7 @@ def _start(place: Place, stored: Stored) -> str:
 
 
 def _names(place: Place, stored: Stored) -> list[str]:
-    consumers = [name for name in place.consumers if "gate_inp" not in name]  # routers are not quantized
+    consumers = without_routers(place.consumers)
     return [part for name in consumers for part in stored[f"blk.{place.block}.{name}.weight"]]
 
 
@@ -74,8 +73,8 @@ def smoothing_report(smoothing: Smoothing, stored: Stored) -> list[dict[str, obj
         if smoothing.errors:
             before, after = smoothing.errors[place.block]
             row |= {"block_error": before, "smoothed_block_error": after}
-        if (place.block, place.name) in smoothing.kept:
-            row["block_error_if_kept"] = smoothing.kept[place.block, place.name]
+        if place.block in smoothing.kept:
+            row["block_error_if_kept"] = smoothing.kept[place.block][place.name]
         rows.append(row)
     return rows
 

@@ -11,7 +11,7 @@ alpha, or than no smoothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -247,7 +247,7 @@ def search(
     return Smoothing(tuple(places), tuple(found_errors))
 
 
-def errors(
+def judged(
     decoder: Decoder,
     samples: Samples,
     smoothing: Smoothing,
@@ -255,40 +255,49 @@ def errors(
     *,
     settings: Search = DEFAULT,
     rounding: Rounding = by_token,
-) -> tuple[tuple[float, float], ...]:
-    """`Smoothing.errors` of factors from elsewhere, on the samples that decide in the search."""
-    found = []
+) -> Smoothing:
+    """The smoothing with `kept`, and `errors` where the search has not measured them, on the samples that decide
+    in the search."""
+    judges = partial(_judges, decoder, samples, smoothing, quantized, settings, rounding)
+    if not smoothing.errors:
+        none = partial(jax.tree.map, jnp.zeros_like)
+        errors = tuple((lost(none(logs)), lost(logs)) for _, _, logs, lost in judges())
+        smoothing = smoothing._replace(errors=errors)
+    outstanding = smoothing.outstanding
+    kept = {
+        i: {place.name: lost(logs, place.consumers) for place in smooth.couplings(block)}
+        for i, block, logs, lost in islice(judges(), max(outstanding, default=-1) + 1)
+        if i in outstanding
+    }
+    return smoothing._replace(kept=kept)
+
+
+def _judges(
+    decoder: Decoder,
+    samples: Samples,
+    smoothing: Smoothing,
+    quantized: frozenset[str],
+    settings: Search,
+    rounding: Rounding,
+) -> Iterator[tuple[int, Block, Logs, Callable[..., float]]]:
+    """Block after block its number, itself, its log s, and `_lost` of others and of matrices left alone."""
     for i, block, params, angles, _, check in _blocks(decoder, samples, settings):
         logs = {name: jnp.log(jnp.asarray(s)) for name, s in smoothing.scales(i).items()}
-        none = jax.tree.map(jnp.zeros_like, logs)
-        made = (
-            error(block, _within(quantized, i), params, tried, check, angles, rounding)
-            for tried in (none, logs)
-        )
-        before, after = map(float, made)
-        found.append((before, after))
-    return tuple(found)
+        yield i, block, logs, partial(_lost, block, _within(quantized, i), params, check, angles, rounding)
 
 
-def kept_errors(
-    decoder: Decoder,
-    samples: Samples,
-    smoothing: Smoothing,
+def _lost(
+    block: Block,
     quantized: frozenset[str],
-    *,
-    settings: Search = DEFAULT,
-    rounding: Rounding = by_token,
-) -> dict[tuple[int, str], float]:
-    """`Smoothing.kept`, on the samples that decide in the search."""
-    found: dict[tuple[int, str], float] = {}
-    last = max(smoothing.outstanding, default=-1)
-    for i, block, params, angles, _, check in islice(_blocks(decoder, samples, settings), last + 1):
-        if i in smoothing.outstanding:
-            logs = {name: jnp.log(jnp.asarray(s)) for name, s in smoothing.scales(i).items()}
-            for place in smooth.couplings(block):
-                others = _within(quantized, i).difference(place.consumers)
-                found[i, place.name] = float(error(block, others, params, logs, check, angles, rounding))
-    return found
+    params: Parameters,
+    check: _Data,
+    angles: Array,
+    rounding: Rounding,
+    logs: Logs,
+    alone: Sequence[str] = (),
+) -> float:
+    """The block's error, these of its matrices not rounded."""
+    return float(error(block, quantized.difference(alone), params, logs, check, angles, rounding))
 
 
 def _blocks(

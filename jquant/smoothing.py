@@ -47,7 +47,7 @@ class Smoothing(NamedTuple):
     # Where searched: relative output error of each block, weights and inputs rounded, as it was and smoothed.
     errors: tuple[tuple[float, float], ...] = ()
     # In blocks that stand out what is left of it if a place's consumers stay as they are, by block and place.
-    kept: Mapping[tuple[int, str], float] = {}
+    kept: Mapping[int, Mapping[str, float]] = {}
 
     def scales(self, block: int) -> dict[str, np.ndarray]:
         return {place.name: place.scales for place in self.places if place.block == block}
@@ -56,7 +56,8 @@ class Smoothing(NamedTuple):
     def outstanding(self) -> tuple[int, ...]:
         """Blocks whose error is many times the median block's."""
         after = [after for _, after in self.errors]
-        return tuple(i for i, error in enumerate(after) if error > OUTSTANDING * median(after))
+        most = OUTSTANDING * median(after) if after else 0.0
+        return tuple(i for i, error in enumerate(after) if error > most)
 
 
 def open_decoder(model: Model) -> Decoder:

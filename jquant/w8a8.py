@@ -11,7 +11,7 @@ from jquant import input_scales, smoothing
 from jquant.calibrate import Progress, Stats
 from jquant.folders import Checkpoint, FolderPlan, as_stored
 from jquant.io.samples import Samples
-from jquant.smooth_search import DEFAULT, Search, by_tensor, by_token, errors, kept_errors, search
+from jquant.smooth_search import DEFAULT, Search, by_tensor, by_token, judged, search
 from jquant.smoothing import Smoothing
 from jquant.transcode import FLOAT_DTYPES
 from jquant.transforms.smooth import Factors
@@ -31,28 +31,29 @@ def smooth_model(
     samples: Samples,
     alpha: float | None = None,
     *,
+    judge: bool = False,
     settings: Search = DEFAULT,
     batch: int = 4,
     progress: Progress = lambda done, count: None,
     searching: Progress = lambda done, count: None,
 ) -> Calibrated:
-    """alpha: of the plain method; None: search. progress: of measuring; searching: of the search.
+    """alpha: of the plain method; None: search. judge: measure the errors of blocks with an alpha too.
+    progress: of measuring; searching: of the search.
 
     Raises UserError for a bad alpha, and for inputs that are not finite.
     """
     stats = smoothing.measure(checkpoint.model, samples, batch=batch, progress=progress)
     decoder = smoothing.open_decoder(checkpoint.model)
+    quantized, rounding = _quantized(checkpoint, plan), by_tensor if plan.scheme.static else by_token
     if alpha is None:
-        quantized = _quantized(checkpoint, plan)
-        rounding = by_tensor if plan.scheme.static else by_token
         found = search(
             decoder, samples, stats, quantized, settings=settings, rounding=rounding, progress=searching
         )
     else:
         found = smoothing.fixed(decoder, stats, alpha)
     found = as_stored(checkpoint, found)
-    if found.errors:
-        found = judged(checkpoint, plan, samples, found, settings)
+    if alpha is None or judge:
+        found = judged(decoder, samples, found, quantized, settings=settings, rounding=rounding)
     importance = smoothing.importance(decoder, stats, found)
     scales = _scales(checkpoint, plan, samples, stats, found) if plan.scheme.static else None
     return Calibrated(stats, found, smoothing.factors(decoder, found), importance, scales)
@@ -70,19 +71,6 @@ def measure_model(
     stats = smoothing.measure(checkpoint.model, samples, batch=batch, progress=progress)
     scales = _scales(checkpoint, plan, samples, stats, None) if plan.scheme.static else None
     return Calibrated(stats, None, {}, {}, scales)
-
-
-def judged(
-    checkpoint: Checkpoint, plan: FolderPlan, samples: Samples, found: Smoothing, settings: Search = DEFAULT
-) -> Smoothing:
-    """The smoothing with the errors of its blocks, and what would mend those that stand out."""
-    decoder, quantized = smoothing.open_decoder(checkpoint.model), _quantized(checkpoint, plan)
-    rounding = by_tensor if plan.scheme.static else by_token
-    if not found.errors:
-        measured = errors(decoder, samples, found, quantized, settings=settings, rounding=rounding)
-        found = found._replace(errors=measured)
-    kept = kept_errors(decoder, samples, found, quantized, settings=settings, rounding=rounding)
-    return found._replace(kept=kept)
 
 
 def _quantized(checkpoint: Checkpoint, plan: FolderPlan) -> frozenset[str]:

@@ -109,7 +109,7 @@ MAY_IMPORT = {
         "transforms",
         "transposed",
     },
-    "smooth_report": CORE | {"smoothing", "text"},
+    "smooth_report": CORE | {"smoothing", "text", "transforms"},
     "input_scales": CORE
     | {"activations", "calibrate", "io", "models", "smooth_search", "smoothing", "stages", "transforms"},
     "w8a8": CORE

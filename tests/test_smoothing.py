@@ -235,7 +235,7 @@ def test_advice_names_the_matrices_of_the_best_place(architecture, tmp_path):
 
     def advised(left: list[float]) -> list[str]:
         """What is said of each place, when keeping it leaves these errors of 0.01."""
-        kept = {(1, place.name): error for place, error in zip(places, left, strict=True)}
+        kept = {1: {place.name: error for place, error in zip(places, left, strict=True)}}
         errors = ((1e-3, 1e-4), (1e-1, 1e-2), (1e-3, 1e-4), (1e-3, 1e-4))
         judged = Smoothing(tuple(places), errors, kept)
         return [advice(judged, place, stored) for place in places]

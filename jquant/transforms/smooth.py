@@ -110,14 +110,17 @@ def of_inputs(coupling: Coupling, factors: Float[Array, "*stack channels"]) -> F
     return jnp.broadcast_to(by_head, (gives, takes, by_head.shape[-1])).reshape(-1)
 
 
+def without_routers(consumers: Sequence[str]) -> tuple[str, ...]:
+    """Those that are quantized."""
+    return tuple(name for name in consumers if "gate_inp" not in name)
+
+
 def weight_maxima(
     coupling: Coupling, params: Mapping[str, Mapping[str, Array]]
 ) -> Float[Array, "*stack channels"]:
     """max|W_·j| over the rows of the consumers that are quantized: routers are not."""
     found = jnp.zeros(coupling.shape, jnp.float32)
-    for name in coupling.consumers:
-        if "gate_inp" in name:
-            continue
+    for name in without_routers(coupling.consumers):
         largest = jnp.max(jnp.abs(params[name]["weight"]), axis=-2)  # [*stack, width]
         if coupling.experts is None and largest.ndim > 1:
             largest = jnp.max(largest, axis=0)
