@@ -256,8 +256,8 @@ def judged(
     settings: Search = DEFAULT,
     rounding: Rounding = by_token,
 ) -> Smoothing:
-    """The smoothing with `kept`, and `errors` where the search has not measured them, on the samples that decide
-    in the search."""
+    """The smoothing with `kept`, and `errors` where the search has not measured them, on the samples that
+    decide in the search."""
     judges = partial(_judges, decoder, samples, smoothing, quantized, settings, rounding)
     if not smoothing.errors:
         none = partial(jax.tree.map, jnp.zeros_like)
