@@ -78,12 +78,21 @@ def _without_importance() -> None:
             assign=lambda x, w, scales: format.assign(x, jnp.ones_like(x), scales),
         )
 
-    def changed(model, tokens, formats, **options):
-        return usual(model, tokens, {name: blind(format) for name, format in formats.items()}, **options)
+    def changed(model, tokens, formats, *, output, **options):
+        output = output and output._replace(format=blind(output.format))
+        formats = {name: blind(format) for name, format in formats.items()}
+        return usual(model, tokens, formats, output=output, **options)
 
     sequential.feed_back = changed
     _correction(0.0)
     _one_round()
+
+
+def _without_output() -> None:
+    from jquant import fitting
+
+    usual = fitting.fed_entries
+    fitting.fed_entries = lambda *given: [entry for entry in usual(*given) if entry.name.startswith("blk.")]
 
 
 def _one_round() -> None:
@@ -125,7 +134,7 @@ def _outputs() -> None:
     rows, damping = 64, 0.1
     products: dict[str, np.ndarray] = {}
     waiting: list[str] = []  # matrices in the order in which they are coded
-    usual, gather = sequential.feed_back, Streams.gather
+    usual, gather, usually_coded = sequential.feed_back, Streams.gather, sequential.Fitter.rows
 
     def measured(model, tokens, formats, *, lengths, **options):
         stats = collect_gradients(model, tokens, OUTPUT_PRODUCTS, sampled_labels(0), lengths=lengths)
@@ -137,6 +146,8 @@ def _outputs() -> None:
         return gather(self, members)
 
     def coded(self, W, factors, format):
+        if not waiting:  # the output matrix
+            return usually_coded(self, W, factors, format)
         outputs = factor(jnp.asarray(products[waiting.pop(0)]), rows, damping)
         lost, made = jnp.zeros_like(W), []
         for start in range(0, len(W), rows):
@@ -154,6 +165,7 @@ PARTS: dict[str, tuple[str, Callable[[], None]]] = {
     "all": ("feedback, whole", lambda: None),
     "nearest": ("nearest codes, scales by the same Hessian's diagonal", _nearest),
     "gptq": ("feedback, scales without importance (GPTQ)", _without_importance),
+    "head": ("without feedback for the output matrix", _without_output),
     "refit": ("feedback without the second search for scales", _one_round),
     "sequential": ("feedback on the original's activations", _not_sequential),
     "correction": ("feedback without target correction", lambda: _correction(0.0)),

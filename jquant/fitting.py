@@ -48,11 +48,14 @@ class Feedback(NamedTuple):
 
 
 def fed_entries(plan: Plan, protected: Mapping[str, Sequence[tuple[int, int]]]) -> list[Entry]:
-    """The tensors that error feedback makes: matrices of blocks that change their type."""
+    """The tensors that error feedback makes: matrices of blocks, and the output matrix, that change their
+    type."""
+    names = {entry.name for entry in plan.entries}
+    output = "output.weight" if "output.weight" in names else "token_embd.weight"
     return [
         entry
         for entry in plan.entries
-        if entry.name.startswith("blk.")
+        if (entry.name == output or entry.name.startswith("blk."))
         and entry.name.endswith(".weight")
         and len(entry.shape) > 1
         and entry.type != entry.source_type
@@ -76,7 +79,7 @@ def check_importance(
         rest = entry.name not in fed and entry.name not in entries and entry.type != entry.source_type
         if rest and FORMATS[entry.type].needs_importance:
             raise UserError(
-                f"{entry.name}: {entry.type} needs importance; --feedback makes matrices of blocks only; "
+                f"{entry.name}: {entry.type} needs importance, and --feedback does not make it; "
                 f"add --imatrix FILE or --analyze, or give it another type: --rule '^{entry.name}$=Q4_K'."
             )
 
@@ -102,8 +105,12 @@ def feed_back(
     mine = shares(learned, team.me, team.count)
     model, tokens = models.decoder(Weights(source), metadata), feedback.samples.tokens[mine]
     formats = {entry.name: FORMATS[entry.type] for entry in entries}
+    last = formats.get(model.output_name)
+    output = None if last is None else sequential.Output(model, last)
     if feedback.announce is not None and not formats.keys() <= finished:
-        feedback.announce(forecast(model, tokens, formats, batch=feedback.batch, threads=threads))
+        feedback.announce(
+            forecast(model, tokens, formats, output=output, batch=feedback.batch, threads=threads)
+        )
 
     places = {entry.name: _bytes_of(entry) for entry in entries}
 
@@ -117,6 +124,7 @@ def feed_back(
         model,
         tokens,
         formats,
+        output=output,
         lengths=feedback.samples.lengths[mine],
         settings=feedback.settings,
         earlier=earlier,

@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from jquant.calibrate import within_block
 from jquant.core import BlockwiseModel, Format
-from jquant.sequential import Fitter
+from jquant.sequential import Fitter, Output
 from jquant.stages import stages
 from jquant.streams import open_streams
 from jquant.transforms.feedback import ROWS, Factor
@@ -38,12 +38,13 @@ def forecast(
     tokens: Int[np.ndarray, "s t"],
     formats: Mapping[str, Format],
     *,
+    output: Output | None = None,
     batch: int = 4,
     threads: int = 2,
 ) -> Forecast:
     """Of `sequential.feed_back` with these arguments: as if all blocks were like the first that has any of
-    them, and nothing of an earlier run were there."""
-    i = min(int(name.split(".")[1]) for name in formats)
+    them, and nothing of an earlier run were there. Where only the output matrix is to be made, of block 0."""
+    i = min((int(name.split(".")[1]) for name in formats if name.startswith("blk.")), default=0)
     own = {within_block(name): format for name, format in formats.items() if name.startswith(f"blk.{i}.")}
     few = tokens[:batch]
     x, real = model.embed(few), np.full(len(few), tokens.shape[1], np.int32)
@@ -53,10 +54,13 @@ def forecast(
         passes += _seconds(lambda stage=stage: streams.gather(stage))
     passes += _seconds(streams.advance)
     batches = -(-len(tokens) // len(few))
-    return Forecast(passes * batches * len(model.blocks), _search(model, formats, Fitter(threads=threads)))
+    search = _search(model, formats, output, Fitter(threads=threads))
+    return Forecast(passes * batches * len(model.blocks), search)
 
 
-def _search(model: BlockwiseModel, formats: Mapping[str, Format], fitter: Fitter) -> float:
+def _search(
+    model: BlockwiseModel, formats: Mapping[str, Format], output: Output | None, fitter: Fitter
+) -> float:
     """Seconds: a few rows of each width in each format are coded, all threads at once."""
     rows: Counter[tuple[int, Format]] = Counter()
     for i, block in enumerate(model.blocks):
@@ -64,6 +68,9 @@ def _search(model: BlockwiseModel, formats: Mapping[str, Format], fitter: Fitter
             format = formats.get(f"blk.{i}.{name}")
             if format is not None:
                 rows[shape[-1], format] += int(np.prod(shape[:-1]))
+    if output is not None:
+        few, last = output.head.output_rows(0, 1), output.head.output_slabs()[-1]
+        rows[few.shape[-1], output.format] += last[1]
     total = 0.0
     for (width, format), count in rows.items():
         G, few = format.group_size, min(ROWS * fitter.threads, count)

@@ -4,6 +4,10 @@ Within a block the matrices are quantized in the order in which data meets them,
 of two `streams`, the loss of all before it. The streams' C moves what a layer is fitted to, so that it also
 mends what was lost before it (`transforms.correction`); batches go in turn to the two halves that judge each
 other. An expert's H leans on its stack's mean, the more the fewer tokens it saw.
+
+The output matrix comes last, a slab of rows at a time. Where its rows are the embeddings of tokens too, it is
+not fitted to what was lost, and columns that the output hardly uses keep their share of bits: damping is the
+Hessian of an embedding, which needs all columns alike.
 """
 
 from __future__ import annotations
@@ -22,16 +26,20 @@ from jaxtyping import Int
 
 from jquant.between import IN_MEMORY, scratch
 from jquant.calibrate import Progress, embed_into, real_tokens, shared_inputs, within_block
-from jquant.core import BlockwiseModel, Format, QuantizedTensor, dequantize
+from jquant.core import BlockwiseModel, Format, Head, QuantizedTensor, dequantize
 from jquant.stages import stages
-from jquant.streams import Gathered, Streams, open_streams
+from jquant.streams import Gathered, Streams, gather_head, open_streams
 from jquant.team import ALONE, Team
-from jquant.transforms.correction import Strength, corrected, cross_validated
+from jquant.transforms.correction import Moments, Strength, corrected, cross_validated
 from jquant.transforms.feedback import DAMPING, Factor, factor, feedback_rows, tiles_of
 
 # Of the α that mends most on the tokens held out, which are of the samples' own kind and see one layer only:
 # 0.6 keeps 84% of what there is to mend, and the model does better for it, on other text most.
 TRUST = 0.6
+# Damping of the output matrix's Hessian. smol768 in Q6_K, 4 chunks: KL divergence from the output matrix and
+# from both its uses 0.0044 and 0.0051 by nearest codes, 0.0016 and 0.0024 with importance, and fed back
+# 0.00075 and 0.0011 (damping 0.01), 0.0007 and 0.0010 (0.1), 0.0009 and 0.0014 (1).
+HEAD_DAMPING = 0.1
 # Experts' statistics weigh their stack's mean as this many tokens a column.
 MEAN_TOKENS = 0.25
 
@@ -40,6 +48,13 @@ MEAN_TOKENS = 0.25
 class Settings:
     correction: Strength | None = None  # default: by cross-validation; α = 0 fits every layer to itself
     damping: float = DAMPING  # of the factored Hessian
+
+
+class Output(NamedTuple):
+    """A model's output matrix, and the format it is to have."""
+
+    head: Head
+    format: Format
 
 
 class Fed(NamedTuple):
@@ -59,6 +74,7 @@ def feed_back(
     tokens: Int[np.ndarray, "s t"],
     formats: Mapping[str, Format],
     *,
+    output: Output | None = None,
     lengths: Int[np.ndarray, " s"] | None = None,
     settings: Settings = Settings(),
     earlier: Earlier = lambda name: None,
@@ -68,7 +84,7 @@ def feed_back(
     team: Team = ALONE,
     progress: Progress = lambda done, count: None,
 ) -> Iterator[dict[str, Fed]]:
-    """Block after block, its tensors in their formats.
+    """Block after block, its tensors in their formats, then the output matrix where it is asked for.
 
     formats: by GGUF tensor name, of the matrices to quantize; all others stay as they are. lengths: real
     tokens of each sample; default: all. earlier: blocks whose tensors are all known are not computed again,
@@ -95,10 +111,18 @@ def feed_back(
             streams.follow(own, {within_block(name): data for name, data in known.items()})
         else:
             done = {f"blk.{i}.{name}.weight": fed for name, fed in fitter.quantize(streams, own).items()}
-        if i < count - 1:
+        if i < count - 1 or output is not None:
             streams.advance()
         progress(i + 1, count)
         yield done
+    if output is not None:
+        name = output.head.output_name
+        data = earlier(name)
+        if data is None:
+            moments, halves = gather_head(output.head, x0, x, real, batch, team)
+            yield {name: fitter.output(output, moments, halves)}
+        else:
+            yield {name: Fed(data, float("nan"))}
 
 
 @dataclass(frozen=True)
@@ -120,15 +144,27 @@ class Fitter:
                 streams.replace(name, found[name].data, formats[name])
         return found
 
+    def output(self, output: Output, moments: Moments, halves: tuple[Moments, Moments]) -> Fed:
+        """A slab of rows after the other."""
+        head, format = output
+        slabs = head.output_slabs()
+        factors = factor(moments.H, format.group_size, HEAD_DAMPING)
+        chosen = Strength(0.0, 1.0)
+        if not head.tied:
+            chosen = self._strength(jnp.asarray(head.output_rows(*slabs[0])), halves)
+        data, losses, wholes = [], [], []
+        for start, stop in slabs:
+            W = jnp.asarray(head.output_rows(start, stop))
+            made = self._coded(W, _target(W, moments, chosen), moments.H, factors, format)
+            data.append(made[0])
+            losses.append(made[1])
+            wholes.append(made[2])
+        return Fed(np.concatenate(data), sum(losses) / (sum(wholes) or 1.0))
+
     def _fit(self, weight: Array, stats: Gathered, inputs: str, format: Format) -> Fed:
         if weight.ndim == 2:
             moments, halves = stats.of(inputs)
-            target, chosen = weight, self.settings.correction
-            if chosen is None or chosen.alpha > 0:
-                if chosen is None:
-                    found = cross_validated(weight, halves)
-                    chosen = found._replace(alpha=TRUST * found.alpha)
-                target = corrected(weight, moments, *chosen)
+            target = _target(weight, moments, self._strength(weight, halves))
             data, loss, whole = self._fit_matrix(weight, target, moments.H, format)
             return Fed(data, loss / (whole or 1.0))
         H, count = stats.stacks[inputs]["H"], np.asarray(stats.stacks[inputs]["count"])
@@ -138,11 +174,23 @@ class Fitter:
         starved = tuple(np.flatnonzero(count < weight.shape[-1]).tolist())
         return Fed(np.concatenate(data), sum(losses) / (sum(wholes) or 1.0), starved)
 
+    def _strength(self, W: Array, halves: tuple[Moments, Moments]) -> Strength:
+        """Of the correction of what rows like these are fitted to."""
+        if self.settings.correction is not None:
+            return self.settings.correction
+        found = cross_validated(W, halves)
+        return found._replace(alpha=TRUST * found.alpha)
+
     def _fit_matrix(
         self, W: Array, target: Array, H: Array, format: Format
     ) -> tuple[np.ndarray, float, float]:
         """Its bytes, tr ΔHΔᵀ and tr WHWᵀ."""
-        data = self.rows(target, factor(H, format.group_size, self.settings.damping), format)
+        return self._coded(W, target, H, factor(H, format.group_size, self.settings.damping), format)
+
+    def _coded(
+        self, W: Array, target: Array, H: Array, factors: Factor, format: Format
+    ) -> tuple[np.ndarray, float, float]:
+        data = self.rows(target, factors, format)
         decoded = dequantize(QuantizedTensor({"blocks": jnp.asarray(data)}, format))
         return data, float(_quadratic(W - decoded, H)), float(_quadratic(W, H))
 
@@ -157,6 +205,11 @@ class Fitter:
             made = list(pool.map(encode, tiles[self.team.part]))
         row_bytes = W.shape[1] // format.block_size * format.block_bytes
         return np.concatenate(self.team.gathered(made, len(tiles), (tiles.shape[1], row_bytes)))[: len(W)]
+
+
+def _target(W: Array, moments: Moments, strength: Strength) -> Array:
+    """What is coded."""
+    return W if strength.alpha == 0 else corrected(W, moments, *strength)
 
 
 @jax.jit

@@ -37,7 +37,7 @@ from jquant.calibrate import (
     weights_of,
     within_block,
 )
-from jquant.core import Block, BlockwiseModel, Format, QuantizedTensor, UserError, dequantize
+from jquant.core import Block, BlockwiseModel, Format, Head, QuantizedTensor, UserError, dequantize
 from jquant.stages import stage, stages
 from jquant.team import ALONE, Team
 from jquant.transforms.correction import Moments
@@ -103,6 +103,15 @@ class Gathered(NamedTuple):
         one, other = (Moments(half["H"], half["C"]) for half in (even, odd))
         return whole, (one, other)
 
+    def check_finite(self, where: str) -> None:
+        """Raise UserError unless all are. where: what comes before these names in the model's."""
+        for name, s in (*self.even.items(), *self.odd.items(), *self.stacks.items()):
+            if not all(bool(jnp.isfinite(a).all()) for a in s.values()):
+                raise UserError(
+                    f"{where}{name}.weight: its inputs are not finite; the model is damaged, or "
+                    "float32 is too small for it. `jquant analyze` on the same text says in which sample."
+                )
+
 
 @dataclass
 class Streams:
@@ -158,23 +167,13 @@ class Streams:
             halves[number % 2] = _add_batch(halves[number % 2], *shown, counted)
             stacks = _add_batch(stacks, *shown, counted)
         found = Gathered(*self.team.sum((halves[0], halves[1], stacks)))
-        for name, s in (*found.even.items(), *found.odd.items(), *found.stacks.items()):
-            if not all(bool(jnp.isfinite(a).all()) for a in s.values()):
-                raise UserError(
-                    f"blk.{self.i}.{name}.weight: its inputs are not finite; the model is damaged, or "
-                    "float32 is too small for it. `jquant analyze` on the same text says in which sample."
-                )
+        found.check_finite(f"blk.{self.i}.")
         return found
 
     def _nothing(self, inputs: tuple[str, ...]) -> dict[str, Stats]:
         """Statistics of no tokens."""
-        made: dict[str, Stats] = {}
-        for name in inputs:
-            *experts, _, width = self.original[name]["weight"].shape
-            made[name] = {"H": jnp.zeros((*experts, width, width)), "count": jnp.zeros(experts, jnp.int32)}
-            if not experts:
-                made[name]["C"] = jnp.zeros((width, width))
-        return made
+        shapes = {name: self.original[name]["weight"].shape for name in inputs}
+        return {name: _none(shape[-1], shape[:-2]) for name, shape in shapes.items()}
 
     @property
     def _streams(self) -> tuple[tuple[Params, np.ndarray], tuple[Params, np.ndarray]]:
@@ -210,6 +209,28 @@ class Streams:
         known = {name: values for name, values in self.kept[stream].items() if name not in but}
         kept = {name: padded(values[part], self.batch) for name, values in known.items()}
         return {name: {"x": kept[one]} for name, one in self.first.items() if one in kept}
+
+
+def gather_head(
+    head: Head, x0: np.ndarray, x: np.ndarray, real: np.ndarray, batch: int, team: Team = ALONE
+) -> tuple[Moments, tuple[Moments, Moments]]:
+    """The statistics of the output matrix's inputs, all and in halves. x0, x: what the last block gives."""
+    name = head.output_name.removesuffix(".weight")
+    halves = [{name: _none(x.shape[-1])} for _ in range(2)]
+    for number, start in enumerate(range(0, len(x), batch), start=team.me):
+        part = slice(start, min(start + batch, len(x)))
+        given0, given, count = (padded(a[part], batch) for a in (x0, x, real))
+        shown0, shown = ({name: {"x": head.output_inputs(a)}} for a in (given0, given))
+        halves[number % 2] = _add_batch(halves[number % 2], shown0, shown, weights_of(given, count))
+    found = Gathered(*team.sum((halves[0], halves[1], {})))
+    found.check_finite("")
+    return found.of(name)
+
+
+def _none(width: int, experts: tuple[int, ...] = ()) -> Stats:
+    """Statistics of no tokens."""
+    made = {"H": jnp.zeros((*experts, width, width)), "count": jnp.zeros(experts, jnp.int32)}
+    return made if experts else {**made, "C": jnp.zeros((width, width))}
 
 
 @partial(jax.jit, static_argnums=(0, 5))

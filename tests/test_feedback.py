@@ -15,6 +15,7 @@ from jquant.convert import open_model
 from jquant.fitting import Feedback
 from jquant.gguf_writer import write_gguf
 from jquant.io.samples import Text
+from jquant.models import run_block
 from jquant.plan import plan
 from jquant.sequential import Fitter, Settings
 from jquant.stages import stages
@@ -195,19 +196,47 @@ def test_a_run_takes_the_trusted_part_of_the_correction_found(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Phi3ForCausalLM", "MixtralForCausalLM"])
-def test_every_matrix_of_the_blocks_is_fed_back_and_decodes(tmp_path, name):
+def test_every_matrix_but_the_embeddings_is_fed_back_and_decodes(tmp_path, name):
     model, samples = opened(tmp_path, name)
     planned = plan(model.source.specs, model.metadata, "Q2_K")
     written = write_gguf(model, planned, tmp_path / "out.gguf", feedback=Feedback(samples))
     matrices = [
         n
         for n, s in model.source.specs.items()
-        if n.startswith("blk.") and len(s.shape) > 1 and "inp" not in n
+        if n.startswith(("blk.", "output.")) and len(s.shape) > 1 and "inp" not in n
     ]
+    assert "output.weight" in matrices
     assert sorted(written.fed) == sorted(matrices)
     assert all(0 < fed.error < 0.5 for fed in written.fed.values())
     assert written.errors.keys() >= {e.name for e in planned.entries if e.type == "Q2_K"}
     assert open_model(tmp_path / "out.gguf").source.specs.keys() == model.source.specs.keys()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_output_matrix_is_fitted_to_what_the_quantized_blocks_give(tmp_path, tied):
+    model, samples = opened(tmp_path, "LlamaForCausalLM", tie_word_embeddings=tied)
+    planned = plan(model.source.specs, model.metadata, "Q2_K")
+    write_gguf(model, planned, tmp_path / "out.gguf", feedback=Feedback(samples))
+    name = "token_embd.weight" if tied else "output.weight"
+    of_file = open_model(tmp_path / "out.gguf")
+    original, quantized = (models.decoder(Weights(m.source), m.metadata) for m in (model, of_file))
+    assert original.tied == tied
+
+    def given(decoder: models.Decoder) -> np.ndarray:
+        """float64 [tokens, width], made from the original's embeddings."""
+        x = original.embed(samples.tokens)
+        for i, block in enumerate(decoder.blocks):
+            x = run_block(block, decoder.load_block(i), x, decoder.angles(i, x.shape[1]))
+        return np.asarray(decoder.output_inputs(x), np.float64).reshape(-1, decoder.width)
+
+    x0, x = given(original), given(quantized)
+    W, fed = (Weights(m.source).tensor(name).astype(np.float64) for m in (model, of_file))
+    format = FORMATS[of_file.source.specs[name].type]
+    importance = jnp.asarray(np.mean(x * x, axis=0), jnp.float32)
+    nearest = np.asarray(dequantize(quantize(jnp.asarray(W, jnp.float32), format, importance=importance)))
+    wanted = (x0 if not tied else x) @ W.T  # a matrix that embeds tokens too is not to mend other losses
+    assert np.mean((x @ fed.T - wanted) ** 2) < 0.9 * np.mean((x @ nearest.T - wanted) ** 2)
+    assert np.mean((fed - W) ** 2) < 2 * np.mean((nearest - W) ** 2) or not tied
 
 
 @pytest.mark.parametrize(

@@ -52,3 +52,20 @@ class BlockwiseModel(Protocol):
     def angles(self, i: int, tokens: int) -> np.ndarray: ...
 
     def logits(self, x: Array) -> Array: ...
+
+
+@runtime_checkable
+class Head(Protocol):
+    """What follows the last block of a model: a norm, and the output matrix, read in slabs of rows."""
+
+    @property
+    def output_name(self) -> str: ...
+
+    @property
+    def tied(self) -> bool: ...  # its rows are the embeddings of tokens too
+
+    def output_slabs(self) -> list[tuple[int, int]]: ...
+
+    def output_rows(self, start: int, stop: int) -> np.ndarray: ...
+
+    def output_inputs(self, x: Array) -> Array: ...

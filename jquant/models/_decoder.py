@@ -125,7 +125,7 @@ class Decoder:
 
     def logits(self, x: Float[Array, "s t width"]) -> Float[Array, "s t vocab"]:
         """What the output of the last block predicts of the next token."""
-        rows = (self.tensors.rows(self.output_name, *slab) for slab in self.output_slabs())
+        rows = (self.output_rows(*slab) for slab in self.output_slabs())
         return jnp.concatenate([self.project(jnp.asarray(part), x) for part in rows], axis=-1)
 
     @property
@@ -133,9 +133,21 @@ class Decoder:
         """The output matrix; token embeddings serve as one where there is no other."""
         return "output.weight" if "output.weight" in self.tensors.specs else "token_embd.weight"
 
+    @property
+    def tied(self) -> bool:
+        """Whether the rows of the output matrix are the token embeddings too."""
+        return self.output_name == "token_embd.weight"
+
     def output_slabs(self) -> list[tuple[int, int]]:
         """Ranges of rows of the output matrix that are decoded at once."""
         return self._slabs(self.output_name)
+
+    def output_rows(self, start: int, stop: int) -> Float32[np.ndarray, "n width"]:
+        return self.tensors.rows(self.output_name, start, stop)
+
+    def output_inputs(self, x: Float[Array, "s t width"]) -> Float[Array, "s t width"]:
+        """What the output matrix is given of the last block's output."""
+        return _normed(x, jnp.asarray(self.tensors.tensor("output_norm.weight")), self.eps)
 
     def project(
         self,
@@ -152,6 +164,9 @@ class Decoder:
         spec = self.tensors.specs[name]
         step = max(SLAB_WEIGHTS // spec.cols, 1)
         return [(start, min(start + step, spec.rows)) for start in range(0, spec.rows, step)]
+
+
+_normed = jax.jit(rms_norm, static_argnames="eps")
 
 
 @partial(jax.jit, static_argnames=("eps", "softcap"))
