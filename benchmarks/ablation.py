@@ -95,6 +95,31 @@ def _without_output() -> None:
     fitting.fed_entries = lambda *given: [entry for entry in usual(*given) if entry.name.startswith("blk.")]
 
 
+def _ordered() -> None:
+    """Superblocks of columns with the largest inputs are coded first, so that the others make up for them."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jquant import sequential
+
+    factor, coded, superblock = sequential.factor, sequential.Fitter.rows, 256
+    order = np.zeros(1, int)  # of the columns that were factored last
+
+    def sorted_factor(H, group_size, damping):
+        nonlocal order
+        size = min(superblock, len(H)) if len(H) % superblock == 0 else len(H)
+        order = np.argsort(-np.asarray(jnp.diagonal(H)).reshape(-1, size).sum(axis=1), kind="stable")
+        columns = (order[:, None] * size + np.arange(size)).reshape(-1)
+        return factor(H[columns][:, columns], group_size, damping)
+
+    def rows(self, W, factors, format):
+        parts = W.reshape(len(W), len(order), -1)[:, order]
+        data = coded(self, parts.reshape(W.shape), factors, format).reshape(len(W), len(order), -1)
+        return np.ascontiguousarray(data[:, np.argsort(order)]).reshape(len(W), -1)
+
+    sequential.factor, sequential.Fitter.rows = sorted_factor, rows
+
+
 def _one_round() -> None:
     from jquant.transforms import feedback
 
@@ -166,6 +191,7 @@ PARTS: dict[str, tuple[str, Callable[[], None]]] = {
     "nearest": ("nearest codes, scales by the same Hessian's diagonal", _nearest),
     "gptq": ("feedback, scales without importance (GPTQ)", _without_importance),
     "head": ("without feedback for the output matrix", _without_output),
+    "order": ("superblocks of columns with the largest inputs first", _ordered),
     "refit": ("feedback without the second search for scales", _one_round),
     "sequential": ("feedback on the original's activations", _not_sequential),
     "correction": ("feedback without target correction", lambda: _correction(0.0)),
