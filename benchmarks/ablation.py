@@ -78,10 +78,8 @@ def _without_importance() -> None:
             assign=lambda x, w, scales: format.assign(x, jnp.ones_like(x), scales),
         )
 
-    def changed(model, tokens, formats, *, output, **options):
-        output = output and output._replace(format=blind(output.format))
-        formats = {name: blind(format) for name, format in formats.items()}
-        return usual(model, tokens, formats, output=output, **options)
+    def changed(model, tokens, formats, **options):
+        return usual(model, tokens, {name: blind(format) for name, format in formats.items()}, **options)
 
     sequential.feed_back = changed
     _correction(0.0)
@@ -107,7 +105,7 @@ def _ordered() -> None:
 
     def sorted_factor(H, group_size, damping):
         nonlocal order
-        size = min(superblock, len(H)) if len(H) % superblock == 0 else len(H)
+        size = superblock if len(H) % superblock == 0 else len(H)
         order = np.argsort(-np.asarray(jnp.diagonal(H)).reshape(-1, size).sum(axis=1), kind="stable")
         columns = (order[:, None] * size + np.arange(size)).reshape(-1)
         return factor(H[columns][:, columns], group_size, damping)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jquant import models, sequential, tuning
-from jquant.core import Metadata, Source, TensorSpec, UserError
+from jquant.core import Metadata, Source, TensorSpec, UserError, output_name
 from jquant.forecast import Forecast, forecast
 from jquant.formats import FORMATS
 from jquant.io import GgufSink
@@ -50,8 +50,7 @@ class Feedback(NamedTuple):
 def fed_entries(plan: Plan, protected: Mapping[str, Sequence[tuple[int, int]]]) -> list[Entry]:
     """The tensors that error feedback makes: matrices of blocks, and the output matrix, that change their
     type."""
-    names = {entry.name for entry in plan.entries}
-    output = "output.weight" if "output.weight" in names else "token_embd.weight"
+    output = output_name([entry.name for entry in plan.entries])
     return [
         entry
         for entry in plan.entries
@@ -105,12 +104,8 @@ def feed_back(
     mine = shares(learned, team.me, team.count)
     model, tokens = models.decoder(Weights(source), metadata), feedback.samples.tokens[mine]
     formats = {entry.name: FORMATS[entry.type] for entry in entries}
-    last = formats.get(model.output_name)
-    output = None if last is None else sequential.Output(model, last)
     if feedback.announce is not None and not formats.keys() <= finished:
-        feedback.announce(
-            forecast(model, tokens, formats, output=output, batch=feedback.batch, threads=threads)
-        )
+        feedback.announce(forecast(model, tokens, formats, head=model, batch=feedback.batch, threads=threads))
 
     places = {entry.name: _bytes_of(entry) for entry in entries}
 
@@ -124,7 +119,7 @@ def feed_back(
         model,
         tokens,
         formats,
-        output=output,
+        head=model,
         lengths=feedback.samples.lengths[mine],
         settings=feedback.settings,
         earlier=earlier,

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Int
 
 from jquant.calibrate import within_block
-from jquant.core import BlockwiseModel, Format
-from jquant.sequential import Fitter, Output
+from jquant.core import BlockwiseModel, Format, Head
+from jquant.sequential import Fitter
 from jquant.stages import stages
 from jquant.streams import open_streams
 from jquant.transforms.feedback import ROWS, Factor
@@ -38,7 +38,7 @@ def forecast(
     tokens: Int[np.ndarray, "s t"],
     formats: Mapping[str, Format],
     *,
-    output: Output | None = None,
+    head: Head | None = None,
     batch: int = 4,
     threads: int = 2,
 ) -> Forecast:
@@ -54,13 +54,11 @@ def forecast(
         passes += _seconds(lambda stage=stage: streams.gather(stage))
     passes += _seconds(streams.advance)
     batches = -(-len(tokens) // len(few))
-    search = _search(model, formats, output, Fitter(threads=threads))
+    search = _search(model, formats, head, Fitter(threads=threads))
     return Forecast(passes * batches * len(model.blocks), search)
 
 
-def _search(
-    model: BlockwiseModel, formats: Mapping[str, Format], output: Output | None, fitter: Fitter
-) -> float:
+def _search(model: BlockwiseModel, formats: Mapping[str, Format], head: Head | None, fitter: Fitter) -> float:
     """Seconds: a few rows of each width in each format are coded, all threads at once."""
     rows: Counter[tuple[int, Format]] = Counter()
     for i, block in enumerate(model.blocks):
@@ -68,9 +66,9 @@ def _search(
             format = formats.get(f"blk.{i}.{name}")
             if format is not None:
                 rows[shape[-1], format] += int(np.prod(shape[:-1]))
-    if output is not None:
-        few, last = output.head.output_rows(0, 1), output.head.output_slabs()[-1]
-        rows[few.shape[-1], output.format] += last[1]
+    output = None if head is None else formats.get(head.output_name)
+    if head is not None and output is not None:
+        rows[head.output_rows(0, 1).shape[-1], output] += head.output_slabs()[-1][1]
     total = 0.0
     for (width, format), count in rows.items():
         G, few = format.group_size, min(ROWS * fitter.threads, count)

@@ -50,13 +50,6 @@ class Settings:
     damping: float = DAMPING  # of the factored Hessian
 
 
-class Output(NamedTuple):
-    """A model's output matrix, and the format it is to have."""
-
-    head: Head
-    format: Format
-
-
 class Fed(NamedTuple):
     """A tensor that is done."""
 
@@ -74,7 +67,7 @@ def feed_back(
     tokens: Int[np.ndarray, "s t"],
     formats: Mapping[str, Format],
     *,
-    output: Output | None = None,
+    head: Head | None = None,
     lengths: Int[np.ndarray, " s"] | None = None,
     settings: Settings = Settings(),
     earlier: Earlier = lambda name: None,
@@ -84,12 +77,13 @@ def feed_back(
     team: Team = ALONE,
     progress: Progress = lambda done, count: None,
 ) -> Iterator[dict[str, Fed]]:
-    """Block after block, its tensors in their formats, then the output matrix where it is asked for.
+    """Block after block, its tensors in their formats, then the output matrix.
 
-    formats: by GGUF tensor name, of the matrices to quantize; all others stay as they are. lengths: real
-    tokens of each sample; default: all. earlier: blocks whose tensors are all known are not computed again,
-    and the run that continues gives the same bytes. folder: for activations that do not fit in memory. team:
-    processes of which each has samples of its own and codes a part of the rows; all get the same tensors.
+    formats: by GGUF tensor name, of the matrices to quantize; all others stay as they are. head: of the
+    model, where the output matrix may be among them. lengths: real tokens of each sample; default: all.
+    earlier: blocks whose tensors are all known are not computed again, and the run that continues gives the
+    same bytes. folder: for activations that do not fit in memory. team: processes of which each has samples
+    of its own and codes a part of the rows; all get the same tensors.
 
     Raises UserError, with tensor, where a statistic is no finite number.
     """
@@ -100,7 +94,7 @@ def feed_back(
     for stream in (x0, x):
         embed_into(stream, model, tokens)
     fitter = Fitter(settings, threads, team)
-    count = len(model.blocks)
+    count, output = len(model.blocks), None if head is None else formats.get(head.output_name)
     for i in range(count):
         streams = open_streams(model, i, x0, x, real, batch, team=team)
         names = [name for name in shared_inputs(model, i) if name in formats]
@@ -115,14 +109,13 @@ def feed_back(
             streams.advance()
         progress(i + 1, count)
         yield done
-    if output is not None:
-        name = output.head.output_name
-        data = earlier(name)
+    if head is not None and output is not None:
+        data = earlier(head.output_name)
         if data is None:
-            moments, halves = gather_head(output.head, x0, x, real, batch, team)
-            yield {name: fitter.output(output, moments, halves)}
+            fed = fitter.output(head, output, *gather_head(head, x0, x, real, batch, team))
         else:
-            yield {name: Fed(data, float("nan"))}
+            fed = Fed(data, float("nan"))
+        yield {head.output_name: fed}
 
 
 @dataclass(frozen=True)
@@ -144,9 +137,8 @@ class Fitter:
                 streams.replace(name, found[name].data, formats[name])
         return found
 
-    def output(self, output: Output, moments: Moments, halves: tuple[Moments, Moments]) -> Fed:
+    def output(self, head: Head, format: Format, moments: Moments, halves: tuple[Moments, Moments]) -> Fed:
         """A slab of rows after the other."""
-        head, format = output
         slabs = head.output_slabs()
         factors = factor(moments.H, format.group_size, HEAD_DAMPING)
         chosen = Strength(0.0, 1.0)

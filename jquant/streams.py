@@ -180,8 +180,7 @@ class Streams:
         return (self.original, self.x0), (self.quantized, self.x)
 
     def _parts(self) -> Iterator[slice]:
-        for start in range(0, len(self.x), self.batch):
-            yield slice(start, min(start + self.batch, len(self.x)))
+        return _batches(len(self.x), self.batch)
 
     def _inputs_of(self, members: Iterable[str]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self.first[name] for name in members))
@@ -217,14 +216,18 @@ def gather_head(
     """The statistics of the output matrix's inputs, all and in halves. x0, x: what the last block gives."""
     name = head.output_name.removesuffix(".weight")
     halves = [{name: _none(x.shape[-1])} for _ in range(2)]
-    for number, start in enumerate(range(0, len(x), batch), start=team.me):
-        part = slice(start, min(start + batch, len(x)))
+    for number, part in enumerate(_batches(len(x), batch), start=team.me):
         given0, given, count = (padded(a[part], batch) for a in (x0, x, real))
         shown0, shown = ({name: {"x": head.output_inputs(a)}} for a in (given0, given))
         halves[number % 2] = _add_batch(halves[number % 2], shown0, shown, weights_of(given, count))
     found = Gathered(*team.sum((halves[0], halves[1], {})))
     found.check_finite("")
     return found.of(name)
+
+
+def _batches(samples: int, batch: int) -> Iterator[slice]:
+    for start in range(0, samples, batch):
+        yield slice(start, min(start + batch, samples))
 
 
 def _none(width: int, experts: tuple[int, ...] = ()) -> Stats:

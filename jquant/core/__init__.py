@@ -18,7 +18,7 @@ from jquant.core._files import (
 from jquant.core._format import SCALE_DTYPES, Format, QuantizedTensor, ScaledFormat
 from jquant.core._gpu import on_cuda, result_like
 from jquant.core._grain import ACCELERATOR_GRAIN, CPU_GRAIN, Grain, grain
-from jquant.core._models import Block, BlockwiseModel, Head, block_parameters
+from jquant.core._models import Block, BlockwiseModel, Head, block_parameters, output_name
 
 __all__ = [
     "ACCELERATOR_GRAIN",
@@ -52,6 +52,7 @@ __all__ = [
     "encode_chunk",
     "grain",
     "on_cuda",
+    "output_name",
     "quantize",
     "result_like",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -52,6 +52,11 @@ class BlockwiseModel(Protocol):
     def angles(self, i: int, tokens: int) -> np.ndarray: ...
 
     def logits(self, x: Array) -> Array: ...
+
+
+def output_name(names: Container[str]) -> str:
+    """The output matrix among a model's tensors: token embeddings serve as one where there is no other."""
+    return "output.weight" if "output.weight" in names else "token_embd.weight"
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Float32, Int
 
-from jquant.core import Metadata, TensorSpec, UserError, block_parameters
+from jquant.core import Metadata, TensorSpec, UserError, block_parameters, output_name
 
 from ._layers import PRECISION, Block, Precision, Rounding, rms_norm
 from ._rope import Rotary, angles
@@ -130,8 +130,7 @@ class Decoder:
 
     @property
     def output_name(self) -> str:
-        """The output matrix; token embeddings serve as one where there is no other."""
-        return "output.weight" if "output.weight" in self.tensors.specs else "token_embd.weight"
+        return output_name(self.tensors.specs)
 
     @property
     def tied(self) -> bool:
