@@ -28,7 +28,7 @@ from jquant.io.imatrix import Imatrix
 from jquant.io.samples import Samples, Table, Text, read_texts, sample
 from jquant.io.token_ids import from_metadata
 from jquant.mesh import agree
-from jquant.models import Decoder, Precision
+from jquant.models import Decoder, Precision, WithHead
 from jquant.parallel import over, shares
 from jquant.shared_checkpoint import SharedCheckpoint
 from jquant.team import ALONE, everyone
@@ -82,7 +82,8 @@ def importance(
     precision: Precision | None = None,
     progress: Progress = lambda done, count: None,
 ) -> Imatrix:
-    """The mean square of every input column of every matrix in the model's blocks.
+    """The mean square of every input column of every matrix in the model's blocks, and of the output matrix,
+    which llama-imatrix leaves out (`--process-output` adds it there, where it is a tensor of its own).
 
     mesh: over which samples and weights are spread, see `parallel`; default: one device of one process. With
     several processes all call this with the same samples, run their share, and have the whole result.
@@ -94,16 +95,18 @@ def importance(
     if mesh is not None:
         agree_on(model, samples, batch=batch, method="imatrix", precision=precision)
     mine, through = share_of(samples, mesh)
+    whole, count = WithHead(decoder), len(decoder.blocks)
     stats = collect(
-        decoder,
+        whole,
         samples.tokens[mine],
         SECOND_MOMENTS,
         lengths=samples.lengths[mine],
         batch=batch,
         store=store,
         through=through,
-        progress=progress,
+        progress=lambda done, _: progress(done, count) if done <= count else None,
     )
+    stats[decoder.output_name] = stats.pop(whole.output_place)
     return imatrix_of(stats, samples)
 
 

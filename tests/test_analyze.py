@@ -13,7 +13,7 @@ import llama_quantize
 import numpy as np
 import pytest
 from test_models import SHARED, convert
-from tiny_models import LINES, write_tiny
+from tiny_models import LINES, write_gguf, write_tiny
 from typer.testing import CliRunner
 
 from jquant.analyze import imatrix_of, importance, load_samples, rows, unreached
@@ -46,13 +46,42 @@ def run(*arguments: object, code: int = 0):
     return result
 
 
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [("LlamaForCausalLM", "output.weight"), ("Gemma2ForCausalLM", "token_embd.weight")],
+)
+def test_the_output_matrix_is_given_what_llama_cpp_gives_it(architecture, name, tmp_path):
+    """Which is what llama.cpp calls the embeddings of a text's tokens."""
+    opened = open_model(write_tiny(tmp_path / "model", architecture))
+    file = write_gguf(tmp_path / "model.gguf", opened.metadata, opened.source)
+    tokens = np.random.default_rng(0).integers(3, 350, (3, 24)).astype(np.int32)
+    lengths = np.asarray([24, 24, 9], np.int32)
+    found = importance(opened, Samples(tokens, lengths, "text", ""))
+    rows = np.concatenate([embeddings(file, row[:n]) for row, n in zip(tokens, lengths, strict=True)])
+    np.testing.assert_allclose(found.entries[name][0], np.mean(rows**2, axis=0), rtol=2e-3)
+    assert found.counts[name] == 57
+    assert list(found.entries)[-1] == name
+
+
+def embeddings(file: Path, tokens: np.ndarray) -> np.ndarray:
+    """What comes out of the last norm: [tokens, width]."""
+    model = llama_cpp.Llama(
+        str(file), embedding=True, n_ctx=64, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_NONE, verbose=False
+    )
+    given = (llama_cpp.llama_token * len(tokens))(*tokens.tolist())
+    batch = llama_cpp.llama_batch_get_one(given, len(tokens))
+    assert llama_cpp.llama_decode(model.ctx, batch) == 0
+    found = llama_cpp.llama_get_embeddings(model.ctx)
+    return np.ctypeslib.as_array(found, (len(tokens), model.n_embd())).copy()
+
+
 def test_a_folder_and_its_gguf_file_give_the_same_importance(model, text, tmp_path):
     run("analyze", model, "-o", tmp_path / "a.gguf", "-c", text, *SMALL)
     file = convert(model, tmp_path / "model.gguf")
     run("analyze", file, "-o", tmp_path / "b.gguf", "-c", text, *SMALL)
     a, b = imatrix.read(tmp_path / "a.gguf"), imatrix.read(tmp_path / "b.gguf")
     assert (a.datasets, a.chunk_count, a.chunk_size) == (["calibration.txt"], 3, 40)
-    assert len(a.entries) == 14
+    assert len(a.entries) == 15
     for name, entry in a.entries.items():
         np.testing.assert_allclose(entry, b.entries[name], rtol=1e-5)
         assert a.counts[name] == 120
@@ -251,7 +280,7 @@ def test_smol768_gets_the_entries_of_llama_imatrix(tmp_path):
     model = open_model(tmp_path / "smol768-f16.gguf")
     samples = load_samples(model, str(text), samples=60, sequence_length=512)
     found, wanted = importance(model, samples), imatrix.read(reference)
-    assert found.entries.keys() == wanted.entries.keys()
+    assert found.entries.keys() == wanted.entries.keys() | {"token_embd.weight"}
     for name, entry in wanted.entries.items():
         got = found.entries[name]
         np.testing.assert_allclose(got, entry, rtol=0.01, err_msg=name)

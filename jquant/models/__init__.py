@@ -12,13 +12,14 @@ import gguf
 from jquant.core import Metadata, UserError
 
 from ._decoder import Decoder, Parameters, Tensors, matrices, open_decoder, run_block
+from ._head import WithHead
 from ._language_part import language_part
 from ._layers import Block, Precision, Rounding
 from ._shared import Architecture, Weight
 
 __all__ = [
     "ARCHITECTURES", "Architecture", "Block", "Decoder", "Parameters", "Precision", "Rounding", "Weight",
-    "decoder", "for_config", "language_part", "matrices", "run_block",
+    "WithHead", "decoder", "for_config", "language_part", "matrices", "run_block",
 ]  # fmt: skip
 
 

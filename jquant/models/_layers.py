@@ -91,6 +91,14 @@ class Experts(nn.Module):
         return _nudged(self, y)
 
 
+class Shown(nn.Module):
+    """The place of a matrix that is not multiplied by: it shows what the matrix is given."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*n in"]) -> None:
+        _show(self, x=x)
+
+
 def _show(module: nn.Module, **inputs: Array) -> None:
     for name, value in inputs.items():
         module.sow("inputs", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: jnp.zeros(()))
