@@ -111,6 +111,16 @@ def tuning_progress(*, quiet: bool) -> tuning.Progress:
     return show
 
 
+def by_block(done_so: str, *, quiet: bool) -> Progress:
+    """A line now and then: "searched block 8 of 32"."""
+
+    def show(done: int, count: int) -> None:
+        if not quiet and (done == count or done % max(count // 8, 1) == 0):
+            _show.remark(f"{done_so} block {done} of {count}")
+
+    return show
+
+
 def _over_last_line(text: str, *, last: bool, often: bool) -> None:
     """On a terminal; in a log a line where it is the last one or due."""
     if sys.stderr.isatty():

@@ -13,7 +13,6 @@ from ._options import OUTPUT
 from ._progress import ProgressBar
 
 if TYPE_CHECKING:
-    from jquant.calibrate import Progress
     from jquant.folders import Checkpoint, FolderPlan
     from jquant.smoothing import Smoothing
 
@@ -183,7 +182,7 @@ def quantize(
             judge=target_error is not None,
             batch=batch,
             progress=_calibration.progress(data, quiet=quiet),
-            searching=_searching(quiet),
+            searching=_calibration.by_block("searched", quiet=quiet),
         )
         weights, smoothing = calibrated.importance, calibrated.smoothing
     elif static and data is not None:
@@ -300,16 +299,6 @@ def _plan_table(plan: FolderPlan) -> str:
     kinds = [(t, str(n), human_size(b)) for t, n, b in by_type(plan.layout)]
     tensors = text_table(("tensor", "shape", "type", "size"), rows, (3,))
     return f"{tensors}\n\n{text_table(('type', 'tensors', 'size'), kinds, (1, 2))}"
-
-
-def _searching(quiet: bool) -> Progress:
-    """A line now and then while factors are searched."""
-
-    def show(done: int, count: int) -> None:
-        if not quiet and (done == count or done % max(count // 8, 1) == 0):
-            _show.remark(f"searched block {done} of {count}")
-
-    return show
 
 
 def _summary(out: Path, plan: FolderPlan, report: dict) -> str:

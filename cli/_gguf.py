@@ -16,6 +16,7 @@ from ._progress import ProgressBar, TaskProgress
 from .profile import read_profile
 
 if TYPE_CHECKING:
+    from jquant.balancing import Balanced
     from jquant.coherence import Coherence
     from jquant.convert import Model
     from jquant.dynamic import Target
@@ -41,6 +42,7 @@ class Request:
     type: str | None
     imatrix: Path | None
     analyze: bool
+    balance: bool
     feedback: bool | None
     texts: _options.Texts
     batch: int
@@ -102,6 +104,7 @@ class Run:
     super_weights: list[SuperWeight] = field(default_factory=list)
     protected: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
     feedback: Feedback | None = None
+    balanced: Balanced | None = None
 
     def recipe(self, plan: Plan) -> str:
         from jquant.dynamic import recipe
@@ -114,6 +117,7 @@ class Run:
             target=self.asked.target,
             rules=self.rules,
             protected=self.protected,
+            balanced=bool(self.balanced and self.balanced.places),
         )
 
     def remark(self, text: str) -> None:
@@ -203,8 +207,12 @@ def _measure(run: Run) -> None:
     from jquant import protection
 
     asked = run.asked
-    if asked.analyze or asked.feedback or asked.protect or (asked.target and asked.plan_needs_text):
+    balances = asked.balance and (asked.out is not None or asked.target is not None)
+    needed = asked.analyze or asked.feedback or asked.protect or balances
+    if needed or (asked.target and asked.plan_needs_text):
         run.data = _calibration.read(run.opened, asked.texts, quiet=asked.quiet)
+    if balances and run.data is not None:
+        _balance(run, run.data)
     if asked.target and asked.analyze and run.data is not None:
         run.importance = _calibration.importance(run.opened, run.data, batch=asked.batch, quiet=asked.quiet)
     specs = run.opened.source.specs
@@ -213,6 +221,20 @@ def _measure(run: Run) -> None:
         run.super_weights = protection.super_weights(run.opened, run.data).harmful
         covered = protection.protected(run.super_weights, specs, asked.protection_coverage)
         run.protected = protection.united_positions(run.protected, covered)
+
+
+def _balance(run: Run, data: Samples) -> None:
+    """From here on the model is the balanced one."""
+    from jquant.balancing import balance_model
+    from jquant.team import everyone
+
+    asked = run.asked
+    shown = _calibration.by_block("balanced", quiet=asked.quiet)
+    run.balanced = balance_model(run.opened, data, batch=asked.batch, team=everyone(), progress=shown)
+    run.remark(f"note: {run.balanced}")
+    run.opened = run.balanced.model
+    if run.importance is not None:
+        run.importance = run.balanced.imatrix(run.importance)
 
 
 def _chosen(run: Run) -> Chosen:
@@ -339,12 +361,14 @@ def _report(run: Run, chosen: Chosen, out: Path, written: Written, start: float)
         run.remark(f"warning: {warning}")
     report = plan_report(chosen.plan, errors=written.errors, damages=chosen.damages) | {
         "model": asked.model,
+        "source_tensor_bytes": run.opened.tensor_bytes,
         "target": asked.target and str(asked.target),
         "search": chosen.search,
         "files": [{"path": str(file), "bytes": file.stat().st_size} for file in written.paths],
         "quality": quality.report(),
         **({"feedback": {name: one.error for name, one in written.fed.items()}} if run.feedback else {}),
         **({"starved_experts": starved} if starved else {}),
+        **({"balance": [p._asdict() for p in run.balanced.places]} if run.balanced else {}),
         **({"tuning": written.tuned._asdict()} if written.tuned else {}),
         **({"super_weights": as_json(run.super_weights)} if asked.protect else {}),
         "seconds": round(time.monotonic() - start, 3),

@@ -75,6 +75,15 @@ def quantize(
             rich_help_panel=CALIBRATION,
         ),
     ] = False,
+    balance_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--balance-inputs",
+            help="GGUF: the same model with other numbers in norms and behind them, which llama.cpp's "
+            "rounding of inputs on a CPU harms less. For K-quants of 4 bits and more.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = False,
     feedback: Annotated[
         bool | None,
         typer.Option(
@@ -299,6 +308,7 @@ def quantize(
             type=type,
             imatrix=imatrix,
             analyze=analyze,
+            balance=balance_inputs,
             feedback=feedback,
             texts=texts,
             batch=batch,

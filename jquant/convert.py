@@ -33,6 +33,7 @@ class Model(NamedTuple):
     rounding: Rounding | None = None  # of the inputs of some of its matrices
     stored_bytes: int | None = None  # of its tensors, where `source` decodes them
     remarks: tuple[str, ...] = ()  # what the user should know of it
+    changes: str = ""  # digest of what `source` makes of the files' tensors beyond their names and order
 
     @property
     def tensor_bytes(self) -> int:

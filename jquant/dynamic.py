@@ -332,6 +332,7 @@ def recipe(
     target: Target | None = None,
     rules: Sequence[object] = (),
     protected: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+    balanced: bool = False,
 ) -> str:
     """How a file was made, as JSON for its header; the types of its tensors stand there anyway."""
     about = {
@@ -343,6 +344,7 @@ def recipe(
         "effort": effort,
         "imatrix_sha256": imatrix and digest(imatrix),
         "protected": {name: [list(at) for at in places] for name, places in (protected or {}).items()},
+        "balanced": balanced,
     }
     return json.dumps({key: value for key, value in about.items() if value}, separators=(",", ":"))
 
@@ -375,4 +377,5 @@ def _run(
         "imatrix": imatrix and digest(imatrix),
         "weighting": weighting,
         "calibration": of_tokens,
+        **({"changes": model.changes} if model.changes else {}),
     }

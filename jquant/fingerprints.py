@@ -17,11 +17,12 @@ _END_BYTES = 1 << 16
 
 def common_facts(model: Model) -> dict[str, str]:
     """What any output of this model depends on."""
-    return {
+    found = {
         "jquant": version("jquant"),
         "jax": f"{version('jax')} with jaxlib {version('jaxlib')} on {jax.default_backend()}",
         "model": digest(part for file in model.files for part in _ends(file)),
     }
+    return found | {"changes": model.changes} if model.changes else found
 
 
 def fingerprint(model: Model, facts: Mapping[str, str]) -> str:

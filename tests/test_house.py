@@ -116,6 +116,8 @@ MAY_IMPORT = {
     | {"calibrate", "folders", "input_scales", "io", "smooth_search", "smoothing", "transcode", "transforms"},
     "scale_export": CORE | {"calibrate", "folders", "io", "transcode", "w8a8"},
     "smoothing": CORE | {"calibrate", "convert", "io", "models", "ranges", "transforms", "weights"},
+    "scaled": CORE | {"transforms", "weights"},
+    "balancing": CORE | {"calibrate", "convert", "io", "models", "scaled", "team", "transforms", "weights"},
     "smooth_search": CORE
     | {"activations", "calibrate", "convert", "io", "models", "smoothing", "transforms"},
     "folders": CORE

@@ -147,10 +147,12 @@ def smooth(
 
 
 def factors_of(block: Heads, scales: Mapping[str, Array]) -> dict[str, Factors]:
-    """What each tensor of the block is multiplied by. scales: s by the name of its coupling."""
+    """What each tensor of the block is multiplied by. scales: s by the name of its coupling; others stay."""
     rows_of = dict(block.shapes)
     found: dict[str, Factors] = {}
     for coupling in couplings(block):
+        if coupling.name not in scales:
+            continue
         s = scales[coupling.name]
         shape = rows_of[f"{coupling.producer}.weight"]
         rows = jnp.ones(shape if len(shape) == 1 else shape[:-1], jnp.float32)
