@@ -218,6 +218,19 @@ def text(tmp_path) -> Path:
     return path
 
 
+def test_processes_balance_inputs_alike(model, text, tmp_path):
+    options = ["--type", "Q4_K", "--pure", "--balance-inputs", "-c", text, "--samples", 6]
+    options += ["--sequence-length", 64, "--json"]
+    one, many, plain = (tmp_path / f"{name}.gguf" for name in ("one", "many", "plain"))
+    told = json.loads(command("quantize", model, one, *options))
+    ended = quantize(2, model, many, *options)
+    assert [e.code for e in ended] == [0, 0], ended
+    assert json.loads(ended[0].out)["balance"] == told["balance"]
+    assert many.read_bytes() == one.read_bytes()
+    command("quantize", model, plain, *[option for option in options if option != "--balance-inputs"])
+    assert plain.read_bytes() != one.read_bytes()
+
+
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_share_error_feedback(processes, model, text, tmp_path):
     options = ["--type", "Q2_K", "--feedback", "--calibration", text, "--samples", 6]
