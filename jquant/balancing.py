@@ -7,7 +7,6 @@ write_gguf(balanced.model, plan, out, imatrix=balanced.imatrix(imatrix))
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +22,7 @@ from jquant import models
 from jquant.calibrate import Progress, embed_into, padded, real_tokens, weights_of
 from jquant.convert import Model
 from jquant.core import UserError
+from jquant.fingerprints import digest_of_arrays
 from jquant.io.imatrix import Imatrix
 from jquant.io.samples import Samples
 from jquant.models import Block, Parameters
@@ -111,7 +111,9 @@ def balance_model(
         progress(i + 1, len(decoder.blocks))
     factors = team.first(factors)
     source = ScaledSource(model.source, factors)
-    changed = model._replace(source=source, stored_bytes=model.tensor_bytes, changes=_digest(factors))
+    changed = model._replace(
+        source=source, stored_bytes=model.tensor_bytes, changes=digest_of_arrays(factors)
+    )
     return Balanced(changed, factors, places)
 
 
@@ -157,12 +159,3 @@ def _step(
     inputs = cast(Mapping[str, Mapping[str, Array]], shown["inputs"])
     rows = (inputs[name]["x"].reshape(-1, x.shape[-1]) for name in names)
     return cast(Array, y), [(balance.group_maxima(r), jnp.sum(jnp.square(r), axis=-1)) for r in rows]
-
-
-def _digest(factors: Mapping[str, Factors]) -> str:
-    found = hashlib.sha256()
-    for name, both in sorted(factors.items()):
-        found.update(name.encode())
-        for values in both:
-            found.update(b"-" if values is None else np.asarray(values, np.float32).tobytes())
-    return found.hexdigest()

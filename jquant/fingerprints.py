@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 
 import jax
+import numpy as np
+from jaxtyping import PyTree
 
 from jquant.convert import Model
 from jquant.io.paths import AnyPath
@@ -39,6 +41,12 @@ def _ends(file: AnyPath) -> Iterator[bytes]:
         yield opened.read(_END_BYTES)
         opened.seek(max(size - _END_BYTES, 0))
         yield opened.read(_END_BYTES)
+
+
+def digest_of_arrays(tree: PyTree) -> str:
+    """SHA-256 of all arrays of it and of where they stand."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return digest(part for path, a in leaves for part in (str(path).encode(), np.asarray(a).tobytes()))
 
 
 def digest(parts: Iterable[bytes]) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,13 +26,12 @@ from jquant.core import (
     dequantize,
     quantize,
 )
-from jquant.fingerprints import common_facts, digest, fingerprint
+from jquant.fingerprints import common_facts, digest, digest_of_arrays, fingerprint
 from jquant.folders import (
     INPUT_SCALE,
     Checkpoint,
     FedWeight,
     FolderPlan,
-    PartFactors,
     factors_by_part,
     names_of,
     stored_format,
@@ -41,6 +39,7 @@ from jquant.folders import (
 from jquant.io import FolderPart, ModelFolder
 from jquant.io.model_folder import files_beside
 from jquant.mesh import agree, exchange, is_first
+from jquant.scaled import RowFactors
 from jquant.schemes import Scheme, config_of
 from jquant.spread import COPIED, SEARCHED, spread
 from jquant.team import everyone
@@ -143,12 +142,10 @@ def write_folder(
 def _facts(checkpoint: Checkpoint, plan: FolderPlan, made: Ingredients, *, fed: bool) -> dict[str, str]:
     """What the bytes depend on, by name, but for those that are fed, which are written anew by each run."""
     told = (checkpoint.config, plan.scheme.name, plan.scheme.static, plan.quantized, plan.layout, fed)
-    leaves = jax.tree_util.tree_leaves_with_path(made)
-    arrays = (part for path, a in leaves for part in (str(path).encode(), np.asarray(a).tobytes()))
     return {
         **common_facts(checkpoint.model),
         "plan": digest([str(told).encode()]),
-        "calibration": digest(arrays),
+        "calibration": digest_of_arrays(made),
     }
 
 
@@ -257,7 +254,7 @@ def _importance_by_part(
 
 
 def _write(
-    source: Source, spec: TensorSpec, factors: PartFactors | None, sink: Sink, progress: Progress
+    source: Source, spec: TensorSpec, factors: RowFactors | None, sink: Sink, progress: Progress
 ) -> None:
     for start, stop in _slabs(spec):
         data = source.read(spec.name, start, stop)
@@ -273,7 +270,7 @@ def _write_quantized(
     spec: TensorSpec,
     scheme: Scheme,
     importance: np.ndarray | None,
-    factors: PartFactors | None,
+    factors: RowFactors | None,
     sink: Sink,
     progress: Progress,
 ) -> float:

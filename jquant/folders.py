@@ -26,6 +26,7 @@ from jquant.core import (
 )
 from jquant.io import SafetensorsSource
 from jquant.models import Weight
+from jquant.scaled import RowFactors, factors_for
 from jquant.schemes import METHODS, Scheme, fitting
 from jquant.smoothing import Smoothing
 from jquant.transcode import FLOAT_DTYPES
@@ -145,38 +146,19 @@ def names_of(spec: TensorSpec, scheme: Scheme) -> list[str]:
     return [made.name for made in _made(spec, scheme) if not made.name.endswith(INPUT_SCALE)]
 
 
-class PartFactors(NamedTuple):
-    """What a tensor of the checkpoint is multiplied by."""
-
-    rows: np.ndarray | None  # [rows], or of a vector each element
-    cols: np.ndarray | None
-    shift: float  # what the model adds to the tensor before it multiplies with it
-    vector: bool
-
-    def times(self, x: np.ndarray, start: int) -> np.ndarray:
-        """Rows of the tensor from `start`, or the vector [1, n], float32."""
-        x = x + np.float32(self.shift)
-        if self.rows is not None:
-            x = x * (self.rows[None] if self.vector else self.rows[start : start + len(x), None])
-        if self.cols is not None:
-            x = x * self.cols[None]
-        return x - np.float32(self.shift)
-
-
-def factors_by_part(checkpoint: Checkpoint, factors: Mapping[str, Factors]) -> dict[str, PartFactors]:
+def factors_by_part(checkpoint: Checkpoint, factors: Mapping[str, Factors]) -> dict[str, RowFactors]:
     """The factors of each tensor of the checkpoint that has any, biases included."""
     found = {}
     for name, weight in checkpoint.weights.items():
-        module, _, kind = name.rpartition(".")
-        given = factors.get(module)
-        if given is None or (kind == "bias" and given.rows is None):
+        given = factors_for(name, factors)
+        if given is None:
             continue
         for i, part in enumerate(weight.parts):
             rows, cols = (
                 None if a is None else np.asarray(a[i] if a.ndim > 1 else a, np.float32) for a in given
             )
             vector = len(checkpoint.source.specs[part].shape) == 1
-            found[part] = PartFactors(rows, None if kind == "bias" else cols, weight.shift, vector)
+            found[part] = RowFactors(rows, cols, vector, weight.shift)
     return found
 
 
@@ -190,7 +172,7 @@ def as_stored(checkpoint: Checkpoint, smoothing: Smoothing) -> Smoothing:
             (part,) = weight.parts
             dtype = FLOAT_DTYPES[checkpoint.source.specs[part].type]
             w = checkpoint.source.read(part).view(dtype).astype(np.float32)[0]
-            made = PartFactors(1 / place.scales, None, weight.shift, True).times(w[None], 0)[0]
+            made = RowFactors(1 / place.scales, None, True, weight.shift).times(w[None], 0)[0]
             rounded = made.astype(dtype).astype(np.float32) + np.float32(weight.shift)
             w = w + np.float32(weight.shift)
             live = (w != 0) & (rounded != 0)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_combinations import WIDE, run
 from test_decoder import divergence, logits
-from test_smoothing import calibration
+from test_smoothing import calibration, with_outliers
 from tiny_models import LINES, write_gguf, write_tiny
 
 from jquant import analyze, balancing
@@ -114,23 +114,11 @@ def test_nothing_to_see_leaves_factors_alone():
     assert padding[1] == 0
 
 
-def with_loud_groups(folder: Path) -> Path:
-    """Norms whose channels 32 to 63 are ten times the others, and matrices that undo it."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    for name, value in tensors.items():
-        if "layers" in name and "norm" in name:
-            value[32:64] *= 10
-        elif any(part in name for part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
-            value[:, 32:64] /= 10
-    save_file(tensors, file, {"format": "pt"})
-    return folder
-
-
 @pytest.fixture(scope="module")
 def loud(tmp_path_factory) -> Path:
+    """A model one of whose groups of inputs is ten times the others."""
     folder = tmp_path_factory.mktemp("models") / "llama"
-    return with_loud_groups(write_tiny(folder, "LlamaForCausalLM", **WIDE))
+    return with_outliers(write_tiny(folder, "LlamaForCausalLM", **WIDE), 10.0, slice(32, 64))
 
 
 @pytest.fixture

@@ -102,6 +102,7 @@ MAY_IMPORT = {
         "folders",
         "io",
         "mesh",
+        "scaled",
         "schemes",
         "spread",
         "team",
@@ -117,11 +118,12 @@ MAY_IMPORT = {
     "scale_export": CORE | {"calibrate", "folders", "io", "transcode", "w8a8"},
     "smoothing": CORE | {"calibrate", "convert", "io", "models", "ranges", "transforms", "weights"},
     "scaled": CORE | {"transforms", "weights"},
-    "balancing": CORE | {"calibrate", "convert", "io", "models", "scaled", "team", "transforms", "weights"},
+    "balancing": CORE
+    | {"calibrate", "convert", "fingerprints", "io", "models", "scaled", "team", "transforms", "weights"},
     "smooth_search": CORE
     | {"activations", "calibrate", "convert", "io", "models", "smoothing", "transforms"},
     "folders": CORE
-    | {"convert", "io", "models", "schemes", "smoothing", "transcode", "transforms", "transposed"},
+    | {"convert", "io", "models", "scaled", "schemes", "smoothing", "transcode", "transforms", "transposed"},
 }
 SOURCES = sorted((ROOT / "jquant").rglob("*.py"))
 

@@ -37,14 +37,14 @@ def calibration(model) -> object:
     return load_samples(model, Text("lines", "\n".join(LINES * 12).encode()), samples=6, sequence_length=48)
 
 
-def with_outliers(folder: Path, factor: float = 100.0) -> Path:
+def with_outliers(folder: Path, factor: float = 100.0, channels: slice = slice(3, 6)) -> Path:
     """The same function, with inputs that 8 bits cannot hold."""
     tensors = open_tiny(folder).tensors
     for name, tensor in tensors.items():
         if name.split(".")[-2] in NORMS:
-            tensor[3:6] *= factor
+            tensor[channels] *= factor
         if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
-            tensor[:, 3:6] /= factor
+            tensor[:, channels] /= factor
     save_file(tensors, folder / "model.safetensors")
     return folder
 
