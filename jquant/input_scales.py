@@ -59,7 +59,7 @@ def calibrate(
     their scales are stored in. kind: of `activations`.
     Raises UserError where inputs were not measured.
     """
-    x, real = embedded(decoder, samples, settings)
+    x, real = embedded(decoder, samples, slice(settings.few + settings.checked), settings.tokens)
     found: dict[str, np.float32] = {}
     for i, block in enumerate(decoder.blocks):
         params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, x.shape[1]))

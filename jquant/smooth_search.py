@@ -1,9 +1,11 @@
 """Factors that smooth a model, searched block by block for the least output error in 8 bits.
 
 A block's output on samples of text is compared with what it gives once its weights and inputs are rounded.
-Three steps, each from the best so far: one alpha for the whole block; an alpha for each place; the factors
-themselves, channel by channel, by Adam on log s. Rounding passes gradients on as if it were nothing, but for
-the scale that its error is counted in: a larger scale makes a larger error.
+Three steps, each from the best so far: one alpha for the whole block; for each place an alpha, then factors
+channel by channel, by an estimate of what is lost there (`transforms.place_search`); factors in front of
+attention, of which that estimate knows little, by Adam on the block's error itself. There rounding passes
+gradients on as if it were nothing, but for the scale that its error is counted in: a larger scale makes a
+larger error.
 
 What is kept is the best on samples of its own, which the steps have not seen: never worse there than the best
 alpha, or than no smoothing.
@@ -27,9 +29,11 @@ from jaxtyping import Float, Int
 from jquant.activations import LARGEST, int8, static_int8
 from jquant.calibrate import Progress, Stats, embed_into, real_tokens, weights_of
 from jquant.io.samples import Samples
-from jquant.models import Block, Decoder, Parameters, Rounding, run_block
+from jquant.models import Block, Decoder, Parameters, Rounding
 from jquant.smoothing import Place, Smoothing, described, maxima
 from jquant.transforms import smooth
+from jquant.transforms.place_search import DESCENT, Descent, Seen, descend, estimate
+from jquant.transforms.smooth import Coupling
 
 Logs = dict[str, Array]  # log s by the name of the place
 
@@ -37,22 +41,32 @@ Logs = dict[str, Array]  # log s by the name of the place
 @dataclass(frozen=True, kw_only=True)
 class Search:
     alphas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    samples: int = 2  # that the steps see
-    checked: int = 2  # that decide
+    samples: int = 64  # that places are searched on
+    checked: int = 4  # that decide
     tokens: int = 256  # of each
-    steps: int = 40  # of Adam, at most
+    places: Descent = DESCENT
+    few: int = 4  # of the samples, that steps on the block's error see
+    steps: int = 20  # of them, at most
     every: int = 5  # steps between two checks
     patience: int = 2  # checks without a gain that end it
     rate: float = 0.03
 
 
 DEFAULT = Search()
+ROWS = 4096  # of a matrix, that tell what channels cost it
+TOKENS = 2048  # that tell which alpha suits a place
+BATCH = 4  # samples through a block at once
 
 
 class _Data(NamedTuple):
     x: Array  # what goes into the block, [s, t, width]
     y: Array  # what comes out of it in float32
     weight: Array  # 1 for a real token, 0 for padding, [s · t]
+
+
+class _Passed(NamedTuple):
+    data: _Data
+    shown: dict[str, Array]  # what the block's matrices are given, by place: [s · t, width]
 
 
 def _round(x: Array, scale: Array, codes: Array) -> Array:
@@ -112,19 +126,20 @@ def _adam(
     settings: Search,
     rounding: Rounding,
     params: Parameters,
+    fixed: Logs,
     logs: Logs,
     state: optax.OptState,
     data: _Data,
     angles: Array,
 ) -> tuple[Logs, optax.OptState]:
-    """A few steps."""
+    """A few steps of these places, the others fixed."""
     optimizer = _optimizer(settings)
 
     def step(carry: tuple[Logs, optax.OptState], _: None) -> tuple[tuple[Logs, optax.OptState], None]:
         logs, state = carry
         # Relative errors are tiny; Adam does not mind, and their logarithm has gradients of a usual size.
         gradient = jax.grad(
-            lambda logs: jnp.log(_error(block, quantized, params, logs, data, angles, rounding))
+            lambda logs: jnp.log(_error(block, quantized, params, {**fixed, **logs}, data, angles, rounding))
         )(logs)
         finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0.0), gradient)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of counts
@@ -137,7 +152,7 @@ def _adam(
 
 
 def _optimizer(settings: Search) -> optax.GradientTransformation:
-    return optax.adam(optax.cosine_decay_schedule(settings.rate, settings.steps, alpha=0.1))
+    return optax.adam(optax.cosine_decay_schedule(settings.rate, max(settings.steps, 1), alpha=0.1))
 
 
 class Found(NamedTuple):
@@ -153,13 +168,15 @@ def search_block(
     quantized: frozenset[str],
     params: Parameters,
     inputs: Mapping[str, Array],
+    shown: Mapping[str, Array],
     train: _Data,
     check: _Data,
     angles: Array,
     settings: Search = DEFAULT,
     rounding: Rounding = by_token,
 ) -> Found:
-    """The factors of one block. inputs: max|x| of the channels of each place. rounding: of inputs."""
+    """The factors of one block. inputs: max|x| of the channels of each place. shown: what its matrices are
+    given of `train`, by place. rounding: of inputs."""
     places = smooth.couplings(block)
     weights = {place.name: smooth.weight_maxima(place, params) for place in places}
     none: Logs = {place.name: jnp.zeros(place.shape, jnp.float32) for place in places}
@@ -167,54 +184,108 @@ def search_block(
     def at(name: str, alpha: float | None) -> Array:
         return none[name] if alpha is None else smooth.smooth(inputs[name], weights[name], alpha)
 
-    def on(data: _Data, logs: Logs) -> float:
-        found = float(error(block, quantized, params, logs, data, angles, rounding))
-        return found if np.isfinite(found) else np.inf
-
     best: list[tuple[float, Logs, dict[str, float | None]]] = []
 
     def consider(logs: Logs, alphas: Mapping[str, float | None]) -> float:
-        best.append((on(check, logs), logs, dict(alphas)))
+        found = float(error(block, quantized, params, logs, check, angles, rounding))
+        best.append((found if np.isfinite(found) else np.inf, logs, dict(alphas)))
         return best[-1][0]
 
+    def least() -> tuple[float, Logs, dict[str, float | None]]:
+        return min(best, key=lambda found: found[0])
+
     before = consider(none, dict.fromkeys(none))
-    grids: list[tuple[float, float | None, Logs]] = [(on(train, none), None, none)]
     for alpha in settings.alphas:
-        logs = {name: at(name, alpha) for name in none}
-        consider(logs, dict.fromkeys(none, alpha))
-        grids.append((on(train, logs), alpha, logs))
-    one_alpha = min(e for e, *_ in best)
+        consider({name: at(name, alpha) for name in none}, dict.fromkeys(none, alpha))
+    one_alpha, logs, alphas = least()
 
-    least, alpha, logs = min(grids, key=lambda found: found[0])
-    alphas: dict[str, float | None] = dict.fromkeys(none, alpha)
-    for name in none:
-        for other in (None, *settings.alphas):
-            tried = {**logs, name: at(name, other)}
-            found = on(train, tried)
-            if found < least:
-                least, logs, alphas = found, tried, {**alphas, name: other}
+    own: Logs = {}
+    for place, seen in _seen(block, quantized, params, shown, logs, train, check, angles, rounding):
+        name, shared = place.name, rounding is by_tensor
+        lost = {a: float(estimate(place, at(name, a), _part(seen), shared)) for a in (None, *settings.alphas)}
+        alpha = min(lost, key=lambda a: lost[a])
+        logs, alphas = {**logs, name: at(name, alpha)}, {**alphas, name: alpha}
+        own[name] = descend(place, logs[name], seen, settings.places, shared)
     consider(logs, alphas)
+    consider({**logs, **own}, {**alphas, **dict.fromkeys(own)})
+    for name, found in own.items():
+        _, logs, alphas = least()
+        consider({**logs, name: found}, {**alphas, name: None})
 
-    _, logs, alphas = min(best, key=lambda found: found[0])
+    _, fixed, alphas = least()
+    seen = slice(settings.few)
+    few = _Data(train.x[seen], train.y[seen], train.weight[: settings.few * train.x.shape[1]])
+    logs = {name: fixed[name] for name in fixed if name not in own or name == "attn_norm"}
     state, waited = _optimizer(settings).init(logs), 0
     for _ in range(0, settings.steps, settings.every):
-        logs, state = _adam(block, quantized, settings, rounding, params, logs, state, train, angles)
-        least = min(e for e, *_ in best)
-        waited = 0 if consider(logs, dict.fromkeys(none)) < least else waited + 1
+        logs, state = _adam(block, quantized, settings, rounding, params, fixed, logs, state, few, angles)
+        so_far, *_ = least()
+        after = consider({**fixed, **logs}, {**alphas, **dict.fromkeys(logs)})
+        waited = 0 if after < so_far else waited + 1
         if waited == settings.patience:
             break
-    after, logs, alphas = min(best, key=lambda found: found[0])
+    after, logs, alphas = least()
     return Found(logs, alphas, before, one_alpha, after)
 
 
+def _seen(
+    block: Block,
+    quantized: frozenset[str],
+    params: Parameters,
+    shown: Mapping[str, Array],
+    logs: Logs,
+    train: _Data,
+    check: _Data,
+    angles: Array,
+    rounding: Rounding,
+) -> Iterator[tuple[Coupling, Seen]]:
+    """What is known of each place, but of experts that have channels of their own.
+
+    What the rows of a matrix count is found at log s: by the block's error with this matrix alone rounded.
+    """
+    rng = np.random.default_rng(0)
+    for place in smooth.couplings(block):
+        consumers = [n for n in smooth.without_routers(place.consumers) if n in quantized]
+        if place.experts is not None or not consumers:
+            continue
+        x = shown[place.name]
+        order = rng.permutation(len(x))
+        size = jnp.sum(jnp.square(train.y), axis=-1).reshape(-1)
+        # An error in what attention is given is felt by other tokens too.
+        counts = train.weight if place.name == "attn_norm" else train.weight / jnp.where(size > 0, size, 1.0)
+        x, tokens = x[order], (counts / jnp.sum(counts))[order]
+        alone = []
+        for name in consumers:
+            rows = _some(params[name]["weight"], x.shape[1], rng)
+            felt = error(block, frozenset({name}), params, logs, check, angles, rounding)
+            own = Seen(x, tokens, rows, jnp.ones(len(rows)))
+            known = estimate(place, logs[place.name], _part(own), rounding is by_tensor)
+            alone.append((rows, jnp.full(len(rows), felt / jnp.where(known > 0, known, 1.0))))
+        rows, counts = (jnp.concatenate(parts) for parts in zip(*alone, strict=True))
+        mixed = rng.permutation(len(rows))
+        yield place, Seen(x, tokens, rows[mixed], counts[mixed])
+
+
+def _part(seen: Seen) -> Seen:
+    """By some of the tokens, which are in no order."""
+    tokens = seen.tokens[:TOKENS]
+    return seen._replace(x=seen.x[:TOKENS], tokens=tokens / jnp.sum(tokens))
+
+
+def _some(weight: Array, width: int, rng: np.random.Generator) -> Float[Array, "rows width"]:
+    """Rows of a matrix, or of a stack of them."""
+    rows = weight.reshape(-1, width)
+    return rows if len(rows) <= ROWS else rows[np.sort(rng.choice(len(rows), ROWS, replace=False))]
+
+
 def embedded(
-    decoder: Decoder, samples: Samples, settings: Search
+    decoder: Decoder, samples: Samples, part: slice, tokens: int
 ) -> tuple[Float[Array, "s t width"], Int[Array, " s"]]:
-    """What goes into the first block of the samples that steps see and that decide; their real tokens."""
-    tokens = samples.tokens[: settings.samples + settings.checked, : settings.tokens]
-    lengths = np.minimum(real_tokens(samples.tokens, samples.lengths)[: len(tokens)], tokens.shape[1])
-    x = np.empty((*tokens.shape, decoder.width), np.float32)
-    embed_into(x, decoder, tokens)
+    """What goes into the first block of a part of the samples, so many tokens of each; their real tokens."""
+    ids = samples.tokens[part, :tokens]
+    lengths = np.minimum(real_tokens(samples.tokens, samples.lengths)[part], ids.shape[1])
+    x = np.empty((*ids.shape, decoder.width), np.float32)
+    embed_into(x, decoder, ids)
     return jnp.asarray(x), jnp.asarray(lengths, jnp.int32)
 
 
@@ -231,16 +302,16 @@ def search(
     """The factors of all blocks. quantized: GGUF names of the matrices that will be rounded. rounding: of
     their inputs, `by_token` or `by_tensor`.
 
-    Every block is searched on what the original gives it. In memory are one block, and activations of
-    `samples` + `checked` samples of `tokens` tokens, the first ones.
+    Every block is searched on what the original gives it. In memory are one block, activations of `samples` +
+    `checked` samples of `tokens` tokens, and what the block's matrices are given of the former.
     """
     places: list[Place] = []
     found_errors: list[tuple[float, float]] = []
-    for i, block, params, angles, train, check in _blocks(decoder, samples, settings):
+    for i, block, params, angles, (data, shown), (checked, _) in _blocks(decoder, samples, settings):
         here = _within(quantized, i)
         found_places = smooth.couplings(block)
         inputs = {place.name: maxima(place, i, stats) for place in found_places}
-        found = search_block(block, here, params, inputs, train, check, angles, settings, rounding)
+        found = search_block(block, here, params, inputs, shown, data, checked, angles, settings, rounding)
         places += described(i, found_places, stats, found.logs, found.alphas)
         found_errors.append((found.before, found.after))
         progress(i + 1, len(decoder.blocks))
@@ -281,7 +352,7 @@ def _judges(
     rounding: Rounding,
 ) -> Iterator[tuple[int, Block, Logs, Callable[..., float]]]:
     """Block after block its number, itself, its log s, and `_lost` of others and of matrices left alone."""
-    for i, block, params, angles, _, check in _blocks(decoder, samples, settings):
+    for i, block, params, angles, _, (check, _) in _blocks(decoder, samples, settings, learn=False):
         logs = {name: jnp.log(jnp.asarray(s)) for name, s in smoothing.scales(i).items()}
         yield i, block, logs, partial(_lost, block, _within(quantized, i), params, check, angles, rounding)
 
@@ -300,20 +371,56 @@ def _lost(
     return float(error(block, quantized.difference(alone), params, logs, check, angles, rounding))
 
 
+def _parts(samples: Samples, settings: Search) -> tuple[slice, slice]:
+    """The samples that steps see, and those that decide."""
+    count = len(samples.tokens)
+    if count == 1:  # it has to serve for both
+        return slice(0, 1), slice(0, 1)
+    checked = min(settings.checked, count // 2)
+    seen = min(settings.samples, count - checked)
+    return slice(0, seen), slice(seen, seen + checked)
+
+
 def _blocks(
-    decoder: Decoder, samples: Samples, settings: Search
-) -> Iterator[tuple[int, Block, Parameters, Array, _Data, _Data]]:
-    """Block after block its number, parameters and angles, the data that steps see, and those that decide."""
-    x, real = embedded(decoder, samples, settings)
-    half = max(len(x) * settings.samples // (settings.samples + settings.checked), 1)
-    # A single sample has to serve for both.
-    parts = slice(0, half), slice(half, None) if len(x) > 1 else slice(0, 1)
+    decoder: Decoder, samples: Samples, settings: Search, *, learn: bool = True
+) -> Iterator[tuple[int, Block, Parameters, Array, _Passed, _Passed]]:
+    """Block after block its number, parameters and angles; of samples that steps see, and of those that
+    decide, what goes through it."""
+    parts = _parts(samples, settings) if learn else (slice(0, 0), _parts(samples, settings)[1])
+    x, real = zip(*(embedded(decoder, samples, part, settings.tokens) for part in parts), strict=True)
     for i, block in enumerate(decoder.blocks):
-        params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, x.shape[1]))
-        y = run_block(block, params, x, angles)
-        train, check = (_Data(x[p], y[p], weights_of(x[p], real[p])) for p in parts)
-        yield i, block, params, angles, train, check
-        x = y
+        params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, x[1].shape[1]))
+        passed = [_through(block, params, *one, angles) for one in zip(x, real, strict=True)]
+        yield i, block, params, angles, passed[0], passed[1]
+        x = tuple(one.data.y for one in passed)
+
+
+def _through(block: Block, params: Parameters, x: Array, real: Array, angles: Array) -> _Passed:
+    # Tokens come to a stack's experts tile by tile, to its router all and in order.
+    dense = {
+        place.name: next(n for n in place.consumers if params[n]["weight"].ndim == 2)
+        for place in smooth.couplings(block)
+        if place.experts is None
+    }
+    batches = [
+        _passed(block, params, x[k : k + BATCH], angles, tuple(dense.values()))
+        for k in range(0, len(x), BATCH)
+    ]
+    if not batches:
+        return _Passed(_Data(x, x, jnp.zeros(0)), {})
+    ys, given = zip(*batches, strict=True)
+    shown = {place: jnp.concatenate([one[name] for one in given]) for place, name in dense.items()}
+    return _Passed(_Data(x, jnp.concatenate(ys), weights_of(x, real)), shown)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _passed(
+    block: Block, params: Parameters, x: Array, angles: Array, names: tuple[str, ...]
+) -> tuple[Array, dict[str, Array]]:
+    """What comes out, and what these matrices are given, [n, width]."""
+    y, found = block.apply({"params": params}, x, angles, mutable="inputs")
+    shown = {name: cast(Array, found["inputs"][name]["x"]) for name in names}
+    return cast(Array, y), {name: a.reshape(-1, a.shape[-1]) for name, a in shown.items()}
 
 
 def _within(quantized: frozenset[str], i: int) -> frozenset[str]:

@@ -29,7 +29,7 @@ from jquant.smoothing import Place, Smoothing, outlier_ratio
 from jquant.transforms import smooth
 
 TOKENS = np.random.default_rng(7).integers(3, 350, (3, 40)).astype(np.int32)
-QUICK = Search(alphas=(0.3, 0.5, 0.7), samples=2, checked=2, tokens=48, steps=20)
+QUICK = Search(alphas=(0.3, 0.5, 0.7), samples=2, checked=2, tokens=48)
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -165,10 +165,10 @@ def test_factors_of_their_own_fit_samples_better_than_any_alpha(model):
     stats = smoothing.measure(checkpoint.model, samples)
     block, params = decoder.blocks[0], decoder.load_block(0)
     x, angles = jnp.asarray(decoder.embed(samples.tokens[:3, :48])), jnp.asarray(decoder.angles(0, 48))
-    data = smooth_search._Data(x, block.apply({"params": params}, x, angles), jnp.ones(3 * 48))
+    data, shown = smooth_search._through(block, params, x, jnp.full(3, 48), angles)
     here = frozenset({"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"})
     inputs = {c.name: smoothing.maxima(c, 0, stats) for c in smooth.couplings(block)}
-    found = smooth_search.search_block(block, here, params, inputs, data, data, angles, Search())
+    found = smooth_search.search_block(block, here, params, inputs, shown, data, data, angles, Search())
     assert set(found.alphas.values()) == {None}
     assert found.after < 0.95 * found.alpha < found.alpha < 0.2 * found.before
 
