@@ -33,8 +33,8 @@ from jquant.folder_writer import Ingredients, write_folder
 from jquant.folders import as_stored, open_checkpoint, plan_folder
 from jquant.io.model_folder import files_beside
 from jquant.io.samples import Text
-from jquant.schemes import SCHEMES
-from jquant.smooth_search import search
+from jquant.schemes import SCHEMES, asymmetric
+from jquant.smooth_search import by_range, by_token, search
 
 OUTLIERS, FACTOR = 6, 50.0
 FED = ", fed back"
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, help="only the first so many chunks of the text")
     parser.add_argument("--plant", action="store_true")
     parser.add_argument("--no-search", action="store_true")
+    parser.add_argument("--asymmetric", action="store_true", help="inputs rounded with a zero")
     parser.add_argument(
         "--feedback", action="store_true", help="the last of the others with error feedback too"
     )
@@ -84,7 +85,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = plant(args.model, Path(folder, "planted")) if args.plant else args.model
         checkpoint = open_checkpoint(model)
-        plan = plan_folder(checkpoint, SCHEMES["W8A8"])
+        scheme = asymmetric(SCHEMES["W8A8"]) if args.asymmetric else SCHEMES["W8A8"]
+        plan = plan_folder(checkpoint, scheme)
         samples = load_samples(
             checkpoint.model,
             str(args.calibration),
@@ -101,7 +103,8 @@ def main() -> None:
             chosen = set(plan.quantized)
             quantized = frozenset(n for n, w in checkpoint.weights.items() if w.parts[0] in chosen)
             start = time.monotonic()
-            made["searched"] = search(decoder, samples, stats, quantized)
+            rounding = by_range if args.asymmetric else by_token
+            made["searched"] = search(decoder, samples, stats, quantized, rounding=rounding)
             print(f"searched in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
         files = {model: "original"}
         if args.feedback:

@@ -23,7 +23,8 @@ _KNOWN = frozenset({
     "model", "out", "type", "keep", "alpha", "no_smooth", "imatrix", "analyze", "calibration", "samples",
     "sequence_length", "seed", "parse_special", "batch", "revision", "pre_tokenizer", "dry_run",
     "max_shard_size", "force", "json", "quiet", "threads", "feedback", "static_activations",
-    "target_error", "export_scales", "resume", "coordinator", "processes", "process",
+    "asymmetric_activations", "target_error", "export_scales", "resume", "coordinator", "processes",
+    "process",
 })
 # fmt: on
 
@@ -58,6 +59,15 @@ StaticActivations = Annotated[
     typer.Option(
         "--static-activations",
         help="W8A8, FP8: one calibrated scale for all inputs of a matrix, rather than one for each token.",
+        rich_help_panel=_PANEL,
+    ),
+]
+AsymmetricActivations = Annotated[
+    bool,
+    typer.Option(
+        "--asymmetric-activations",
+        help="W8A8: codes of a token's inputs that cover its range, from least to largest, with a zero in "
+        "between: more exact, but not all of vLLM's kernels multiply them; those for NVIDIA GPUs do.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -96,6 +106,7 @@ def quantize(
     alpha: float | None,
     no_smooth: bool,
     static: bool,
+    asymmetric: bool,
     target_error: float | None,
     export_scales: Path | None,
     imatrix: Path | None,
@@ -122,6 +133,12 @@ def quantize(
         raise typer.BadParameter("is for W8A8", param_hint="--alpha, --no-smooth")
     if type not in ("W8A8", "FP8") and static:
         raise typer.BadParameter("is for W8A8 and FP8", param_hint="--static-activations")
+    if type != "W8A8" and asymmetric:
+        raise typer.BadParameter("is for W8A8", param_hint="--asymmetric-activations")
+    if asymmetric and static:
+        raise typer.BadParameter(
+            "has one scale for each token, not --static-activations", param_hint="--asymmetric-activations"
+        )
     smooths = type == "W8A8" and not no_smooth
     if target_error is not None and not smooths:
         raise typer.BadParameter("is for W8A8 that is smoothed", param_hint="--target-error")
@@ -138,7 +155,7 @@ def quantize(
 
     from jquant.core import UserError
     from jquant.fitting import Feedback
-    from jquant.folder_feedback import feed_back
+    from jquant.folder_feedback import enough, feed_back
     from jquant.folder_writer import Ingredients, write_folder
     from jquant.folders import open_checkpoint, plan_folder
     from jquant.io import check_folder, check_target, hub
@@ -147,6 +164,7 @@ def quantize(
     from jquant.io.paths import local
     from jquant.scale_export import scales_of
     from jquant.schemes import SCHEMES
+    from jquant.schemes import asymmetric as with_zeros
     from jquant.smooth_report import smoothing_report, smoothing_table
     from jquant.team import everyone
     from jquant.w8a8 import measure_model, smooth_model
@@ -158,7 +176,8 @@ def quantize(
     importance = imatrix_file.read(imatrix) if imatrix else None
     path = local(hub.resolve(model, revision=revision), f"--type {type}")
     checkpoint = open_checkpoint(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
-    plan = plan_folder(checkpoint, replace(SCHEMES[type], static=static), keep)
+    scheme = replace(SCHEMES[type], static=static)
+    plan = plan_folder(checkpoint, with_zeros(scheme) if asymmetric else scheme, keep)
     if not quiet:
         _remark_groups(plan)
     if dry_run or out is None:
@@ -195,10 +214,17 @@ def quantize(
     )
     made = everyone().first(made)  # machines may differ in a last bit, and norms and matrices must agree
     fed = None
-    if feedback and data is not None:
-        shown = _calibration.progress(data, quiet=quiet)
+    by_default = feedback is None and smooths and alpha is None
+    if data is not None and (feedback or by_default):
+        learned = enough(plan, checkpoint, data) if by_default else data
+        if by_default and not quiet:
+            _show.remark(
+                f"note: errors of weights are fed back, by {len(learned.tokens)} of {len(data.tokens)} "
+                "samples; --no-feedback takes the nearest codes, --feedback all samples."
+            )
+        shown = _calibration.progress(learned, quiet=quiet)
         fed = feed_back(
-            checkpoint, plan, Feedback(data, batch=batch, progress=shown), made.factors, everyone()
+            checkpoint, plan, Feedback(learned, batch=batch, progress=shown), made.factors, everyone()
         )
     total = sum(spec.nbytes for spec in checkpoint.source.specs.values())
     with ProgressBar(total, shown=not quiet) as progress:
@@ -281,6 +307,7 @@ def _plan_report(
         "scheme": plan.scheme.name,
         "group_size": plan.scheme.weights.group_size,
         "static_activations": plan.scheme.static,
+        "asymmetric_activations": plan.scheme.activations == "int8-asymmetric",
         "ignore": list(plan.ignore),
         "source_tensor_bytes": sum(spec.nbytes for spec in checkpoint.source.specs.values()),
         "tensor_bytes": sum(spec.nbytes for spec in plan.layout),

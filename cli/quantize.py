@@ -90,7 +90,8 @@ def quantize(
             "--feedback/--no-feedback",
             help="Fit each layer to the output of the original on --calibration, given what those before it "
             "lost. Minutes instead of seconds; the same size with far less damage below 4 bits. "
-            "Default: with --analyze, where matrices have fewer than 4 bits.",
+            "Default: with --analyze, where matrices have fewer than 4 bits; for W8A8 whose factors are "
+            "searched, on a part of the samples.",
             show_default=False,
             rich_help_panel=CALIBRATION,
         ),
@@ -156,6 +157,7 @@ def quantize(
     alpha: _folder.Alpha = None,
     no_smooth: _folder.NoSmooth = False,
     static_activations: _folder.StaticActivations = False,
+    asymmetric_activations: _folder.AsymmetricActivations = False,
     target_error: _folder.TargetError = None,
     export_scales: _folder.ExportScales = None,
     no_fallback: Annotated[
@@ -266,6 +268,7 @@ def quantize(
             alpha=alpha,
             no_smooth=no_smooth,
             static=static_activations,
+            asymmetric=asymmetric_activations,
             target_error=target_error,
             export_scales=export_scales,
             imatrix=imatrix,
@@ -296,6 +299,8 @@ def quantize(
         raise typer.BadParameter("is for W8A8, FP8, W4A16, GPTQ and AWQ", param_hint="--export-scales")
     if static_activations:
         raise typer.BadParameter("is for W8A8 and FP8", param_hint="--static-activations")
+    if asymmetric_activations:
+        raise typer.BadParameter("is for W8A8", param_hint="--asymmetric-activations")
     target = _targets.target(target_size, target_bpw, target_kld)
     if target and (type or pure or like):
         raise typer.BadParameter("a target chooses the types itself", param_hint="--type, --pure, --like")

@@ -3,6 +3,9 @@
     int8  s = max|x| / 127.5, q = round(x / s) in [−128, 127]
     fp8   s = max|x| / 448,   q = x / s as e4m3
 
+    int8-asymmetric  s = (max(x, 0) − min(x, 0)) / 255, z = round(−128 − min(x, 0) / s),
+                     q = round(x / s + z) in [−128, 127],  x ≈ s (q − z)
+
 What a given scale makes too large is clipped.
 
 Source: compressed-tensors, compute_dynamic_scales_and_zp; vLLM divides by 127 instead.
@@ -19,6 +22,7 @@ from jaxtyping import Float
 
 # max|x| / s: what the largest magnitude is divided by.
 LARGEST: Mapping[str, float] = {"int8": 127.5, "fp8": 448.0}
+SPAN = 255.0  # what a token's range is divided by where codes have a zero
 
 
 class Quantized(NamedTuple):
@@ -45,6 +49,23 @@ def static_fp8(x: Float[Array, "*n width"], scale: Float[Array, "..."]) -> Quant
     largest = LARGEST["fp8"]  # beyond it e4m3 knows only NaN
     codes = jnp.clip(divided_once(x.astype(jnp.float32), scale), -largest, largest)
     return Quantized(codes.astype(jnp.float8_e4m3fn), scale)
+
+
+class Shifted(NamedTuple):
+    codes: Array  # int8 [*n, width]
+    scale: Array  # float32 [*n, 1]
+    zero: Array  # int8 [*n, 1]: the code of 0
+
+
+def asymmetric_int8(x: Float[Array, "*n width"]) -> Shifted:
+    """Bit for bit what compressed-tensors computes in Torch. Each token's range is used whole."""
+    x = x.astype(jnp.float32)
+    least = jnp.minimum(jnp.min(x, axis=-1, keepdims=True), 0.0)
+    span = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), 0.0) - least
+    scale = jnp.where(span > 0, divided_once(span, jnp.full_like(span, SPAN)), 1.0)
+    zero = jnp.clip(jnp.round(-128.0 - divided_once(least, scale)), -128, 127)
+    codes = jnp.clip(jnp.round(divided_once(x, scale) + zero), -128, 127)
+    return Shifted(codes.astype(jnp.int8), scale, zero.astype(jnp.int8))
 
 
 def _scale(x: Array, largest: float) -> Float[Array, "*n 1"]:
@@ -80,8 +101,16 @@ def _rounding(quantize: Callable[..., Quantized]) -> Callable[..., Array]:
     return rounded
 
 
+def _asymmetric(x: Float[Array, "*n width"]) -> Float[Array, "*n width"]:
+    """x as these numbers have it, likewise."""
+    codes, scale, zero = asymmetric_int8(lax.stop_gradient(x))
+    decoded = (codes.astype(jnp.float32) - zero.astype(jnp.float32)) * jnp.broadcast_to(scale, x.shape)
+    return x + lax.stop_gradient(decoded - x)
+
+
 ROUNDINGS: Mapping[str, Callable[[Array], Array]] = {
-    name: _rounding(quantize) for name, quantize in QUANTIZERS.items()
+    **{name: _rounding(quantize) for name, quantize in QUANTIZERS.items()},
+    "int8-asymmetric": _asymmetric,
 }
 STATIC_ROUNDINGS: Mapping[str, Callable[[Array, Array], Array]] = {
     name: _rounding(quantize) for name, quantize in STATIC_QUANTIZERS.items()

@@ -8,6 +8,7 @@ scales, and given the names and the order of rows that the checkpoint has.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -17,14 +18,17 @@ from jax import Array, lax
 from jaxtyping import PyTree
 
 from jquant import models, sequential, smoothing
+from jquant.calibrate import real_tokens
 from jquant.core import SCALE_DTYPES, Format, QuantizedTensor, ScaledFormat
 from jquant.fitting import Feedback
 from jquant.folders import Checkpoint, FedWeight, FolderPlan, stored_format
+from jquant.io.samples import Samples
 from jquant.parallel import shares
 from jquant.team import ALONE, Team
 from jquant.transforms.smooth import Factors
 
 SCALE_BYTES = 4
+TOKENS_A_COLUMN = 8  # enough to learn from in 8 bits: twice as many left as much of SmolLM2-135M's error
 
 
 def feed_back(
@@ -62,6 +66,14 @@ def feed_back(
             for part, rows in architecture.as_stored(config, checkpoint.weights[name], fed.data):
                 quantized = _taken_apart(rows, formats[name], blocked[name].block_bytes)
                 yield FedWeight(part, quantized, fed.error)
+
+
+def enough(plan: FolderPlan, checkpoint: Checkpoint, samples: Samples) -> Samples:
+    """The first samples, as many as feedback in 8 bits needs."""
+    cols = max((checkpoint.source.specs[name].cols for name in plan.quantized), default=0)
+    held = np.cumsum(real_tokens(samples.tokens, samples.lengths))
+    count = int(np.searchsorted(held, TOKENS_A_COLUMN * cols)) + 1
+    return replace(samples, tokens=samples.tokens[:count], lengths=samples.lengths[:count])
 
 
 def by_groups(format: ScaledFormat, cols: int) -> Format:

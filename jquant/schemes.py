@@ -27,7 +27,7 @@ from jquant.formats import SCALED_FORMATS
 from jquant.transposed import Layout
 
 # How the inputs of matrices are rounded; see `activations`.
-Activations = Literal["int8", "fp8"]
+Activations = Literal["int8", "fp8", "int8-asymmetric"]
 
 METHOD = "compressed-tensors"
 TRANSPOSED = ("gptq", "awq")  # methods of `transposed`
@@ -135,7 +135,7 @@ def config_of(scheme: Scheme, ignore: Iterable[str]) -> dict[str, object]:
         "actorder": None,
     }
     by = {"strategy": "tensor", "dynamic": False} if scheme.static else {"strategy": "token", "dynamic": True}
-    inputs = {"num_bits": 8, "type": kind, "symmetric": True, **by}
+    inputs = {"num_bits": 8, "type": kind, "symmetric": scheme.activations != "int8-asymmetric", **by}
     group = {
         "targets": ["Linear"],
         "weights": weights,
@@ -151,6 +151,11 @@ def config_of(scheme: Scheme, ignore: Iterable[str]) -> dict[str, object]:
         "ignore": sorted(ignore),
         "config_groups": {"group_0": group},
     }
+
+
+def asymmetric(scheme: Scheme) -> Scheme:
+    """The scheme with inputs whose codes have a zero, where it has integers."""
+    return replace(scheme, activations="int8-asymmetric") if scheme.activations == "int8" else scheme
 
 
 def layout_of(config: Mapping[str, object]) -> Layout:
@@ -188,7 +193,7 @@ def scheme_of(config: Mapping[str, object]) -> Scheme:
                 break
             scheme = replace(scheme, weights=replace(scheme.weights, group_size=group))
         # What else it says must be what we would say.
-        for made in (scheme, replace(scheme, static=True)):
+        for made in (scheme, replace(scheme, static=True), asymmetric(scheme)):
             if _facts(config.get("config_groups")) == _facts(config_of(made, ())["config_groups"]):
                 return made
     raise UserError(

@@ -26,13 +26,13 @@ import optax
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from jquant.activations import LARGEST, int8, static_int8
+from jquant.activations import LARGEST, SPAN, asymmetric_int8, int8, static_int8
 from jquant.calibrate import Progress, Stats, embed_into, real_tokens, weights_of
 from jquant.io.samples import Samples
 from jquant.models import Block, Decoder, Parameters, Rounding
 from jquant.smoothing import Place, Smoothing, described, maxima
 from jquant.transforms import smooth
-from jquant.transforms.place_search import DESCENT, Descent, Seen, descend, estimate
+from jquant.transforms.place_search import DESCENT, Descent, Seen, Steps, descend, estimate
 from jquant.transforms.smooth import Coupling
 
 Logs = dict[str, Array]  # log s by the name of the place
@@ -83,11 +83,23 @@ def by_token(x: Float[Array, "*n width"]) -> Float[Array, "*n width"]:
     return _round(x, jnp.broadcast_to(scale, x.shape), codes)
 
 
+def by_range(x: Float[Array, "*n width"]) -> Float[Array, "*n width"]:
+    """Inputs rounded each token by the scale of its range, codes having a zero."""
+    codes, scale, zero = asymmetric_int8(lax.stop_gradient(x))
+    least, most = jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
+    span = jnp.maximum(most, 0.0) - jnp.minimum(least, 0.0)
+    scale = jnp.broadcast_to(jnp.where(span > 0, span / SPAN, scale), x.shape)
+    return _round(x, scale, codes.astype(jnp.float32) - zero.astype(jnp.float32))
+
+
 def by_tensor(x: Float[Array, "*n width"]) -> Float[Array, "*n width"]:
     """Inputs rounded by one scale, that of the largest here."""
     absmax = jnp.max(jnp.abs(x))
     scale = jnp.broadcast_to(jnp.where(absmax > 0, absmax / LARGEST["int8"], 1.0), x.shape)
     return _round(x, scale, static_int8(*lax.stop_gradient((x, scale))).codes)
+
+
+STEPS: Mapping[Rounding, Steps] = {by_token: "token", by_tensor: "tensor", by_range: "range"}
 
 
 def _rounded_weights(w: Float[Array, "*rows cols"]) -> Float[Array, "*rows cols"]:
@@ -200,12 +212,13 @@ def search_block(
     one_alpha, logs, alphas = least()
 
     own: Logs = {}
+    steps = STEPS[rounding]
     for place, seen in _seen(block, quantized, params, shown, logs, train, check, angles, rounding):
-        name, shared = place.name, rounding is by_tensor
-        lost = {a: float(estimate(place, at(name, a), _part(seen), shared)) for a in (None, *settings.alphas)}
+        name = place.name
+        lost = {a: float(estimate(place, at(name, a), _part(seen), steps)) for a in (None, *settings.alphas)}
         alpha = min(lost, key=lambda a: lost[a])
         logs, alphas = {**logs, name: at(name, alpha)}, {**alphas, name: alpha}
-        own[name] = descend(place, logs[name], seen, settings.places, shared)
+        own[name] = descend(place, logs[name], seen, settings.places, steps)
     consider(logs, alphas)
     consider({**logs, **own}, {**alphas, **dict.fromkeys(own)})
     for name, found in own.items():
@@ -259,7 +272,7 @@ def _seen(
             rows = _some(params[name]["weight"], x.shape[1], rng)
             felt = error(block, frozenset({name}), params, logs, check, angles, rounding)
             own = Seen(x, tokens, rows, jnp.ones(len(rows)))
-            known = estimate(place, logs[place.name], _part(own), rounding is by_tensor)
+            known = estimate(place, logs[place.name], _part(own), STEPS[rounding])
             alone.append((rows, jnp.full(len(rows), felt / jnp.where(known > 0, known, 1.0))))
         rows, counts = (jnp.concatenate(parts) for parts in zip(*alone, strict=True))
         mixed = rng.permutation(len(rows))
@@ -300,7 +313,8 @@ def search(
     progress: Progress = lambda done, count: None,
 ) -> Smoothing:
     """The factors of all blocks. quantized: GGUF names of the matrices that will be rounded. rounding: of
-    their inputs, `by_token` or `by_tensor`.
+    their inputs, one of `STEPS`. With a zero, channels change their sign too, where that makes the ranges
+    of tokens smaller: s is negative.
 
     Every block is searched on what the original gives it. In memory are one block, activations of `samples` +
     `checked` samples of `tokens` tokens, and what the block's matrices are given of the former.
@@ -311,11 +325,36 @@ def search(
         here = _within(quantized, i)
         found_places = smooth.couplings(block)
         inputs = {place.name: maxima(place, i, stats) for place in found_places}
+        signs = _signs(found_places, shown) if rounding is by_range else {}
+        params = smooth.smoothed(block, params, signs)
+        shown |= {
+            p.name: shown[p.name] * smooth.of_inputs(p, signs[p.name])[None]
+            for p in found_places
+            if p.name in signs
+        }
         found = search_block(block, here, params, inputs, shown, data, checked, angles, settings, rounding)
-        places += described(i, found_places, stats, found.logs, found.alphas)
+        told = described(i, found_places, stats, found.logs, found.alphas)
+        places += [
+            place._replace(scales=place.scales * np.asarray(signs.get(place.name, 1), np.float32))
+            for place in told
+        ]
         found_errors.append((found.before, found.after))
         progress(i + 1, len(decoder.blocks))
     return Smoothing(tuple(places), tuple(found_errors))
+
+
+def _signs(places: Sequence[Coupling], shown: Mapping[str, Array]) -> dict[str, Array]:
+    """1 or −1 for each channel: that of its large values."""
+    return {place.name: _sign(place, shown[place.name]) for place in places if place.name in shown}
+
+
+@partial(jax.jit, static_argnums=0)
+def _sign(place: Coupling, x: Float[Array, "n width"]) -> Float[Array, " channels"]:
+    size = jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True))
+    skew = jnp.sum((x / jnp.where(size > 0, size, 1.0)) ** 3, axis=0)
+    gives, takes = place.heads or (1, 1)
+    skew = jnp.sum(skew.reshape(gives, takes, -1), axis=1).reshape(-1)
+    return jnp.where(skew < 0, -1.0, 1.0)
 
 
 def judged(
@@ -353,7 +392,9 @@ def _judges(
 ) -> Iterator[tuple[int, Block, Logs, Callable[..., float]]]:
     """Block after block its number, itself, its log s, and `_lost` of others and of matrices left alone."""
     for i, block, params, angles, _, (check, _) in _blocks(decoder, samples, settings, learn=False):
-        logs = {name: jnp.log(jnp.asarray(s)) for name, s in smoothing.scales(i).items()}
+        scales = {name: jnp.asarray(s) for name, s in smoothing.scales(i).items()}
+        logs = {name: jnp.log(jnp.abs(s)) for name, s in scales.items()}
+        params = smooth.smoothed(block, params, {name: jnp.sign(s) for name, s in scales.items()})
         yield i, block, logs, partial(_lost, block, _within(quantized, i), params, check, angles, rounding)
 
 

@@ -36,7 +36,7 @@ class Place(NamedTuple):
     block: int
     name: str  # of the coupling
     consumers: tuple[str, ...]
-    scales: np.ndarray  # s: float32 [*stack, channels]
+    scales: np.ndarray  # s: float32 [*stack, channels]; negative where the channel changes its sign
     alpha: float | None  # None: searched channel by channel, or left as it was
     before: float  # largest channel's maximum by the median channel's
     after: float

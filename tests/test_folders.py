@@ -130,6 +130,13 @@ def test_scales_have_the_type_of_the_weights(tmp_path, scheme, dtype):
     assert set(scales) == {np.dtype(DTYPES[dtype])}
 
 
+def with_a_zero(x: np.ndarray) -> np.ndarray:
+    least, most = np.minimum(x.min(-1, keepdims=True), 0), np.maximum(x.max(-1, keepdims=True), 0)
+    s = np.where(most > least, (most - least) / 255, 1)
+    zero = np.rint(-128 - least / s)
+    return (np.clip(np.rint(x / s + zero), -128, 127) - zero) * s
+
+
 ROUND = {
     "W8A8": lambda x, s: np.clip(np.rint(x / (s / 127.5)), -128, 127) * (s / 127.5),
     "FP8": lambda x, s: (x / (s / 448)).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * (s / 448),
@@ -138,22 +145,28 @@ ROUND = {
 
 
 # Every architecture once; a dense and a sparse one in every scheme.
-COMPUTED = [(name, "FP8") for name in ARCHITECTURES]
-COMPUTED += [(name, s) for name in ("LlamaForCausalLM", "Qwen2MoeForCausalLM") for s in ("W8A8", "W4A16")]
+COMPUTED = [(name, "FP8", ()) for name in ARCHITECTURES]
+COMPUTED += [
+    (name, *given)
+    for name in ("LlamaForCausalLM", "Qwen2MoeForCausalLM")
+    for given in (("W8A8", ()), ("W8A8", ("--asymmetric-activations",)), ("W4A16", ()))
+]
 
 
-@pytest.mark.parametrize(("architecture", "scheme"), COMPUTED)
-def test_the_engine_computes_what_the_folder_declares(architecture, scheme, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("architecture", "scheme", "options"), COMPUTED)
+def test_the_engine_computes_what_the_folder_declares(architecture, scheme, options, tmp_path, monkeypatch):
     wide = {"moe_intermediate_size": 96} if "Moe" in architecture else {}
     wide |= {"shared_expert_intermediate_size": 96} if architecture == "Qwen2MoeForCausalLM" else {}
     folder, out = write_tiny(tmp_path / "in", architecture, **wide), tmp_path / "out"
-    run(folder, out, "--type", scheme, "-q")
+    run(folder, out, "--type", scheme, "-q", *options)
     linear = forward.linear
 
     def rounded(p, name, x):
         # Routers are linear layers that the folder leaves as they are.
         if name.endswith("gate"):
             return linear(p, name, x)
+        if options:
+            return linear(p, name, with_a_zero(x))
         return linear(p, name, ROUND[scheme](x, np.abs(x).max(-1, keepdims=True)))
 
     monkeypatch.setattr(forward, "linear", rounded)
@@ -323,6 +336,13 @@ REFUSED = {
     "bad keep": (["{model}", "{out}", "--type", "W8A8", "--keep", "("], 3, "not a regular expression"),
     "keep of a GGUF": (["{model}", "{out}", "--type", "Q8_0", "--keep", "q_proj"], 2, "--rule"),
     "rule": (["{model}", "{out}", "--type", "W8A8", "--rule", "a=F16"], 2, "--keep"),
+    "zeros of floats": (["{model}", "{out}", "--type", "FP8", "--asymmetric-activations"], 2, "W8A8"),
+    "zeros of GGUF": (["{model}", "{out}", "--type", "Q8_0", "--asymmetric-activations"], 2, "W8A8"),
+    "static zeros": (
+        ["{model}", "{out}", "--type", "W8A8", "--asymmetric-activations", "--static-activations"],
+        2,
+        "--static-activations",
+    ),
     "target": (["{model}", "{out}", "--type", "FP8", "--target-bpw", "4"], 2, "says nothing of"),
 }  # fmt: skip
 

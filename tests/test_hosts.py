@@ -354,7 +354,9 @@ def test_processes_share_a_folder_and_another_number_of_them_goes_on(before, aft
     assert not list(tmp_path.glob("*partial*"))
 
 
-@pytest.mark.parametrize("options", [["--alpha", "0.5"], pytest.param([], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "options", [["--alpha", "0.5"], pytest.param(["--no-feedback"], marks=pytest.mark.slow)], ids=str
+)
 def test_processes_write_the_folder_of_one(options, model, text, tmp_path):
     options = ["--type", "W8A8", *options, "-c", text, "--samples", 6, "--sequence-length", 64, "--json"]
     one, many = tmp_path / "one", tmp_path / "many"

@@ -95,7 +95,18 @@ MAY_IMPORT = {
     | {"forecast", "formats", "io", "models", "parallel", "plan", "sequential", "team", "tuning", "weights"},
     "convert": CORE | {"compressed", "formats", "io", "models", "schemes", "transcode", "transposed"},
     "folder_feedback": CORE
-    | {"fitting", "folders", "models", "parallel", "sequential", "smoothing", "team", "transforms"},
+    | {
+        "calibrate",
+        "fitting",
+        "folders",
+        "io",
+        "models",
+        "parallel",
+        "sequential",
+        "smoothing",
+        "team",
+        "transforms",
+    },
     "folder_writer": CORE
     | {
         "fingerprints",

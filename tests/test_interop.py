@@ -23,7 +23,7 @@ compressed_tensors = pytest.importorskip("compressed_tensors", reason="compresse
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # noqa: E402
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize  # noqa: E402
 
-from jquant.activations import QUANTIZERS, STATIC_QUANTIZERS  # noqa: E402
+from jquant.activations import QUANTIZERS, STATIC_QUANTIZERS, asymmetric_int8  # noqa: E402
 from jquant.convert import open_model  # noqa: E402
 from jquant.engines import FlaxEngine  # noqa: E402
 from jquant.engines._flax import FlaxEngine as Engine  # noqa: E402
@@ -124,6 +124,21 @@ def test_inputs_are_rounded_to_the_same_bits(scheme, kind, tmp_path):
     wanted = forward_quantize(layer, torch.tensor(x), "input", layer.quantization_scheme.input_activations)
     codes, scale = QUANTIZERS[kind](jnp.asarray(x))
     np.testing.assert_array_equal(np.asarray(codes).astype(np.float32) * np.asarray(scale), wanted.numpy())
+
+
+def test_inputs_with_a_zero_are_rounded_to_the_same_bits(tmp_path):
+    folder = write_tiny(tmp_path / "in", "LlamaForCausalLM", **WIDE)
+    run(folder, tmp_path / "out", "--type", "W8A8", "-q", "--asymmetric-activations")
+    layer = loaded(tmp_path / "out").model.layers[0].mlp.up_proj
+    x = np.random.default_rng(1).standard_normal((3, 50, 128)).astype(np.float32)
+    x[..., 7] -= 30
+    x[1, 2] = 0
+    x[2, 3] *= 1e-20
+    x[2, 4] = np.abs(x[2, 4])
+    wanted = forward_quantize(layer, torch.tensor(x), "input", layer.quantization_scheme.input_activations)
+    codes, scale, zero = map(np.asarray, asymmetric_int8(jnp.asarray(x)))
+    found = (codes.astype(np.float32) - zero.astype(np.float32)) * scale
+    np.testing.assert_array_equal(found, wanted.numpy())
 
 
 @pytest.mark.parametrize(("scheme", "kind"), [("W8A8", "int8"), ("FP8", "fp8")])

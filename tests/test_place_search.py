@@ -28,25 +28,28 @@ def seen(seed: int = 1) -> Seen:
     return Seen(*(jnp.asarray(a, jnp.float32) for a in arrays))
 
 
-def lost(own: Seen, s: np.ndarray, *, shared: bool = False) -> float:
+def lost(own: Seen, s: np.ndarray, steps: str = "token") -> float:
     """What the weighted output loses by rounding, multiplied out in float64."""
     x, v, w, rows = (np.asarray(a, np.float64) for a in own)
-    step = np.abs(x / s).max(axis=None if shared else 1, keepdims=True) / 127.5
+    scaled = x / s
+    step = np.abs(scaled).max(axis=None if steps == "tensor" else 1, keepdims=True) / 127.5
+    if steps == "range":
+        step = (scaled.max(1, keepdims=True) - scaled.min(1, keepdims=True)) / 255
     row_step = np.abs(w * s).max(axis=1, keepdims=True) / 127
     off = (np.rint(x / s / step) * step) @ (np.rint(w * s / row_step) * row_step).T - x @ w.T
     return float(v @ np.square(off) @ rows)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("steps", ["token", "tensor", "range"])
 @pytest.mark.parametrize("alpha", [None, 0.5, 0.8])
-def test_the_estimate_is_what_rounding_costs(alpha, shared):
+def test_the_estimate_is_what_rounding_costs(alpha, steps):
     own = seen()
     largest = (jnp.max(jnp.abs(a), axis=0) for a in (own.x, own.weight))
     logs = jnp.zeros(WIDTH) if alpha is None else smooth(*largest, alpha)
-    found = float(estimate(PLAIN, logs, own, shared))
-    assert found == pytest.approx(lost(own, np.exp(np.asarray(logs, np.float64)), shared=shared), rel=0.05)
+    found = float(estimate(PLAIN, logs, own, steps))
+    assert found == pytest.approx(lost(own, np.exp(np.asarray(logs, np.float64)), steps), rel=0.05)
     # A factor common to all channels changes nothing.
-    assert float(estimate(PLAIN, logs + 1.0, own, shared)) == pytest.approx(found, rel=1e-3)
+    assert float(estimate(PLAIN, logs + 1.0, own, steps)) == pytest.approx(found, rel=1e-3)
 
 
 @pytest.mark.parametrize("coupling", [PLAIN, HEADS], ids=["plain", "heads"])

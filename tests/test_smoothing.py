@@ -159,6 +159,32 @@ def test_the_search_is_never_worse_than_any_alpha_on_the_samples_that_decide(mod
         x = y
 
 
+def test_channels_change_their_sign_where_codes_have_a_zero(model):
+    """All places keep what they compute, and tokens have smaller ranges."""
+    checkpoint = open_checkpoint(model)
+    decoder, samples = smoothing.open_decoder(checkpoint.model), calibration(checkpoint.model)
+    stats = smoothing.measure(checkpoint.model, samples)
+    quantized = frozenset(stats)
+    found = search(decoder, samples, stats, quantized, settings=QUICK, rounding=smooth_search.by_range)
+    assert all(after < 0.2 * before for before, after in found.errors)
+    block, params = decoder.blocks[0], decoder.load_block(0)
+    x, angles = jnp.asarray(decoder.embed(samples.tokens)), jnp.asarray(decoder.angles(0, 48))
+    y = block.apply({"params": params}, x, angles)
+    ranges = []
+    for signed in (True, False):
+        scales = {name: jnp.asarray(s if signed else np.abs(s)) for name, s in found.scales(0).items()}
+        assert signed == any(bool((s < 0).any()) for s in scales.values())
+        made = smooth.smoothed(block, params, scales)
+        again, shown = block.apply({"params": made}, x, angles, mutable="inputs")
+        np.testing.assert_allclose(again, y, atol=1e-4 * float(jnp.abs(y).max()))
+        given = shown["inputs"]["ffn_down"]["x"]
+        ranges.append(float(jnp.mean((given.max(-1) - given.min(-1)) / jnp.abs(given).max(-1))))
+    assert ranges[0] < ranges[1]
+    judged = smooth_search.judged(decoder, samples, found._replace(errors=()), quantized,
+                                  settings=QUICK, rounding=smooth_search.by_range)  # fmt: skip
+    np.testing.assert_allclose(judged.errors, found.errors, rtol=2e-2)
+
+
 def test_factors_of_their_own_fit_samples_better_than_any_alpha(model):
     checkpoint = open_checkpoint(model)
     decoder, samples = smoothing.open_decoder(checkpoint.model), calibration(checkpoint.model)
