@@ -45,7 +45,7 @@ class Search:
     checked: int = 4  # that decide
     tokens: int = 256  # of each
     places: Descent = DESCENT
-    few: int = 4  # of the samples, that steps on the block's error see
+    few: int = 2  # of the samples, that steps on the block's error see
     steps: int = 20  # of them, at most
     every: int = 5  # steps between two checks
     patience: int = 2  # checks without a gain that end it

@@ -7,9 +7,9 @@
     δ_i = max_j |W_ij s_j| / 127         the step of a row, whose rounding errors are taken as uniform
     ω_j = Σ_i λ_i W_ij²,  m_j = Σ_t v_t x_tj²
 
-Errors of different channels are taken as independent, so that nothing is multiplied by W: a step over a
-thousand tokens takes milliseconds, and many thousand can be seen. They are needed: the maximum of a token is
-in one of its channels, another for each token, and on few tokens its gradient tells little of most channels.
+Errors of different channels are taken as independent, so that nothing is multiplied by W: a step over many
+tokens takes milliseconds, and many thousand can be seen. They are needed: the maximum of a token is in one of
+its channels, another for each token, and on few tokens its gradient tells little of most channels.
 
 Adam on log s, another batch of tokens and of rows each step. ε is a constant of a step.
 """
@@ -35,10 +35,10 @@ Steps = Literal["token", "tensor", "range"]
 
 
 class Descent(NamedTuple):
-    steps: int = 150
-    rate: float = 0.05
-    tokens: int = 1024  # of a step
-    rows: int = 1024
+    steps: int = 100
+    rate: float = 0.07
+    tokens: int = 512  # of a step
+    rows: int = 512
 
 
 DESCENT = Descent()
