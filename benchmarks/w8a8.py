@@ -34,7 +34,8 @@ from jquant.folders import as_stored, open_checkpoint, plan_folder
 from jquant.io.model_folder import files_beside
 from jquant.io.samples import Text
 from jquant.schemes import SCHEMES, asymmetric
-from jquant.smooth_search import by_range, by_token, search
+from jquant.smooth_error import by_range, by_token
+from jquant.smooth_search import search
 
 OUTLIERS, FACTOR = 6, 50.0
 FED = ", fed back"

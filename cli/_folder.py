@@ -307,7 +307,7 @@ def _plan_report(
         "scheme": plan.scheme.name,
         "group_size": plan.scheme.weights.group_size,
         "static_activations": plan.scheme.static,
-        "asymmetric_activations": plan.scheme.activations == "int8-asymmetric",
+        "asymmetric_activations": plan.scheme.asymmetric,
         "ignore": list(plan.ignore),
         "source_tensor_bytes": sum(spec.nbytes for spec in checkpoint.source.specs.values()),
         "tensor_bytes": sum(spec.nbytes for spec in plan.layout),

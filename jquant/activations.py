@@ -51,6 +51,12 @@ def static_fp8(x: Float[Array, "*n width"], scale: Float[Array, "..."]) -> Quant
     return Quantized(codes.astype(jnp.float8_e4m3fn), scale)
 
 
+def span_of(x: Float[Array, "*n width"]) -> tuple[Float[Array, "*n 1"], Float[Array, "*n 1"]]:
+    """Where a token's range begins, 0 at most, and how far it goes, to 0 at least."""
+    least = jnp.minimum(jnp.min(x, axis=-1, keepdims=True), 0.0)
+    return least, jnp.maximum(jnp.max(x, axis=-1, keepdims=True), 0.0) - least
+
+
 class Shifted(NamedTuple):
     codes: Array  # int8 [*n, width]
     scale: Array  # float32 [*n, 1]
@@ -60,8 +66,7 @@ class Shifted(NamedTuple):
 def asymmetric_int8(x: Float[Array, "*n width"]) -> Shifted:
     """Bit for bit what compressed-tensors computes in Torch. Each token's range is used whole."""
     x = x.astype(jnp.float32)
-    least = jnp.minimum(jnp.min(x, axis=-1, keepdims=True), 0.0)
-    span = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), 0.0) - least
+    least, span = span_of(x)
     scale = jnp.where(span > 0, divided_once(span, jnp.full_like(span, SPAN)), 1.0)
     zero = jnp.clip(jnp.round(-128.0 - divided_once(least, scale)), -128, 127)
     codes = jnp.clip(jnp.round(divided_once(x, scale) + zero), -128, 127)

@@ -23,7 +23,8 @@ from jquant.calibrate import Progress, Stats, shared_inputs, weights_of, within_
 from jquant.core import UserError
 from jquant.io.samples import Samples
 from jquant.models import Block, Decoder, Parameters, run_block
-from jquant.smooth_search import DEFAULT, Search, embedded
+from jquant.smooth_passes import embedded
+from jquant.smooth_search import DEFAULT, Search
 from jquant.smoothing import Smoothing
 from jquant.stages import stage
 from jquant.transforms import smooth

@@ -44,6 +44,11 @@ class Scheme:
     about: str
 
     @property
+    def asymmetric(self) -> bool:
+        """Whether the codes of inputs have a zero."""
+        return self.activations == "int8-asymmetric"
+
+    @property
     def transposed(self) -> Layout | None:
         """How the weights are stored, where not as compressed-tensors has them."""
         if self.layout == "gptq":
@@ -135,7 +140,7 @@ def config_of(scheme: Scheme, ignore: Iterable[str]) -> dict[str, object]:
         "actorder": None,
     }
     by = {"strategy": "tensor", "dynamic": False} if scheme.static else {"strategy": "token", "dynamic": True}
-    inputs = {"num_bits": 8, "type": kind, "symmetric": scheme.activations != "int8-asymmetric", **by}
+    inputs = {"num_bits": 8, "type": kind, "symmetric": not scheme.asymmetric, **by}
     group = {
         "targets": ["Linear"],
         "weights": weights,

@@ -3,9 +3,7 @@
 A block's output on samples of text is compared with what it gives once its weights and inputs are rounded.
 Three steps, each from the best so far: one alpha for the whole block; for each place an alpha, then factors
 channel by channel, by an estimate of what is lost there (`transforms.place_search`); factors in front of
-attention, of which that estimate knows little, by Adam on the block's error itself. There rounding passes
-gradients on as if it were nothing, but for the scale that its error is counted in: a larger scale makes a
-larger error.
+attention, of which that estimate knows little, by Adam on the block's error itself (`smooth_error`).
 
 What is kept is the best on samples of its own, which the steps have not seen: never worse there than the best
 alpha, or than no smoothing.
@@ -24,18 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from jquant.activations import LARGEST, SPAN, asymmetric_int8, int8, static_int8
-from jquant.calibrate import Progress, Stats, embed_into, real_tokens, weights_of
+from jquant.calibrate import Progress, Stats
 from jquant.io.samples import Samples
 from jquant.models import Block, Decoder, Parameters, Rounding
+from jquant.smooth_error import STEPS, Data, Logs, by_range, by_token, error, error_of
+from jquant.smooth_passes import through_blocks
 from jquant.smoothing import Place, Smoothing, described, maxima
 from jquant.transforms import smooth
-from jquant.transforms.place_search import DESCENT, Descent, Seen, Steps, descend, estimate
+from jquant.transforms.place_search import DESCENT, Descent, Seen, descend, estimate
 from jquant.transforms.smooth import Coupling
-
-Logs = dict[str, Array]  # log s by the name of the place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,80 +52,6 @@ class Search:
 DEFAULT = Search()
 ROWS = 4096  # of a matrix, that tell what channels cost it
 TOKENS = 2048  # that tell which alpha suits a place
-BATCH = 4  # samples through a block at once
-
-
-class _Data(NamedTuple):
-    x: Array  # what goes into the block, [s, t, width]
-    y: Array  # what comes out of it in float32
-    weight: Array  # 1 for a real token, 0 for padding, [s · t]
-
-
-class _Passed(NamedTuple):
-    data: _Data
-    shown: dict[str, Array]  # what the block's matrices are given, by place: [s · t, width]
-
-
-def _round(x: Array, scale: Array, codes: Array) -> Array:
-    """scale · codes for the nearest codes of x. The rounding error, in units of the scale, is a constant."""
-    error = lax.stop_gradient(codes.astype(jnp.float32) - x / scale)
-    return x + scale * error
-
-
-def by_token(x: Float[Array, "*n width"]) -> Float[Array, "*n width"]:
-    """Inputs rounded each token by a scale of its own."""
-    codes, scale = int8(lax.stop_gradient(x))
-    absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = jnp.where(absmax > 0, absmax / LARGEST["int8"], scale)
-    return _round(x, jnp.broadcast_to(scale, x.shape), codes)
-
-
-def by_range(x: Float[Array, "*n width"]) -> Float[Array, "*n width"]:
-    """Inputs rounded each token by the scale of its range, codes having a zero."""
-    codes, scale, zero = asymmetric_int8(lax.stop_gradient(x))
-    least, most = jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
-    span = jnp.maximum(most, 0.0) - jnp.minimum(least, 0.0)
-    scale = jnp.broadcast_to(jnp.where(span > 0, span / SPAN, scale), x.shape)
-    return _round(x, scale, codes.astype(jnp.float32) - zero.astype(jnp.float32))
-
-
-def by_tensor(x: Float[Array, "*n width"]) -> Float[Array, "*n width"]:
-    """Inputs rounded by one scale, that of the largest here."""
-    absmax = jnp.max(jnp.abs(x))
-    scale = jnp.broadcast_to(jnp.where(absmax > 0, absmax / LARGEST["int8"], 1.0), x.shape)
-    return _round(x, scale, static_int8(*lax.stop_gradient((x, scale))).codes)
-
-
-STEPS: Mapping[Rounding, Steps] = {by_token: "token", by_tensor: "tensor", by_range: "range"}
-
-
-def _rounded_weights(w: Float[Array, "*rows cols"]) -> Float[Array, "*rows cols"]:
-    """Without the search for the clip, which finds little in 8 bits."""
-    absmax = jnp.max(jnp.abs(w), axis=-1, keepdims=True)
-    scale = jnp.broadcast_to(jnp.where(absmax > 0, absmax / 127.0, 1.0), w.shape)
-    return _round(w, scale, jnp.round(lax.stop_gradient(w / scale)))
-
-
-def _error(
-    block: Block,
-    quantized: frozenset[str],
-    params: Parameters,
-    logs: Logs,
-    data: _Data,
-    angles: Array,
-    rounding: Rounding = by_token,
-) -> Array:
-    """Mean over tokens of |ŷ − y|² / |y|²: the norm behind the block divides each token by its size."""
-    made = smooth.smoothed(block, params, jax.tree.map(jnp.exp, logs))
-    for name in quantized:
-        made[name] = {**made[name], "weight": _rounded_weights(made[name]["weight"])}
-    rounded = block.clone(rounding=rounding, rounded=quantized)
-    out = cast(Array, rounded.apply({"params": made}, data.x, angles))
-    lost = jnp.sum(jnp.square(out - data.y), axis=-1) / jnp.sum(jnp.square(data.y), axis=-1)
-    return jnp.sum(lost.reshape(-1) * data.weight) / jnp.sum(data.weight)
-
-
-error = partial(jax.jit, static_argnums=(0, 1, 6))(_error)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -141,7 +64,7 @@ def _adam(
     fixed: Logs,
     logs: Logs,
     state: optax.OptState,
-    data: _Data,
+    data: Data,
     angles: Array,
 ) -> tuple[Logs, optax.OptState]:
     """A few steps of these places, the others fixed."""
@@ -151,7 +74,9 @@ def _adam(
         logs, state = carry
         # Relative errors are tiny; Adam does not mind, and their logarithm has gradients of a usual size.
         gradient = jax.grad(
-            lambda logs: jnp.log(_error(block, quantized, params, {**fixed, **logs}, data, angles, rounding))
+            lambda logs: jnp.log(
+                error_of(block, quantized, params, {**fixed, **logs}, data, angles, rounding)
+            )
         )(logs)
         finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0.0), gradient)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of counts
@@ -181,8 +106,8 @@ def search_block(
     params: Parameters,
     inputs: Mapping[str, Array],
     shown: Mapping[str, Array],
-    train: _Data,
-    check: _Data,
+    train: Data,
+    check: Data,
     angles: Array,
     settings: Search = DEFAULT,
     rounding: Rounding = by_token,
@@ -226,8 +151,8 @@ def search_block(
         consider({**logs, name: found}, {**alphas, name: None})
 
     _, fixed, alphas = least()
-    seen = slice(settings.few)
-    few = _Data(train.x[seen], train.y[seen], train.weight[: settings.few * train.x.shape[1]])
+    first = slice(settings.few)
+    few = Data(train.x[first], train.y[first], train.weight[: settings.few * train.x.shape[1]])
     logs = {name: fixed[name] for name in fixed if name not in own or name == "attn_norm"}
     state, waited = _optimizer(settings).init(logs), 0
     for _ in range(0, settings.steps, settings.every):
@@ -247,8 +172,8 @@ def _seen(
     params: Parameters,
     shown: Mapping[str, Array],
     logs: Logs,
-    train: _Data,
-    check: _Data,
+    train: Data,
+    check: Data,
     angles: Array,
     rounding: Rounding,
 ) -> Iterator[tuple[Coupling, Seen]]:
@@ -291,17 +216,6 @@ def _some(weight: Array, width: int, rng: np.random.Generator) -> Float[Array, "
     return rows if len(rows) <= ROWS else rows[np.sort(rng.choice(len(rows), ROWS, replace=False))]
 
 
-def embedded(
-    decoder: Decoder, samples: Samples, part: slice, tokens: int
-) -> tuple[Float[Array, "s t width"], Int[Array, " s"]]:
-    """What goes into the first block of a part of the samples, so many tokens of each; their real tokens."""
-    ids = samples.tokens[part, :tokens]
-    lengths = np.minimum(real_tokens(samples.tokens, samples.lengths)[part], ids.shape[1])
-    x = np.empty((*ids.shape, decoder.width), np.float32)
-    embed_into(x, decoder, ids)
-    return jnp.asarray(x), jnp.asarray(lengths, jnp.int32)
-
-
 def search(
     decoder: Decoder,
     samples: Samples,
@@ -321,7 +235,9 @@ def search(
     """
     places: list[Place] = []
     found_errors: list[tuple[float, float]] = []
-    for i, block, params, angles, (data, shown), (checked, _) in _blocks(decoder, samples, settings):
+    parts = _parts(samples, settings)
+    for i, block, params, angles, passed in through_blocks(decoder, samples, parts, settings.tokens):
+        (data, shown), (checked, _) = passed
         here = _within(quantized, i)
         found_places = smooth.couplings(block)
         inputs = {place.name: maxima(place, i, stats) for place in found_places}
@@ -391,7 +307,9 @@ def _judges(
     rounding: Rounding,
 ) -> Iterator[tuple[int, Block, Logs, Callable[..., float]]]:
     """Block after block its number, itself, its log s, and `_lost` of others and of matrices left alone."""
-    for i, block, params, angles, _, (check, _) in _blocks(decoder, samples, settings, learn=False):
+    _, judge = _parts(samples, settings)
+    for i, block, params, angles, passed in through_blocks(decoder, samples, [judge], settings.tokens):
+        check = passed[0].data
         scales = {name: jnp.asarray(s) for name, s in smoothing.scales(i).items()}
         logs = {name: jnp.log(jnp.abs(s)) for name, s in scales.items()}
         params = smooth.smoothed(block, params, {name: jnp.sign(s) for name, s in scales.items()})
@@ -402,7 +320,7 @@ def _lost(
     block: Block,
     quantized: frozenset[str],
     params: Parameters,
-    check: _Data,
+    check: Data,
     angles: Array,
     rounding: Rounding,
     logs: Logs,
@@ -420,48 +338,6 @@ def _parts(samples: Samples, settings: Search) -> tuple[slice, slice]:
     checked = min(settings.checked, count // 2)
     seen = min(settings.samples, count - checked)
     return slice(0, seen), slice(seen, seen + checked)
-
-
-def _blocks(
-    decoder: Decoder, samples: Samples, settings: Search, *, learn: bool = True
-) -> Iterator[tuple[int, Block, Parameters, Array, _Passed, _Passed]]:
-    """Block after block its number, parameters and angles; of samples that steps see, and of those that
-    decide, what goes through it."""
-    parts = _parts(samples, settings) if learn else (slice(0, 0), _parts(samples, settings)[1])
-    x, real = zip(*(embedded(decoder, samples, part, settings.tokens) for part in parts), strict=True)
-    for i, block in enumerate(decoder.blocks):
-        params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, x[1].shape[1]))
-        passed = [_through(block, params, *one, angles) for one in zip(x, real, strict=True)]
-        yield i, block, params, angles, passed[0], passed[1]
-        x = tuple(one.data.y for one in passed)
-
-
-def _through(block: Block, params: Parameters, x: Array, real: Array, angles: Array) -> _Passed:
-    # Tokens come to a stack's experts tile by tile, to its router all and in order.
-    dense = {
-        place.name: next(n for n in place.consumers if params[n]["weight"].ndim == 2)
-        for place in smooth.couplings(block)
-        if place.experts is None
-    }
-    batches = [
-        _passed(block, params, x[k : k + BATCH], angles, tuple(dense.values()))
-        for k in range(0, len(x), BATCH)
-    ]
-    if not batches:
-        return _Passed(_Data(x, x, jnp.zeros(0)), {})
-    ys, given = zip(*batches, strict=True)
-    shown = {place: jnp.concatenate([one[name] for one in given]) for place, name in dense.items()}
-    return _Passed(_Data(x, jnp.concatenate(ys), weights_of(x, real)), shown)
-
-
-@partial(jax.jit, static_argnums=(0, 4))
-def _passed(
-    block: Block, params: Parameters, x: Array, angles: Array, names: tuple[str, ...]
-) -> tuple[Array, dict[str, Array]]:
-    """What comes out, and what these matrices are given, [n, width]."""
-    y, found = block.apply({"params": params}, x, angles, mutable="inputs")
-    shown = {name: cast(Array, found["inputs"][name]["x"]) for name in names}
-    return cast(Array, y), {name: a.reshape(-1, a.shape[-1]) for name, a in shown.items()}
 
 
 def _within(quantized: frozenset[str], i: int) -> frozenset[str]:

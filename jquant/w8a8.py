@@ -11,7 +11,8 @@ from jquant import input_scales, smoothing
 from jquant.calibrate import Progress, Stats
 from jquant.folders import Checkpoint, FolderPlan, as_stored
 from jquant.io.samples import Samples
-from jquant.smooth_search import DEFAULT, Search, by_range, by_tensor, by_token, judged, search
+from jquant.smooth_error import by_range, by_tensor, by_token
+from jquant.smooth_search import DEFAULT, Search, judged, search
 from jquant.smoothing import Smoothing
 from jquant.transcode import FLOAT_DTYPES
 from jquant.transforms.smooth import Factors
@@ -45,7 +46,7 @@ def smooth_model(
     stats = smoothing.measure(checkpoint.model, samples, batch=batch, progress=progress)
     decoder = smoothing.open_decoder(checkpoint.model)
     quantized = _quantized(checkpoint, plan)
-    per_token = by_range if plan.scheme.activations == "int8-asymmetric" else by_token
+    per_token = by_range if plan.scheme.asymmetric else by_token
     rounding = by_tensor if plan.scheme.static else per_token
     if alpha is None:
         found = search(

@@ -123,16 +123,38 @@ MAY_IMPORT = {
     },
     "smooth_report": CORE | {"smoothing", "text", "transforms"},
     "input_scales": CORE
-    | {"activations", "calibrate", "io", "models", "smooth_search", "smoothing", "stages", "transforms"},
+    | {
+        "activations",
+        "calibrate",
+        "io",
+        "models",
+        "smooth_passes",
+        "smooth_search",
+        "smoothing",
+        "stages",
+        "transforms",
+    },
     "w8a8": CORE
-    | {"calibrate", "folders", "input_scales", "io", "smooth_search", "smoothing", "transcode", "transforms"},
+    | {
+        "calibrate",
+        "folders",
+        "input_scales",
+        "io",
+        "smooth_error",
+        "smooth_search",
+        "smoothing",
+        "transcode",
+        "transforms",
+    },
     "scale_export": CORE | {"calibrate", "folders", "io", "transcode", "w8a8"},
     "smoothing": CORE | {"calibrate", "convert", "io", "models", "ranges", "transforms", "weights"},
     "scaled": CORE | {"transforms", "weights"},
     "balancing": CORE
     | {"calibrate", "convert", "fingerprints", "io", "models", "scaled", "team", "transforms", "weights"},
+    "smooth_error": CORE | {"activations", "models", "transforms"},
+    "smooth_passes": CORE | {"calibrate", "io", "models", "smooth_error", "transforms"},
     "smooth_search": CORE
-    | {"activations", "calibrate", "convert", "io", "models", "smoothing", "transforms"},
+    | {"calibrate", "io", "models", "smooth_error", "smooth_passes", "smoothing", "transforms"},
     "folders": CORE
     | {"convert", "io", "models", "scaled", "schemes", "smoothing", "transcode", "transforms", "transposed"},
 }

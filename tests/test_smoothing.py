@@ -16,7 +16,7 @@ from test_decoder import divergence, logits
 from test_folders import WIDE, config_of, decoded, read, run
 from tiny_models import DTYPES, LINES, open_tiny, write_tiny
 
-from jquant import smooth_search, smoothing
+from jquant import smooth_error, smooth_passes, smooth_search, smoothing
 from jquant.analyze import load_samples
 from jquant.core import UserError
 from jquant.engines import FlaxEngine
@@ -144,12 +144,12 @@ def test_the_search_is_never_worse_than_any_alpha_on_the_samples_that_decide(mod
     for i, block in enumerate(decoder.blocks):
         params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, tokens.shape[1]))
         y = block.apply({"params": params}, x, angles)
-        data = smooth_search._Data(x[2:], y[2:], jnp.ones(2 * 48))
+        data = smooth_error.Data(x[2:], y[2:], jnp.ones(2 * 48))
         here = frozenset(n.split(".")[2] for n in quantized if n.startswith(f"blk.{i}."))
 
         def error(scales, params=params, block=block, data=data, angles=angles, here=here) -> float:
             logs = {name: jnp.log(jnp.asarray(s)) for name, s in scales.items()}
-            return float(smooth_search.error(block, here, params, logs, data, angles))
+            return float(smooth_error.error(block, here, params, logs, data, angles))
 
         none = error({c.name: np.ones(c.shape, np.float32) for c in smooth.couplings(block)})
         fixed = [error(smoothing.fixed(decoder, stats, alpha).scales(i)) for alpha in QUICK.alphas]
@@ -165,7 +165,7 @@ def test_channels_change_their_sign_where_codes_have_a_zero(model):
     decoder, samples = smoothing.open_decoder(checkpoint.model), calibration(checkpoint.model)
     stats = smoothing.measure(checkpoint.model, samples)
     quantized = frozenset(stats)
-    found = search(decoder, samples, stats, quantized, settings=QUICK, rounding=smooth_search.by_range)
+    found = search(decoder, samples, stats, quantized, settings=QUICK, rounding=smooth_error.by_range)
     assert all(after < 0.2 * before for before, after in found.errors)
     block, params = decoder.blocks[0], decoder.load_block(0)
     x, angles = jnp.asarray(decoder.embed(samples.tokens)), jnp.asarray(decoder.angles(0, 48))
@@ -181,7 +181,7 @@ def test_channels_change_their_sign_where_codes_have_a_zero(model):
         ranges.append(float(jnp.mean((given.max(-1) - given.min(-1)) / jnp.abs(given).max(-1))))
     assert ranges[0] < ranges[1]
     judged = smooth_search.judged(decoder, samples, found._replace(errors=()), quantized,
-                                  settings=QUICK, rounding=smooth_search.by_range)  # fmt: skip
+                                  settings=QUICK, rounding=smooth_error.by_range)  # fmt: skip
     np.testing.assert_allclose(judged.errors, found.errors, rtol=2e-2)
 
 
@@ -191,7 +191,7 @@ def test_factors_of_their_own_fit_samples_better_than_any_alpha(model):
     stats = smoothing.measure(checkpoint.model, samples)
     block, params = decoder.blocks[0], decoder.load_block(0)
     x, angles = jnp.asarray(decoder.embed(samples.tokens[:3, :48])), jnp.asarray(decoder.angles(0, 48))
-    data, shown = smooth_search._through(block, params, x, jnp.full(3, 48), angles)
+    data, shown = smooth_passes.through(block, params, x, jnp.full(3, 48), angles)
     here = frozenset({"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"})
     inputs = {c.name: smoothing.maxima(c, 0, stats) for c in smooth.couplings(block)}
     found = smooth_search.search_block(block, here, params, inputs, shown, data, data, angles, Search())
@@ -205,12 +205,12 @@ def test_gradients_of_the_search_point_downhill(model):
     decoder, samples = smoothing.open_decoder(checkpoint.model), calibration(checkpoint.model)
     block, params = decoder.blocks[0], decoder.load_block(0)
     x, angles = jnp.asarray(decoder.embed(samples.tokens[:3, :48])), jnp.asarray(decoder.angles(0, 48))
-    data = smooth_search._Data(x, block.apply({"params": params}, x, angles), jnp.ones(3 * 48))
+    data = smooth_error.Data(x, block.apply({"params": params}, x, angles), jnp.ones(3 * 48))
     here = frozenset({"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"})
     logs = {c.name: jnp.zeros(c.shape) for c in smooth.couplings(block)}
 
     def loss(logs):
-        return jnp.log(smooth_search.error(block, here, params, logs, data, angles))
+        return jnp.log(smooth_error.error(block, here, params, logs, data, angles))
 
     gradient = jax.grad(loss)(logs)
     length = float(np.sqrt(sum(float(jnp.sum(g**2)) for g in gradient.values())))

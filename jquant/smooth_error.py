@@ -1,0 +1,90 @@
+"""The output error of a block whose weights and inputs are rounded to 8 bits, with gradients.
+
+Rounding passes gradients on as if it were nothing, but for the scale that its error is counted in: a larger
+scale makes a larger error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+from jquant.activations import LARGEST, SPAN, asymmetric_int8, int8, span_of, static_int8
+from jquant.models import Block, Parameters, Rounding
+from jquant.transforms import smooth
+from jquant.transforms.place_search import Steps
+
+Logs = dict[str, Array]  # log s by the name of the place
+
+
+class Data(NamedTuple):
+    x: Array  # what goes into the block, [s, t, width]
+    y: Array  # what comes out of it in float32
+    weight: Array  # 1 for a real token, 0 for padding, [s · t]
+
+
+def _round(x: Array, scale: Array, codes: Array) -> Array:
+    """scale · codes for the nearest codes of x. The rounding error, in units of the scale, is a constant."""
+    error = lax.stop_gradient(codes.astype(jnp.float32) - x / scale)
+    return x + scale * error
+
+
+def by_token(x: Float[Array, "*n width"]) -> Float[Array, "*n width"]:
+    """Inputs rounded each token by a scale of its own."""
+    codes, scale = int8(lax.stop_gradient(x))
+    absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    scale = jnp.where(absmax > 0, absmax / LARGEST["int8"], scale)
+    return _round(x, jnp.broadcast_to(scale, x.shape), codes)
+
+
+def by_range(x: Float[Array, "*n width"]) -> Float[Array, "*n width"]:
+    """Inputs rounded each token by the scale of its range, codes having a zero."""
+    codes, scale, zero = asymmetric_int8(lax.stop_gradient(x))
+    _, span = span_of(x)
+    scale = jnp.broadcast_to(jnp.where(span > 0, span / SPAN, scale), x.shape)
+    return _round(x, scale, codes.astype(jnp.float32) - zero.astype(jnp.float32))
+
+
+def by_tensor(x: Float[Array, "*n width"]) -> Float[Array, "*n width"]:
+    """Inputs rounded by one scale, that of the largest here."""
+    absmax = jnp.max(jnp.abs(x))
+    scale = jnp.broadcast_to(jnp.where(absmax > 0, absmax / LARGEST["int8"], 1.0), x.shape)
+    return _round(x, scale, static_int8(*lax.stop_gradient((x, scale))).codes)
+
+
+STEPS: Mapping[Rounding, Steps] = {by_token: "token", by_tensor: "tensor", by_range: "range"}
+
+
+def _rounded_weights(w: Float[Array, "*rows cols"]) -> Float[Array, "*rows cols"]:
+    """Without the search for the clip, which finds little in 8 bits."""
+    absmax = jnp.max(jnp.abs(w), axis=-1, keepdims=True)
+    scale = jnp.broadcast_to(jnp.where(absmax > 0, absmax / 127.0, 1.0), w.shape)
+    return _round(w, scale, jnp.round(lax.stop_gradient(w / scale)))
+
+
+def error_of(
+    block: Block,
+    quantized: frozenset[str],
+    params: Parameters,
+    logs: Logs,
+    data: Data,
+    angles: Array,
+    rounding: Rounding = by_token,
+) -> Array:
+    """Mean over tokens of |ŷ − y|² / |y|²: the norm behind the block divides each token by its size."""
+    made = smooth.smoothed(block, params, jax.tree.map(jnp.exp, logs))
+    for name in quantized:
+        made[name] = {**made[name], "weight": _rounded_weights(made[name]["weight"])}
+    rounded = block.clone(rounding=rounding, rounded=quantized)
+    out = cast(Array, rounded.apply({"params": made}, data.x, angles))
+    lost = jnp.sum(jnp.square(out - data.y), axis=-1) / jnp.sum(jnp.square(data.y), axis=-1)
+    return jnp.sum(lost.reshape(-1) * data.weight) / jnp.sum(data.weight)
+
+
+error = partial(jax.jit, static_argnums=(0, 1, 6))(error_of)
