@@ -35,7 +35,7 @@ from jquant.io.model_folder import files_beside
 from jquant.io.samples import Text
 from jquant.schemes import SCHEMES, asymmetric
 from jquant.smooth_error import by_range, by_token
-from jquant.smooth_search import search
+from jquant.smooth_search import fisher_of, search
 
 OUTLIERS, FACTOR = 6, 50.0
 FED = ", fed back"
@@ -105,7 +105,8 @@ def main() -> None:
             quantized = frozenset(n for n, w in checkpoint.weights.items() if w.parts[0] in chosen)
             start = time.monotonic()
             rounding = by_range if args.asymmetric else by_token
-            made["searched"] = search(decoder, samples, stats, quantized, rounding=rounding)
+            fisher = fisher_of(decoder, samples)
+            made["searched"] = search(decoder, samples, stats, quantized, fisher, rounding=rounding)
             print(f"searched in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
         files = {model: "original"}
         if args.feedback:

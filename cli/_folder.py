@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jquant.smoothing import Smoothing
 
 _PANEL = "Types"
+AUTO = "auto"  # --keep
 _SCHEMES = ("W8A8", "FP8", "W4A16", "GPTQ", "AWQ")  # here too, for --help is not to wait for JAX
 # fmt: off
 _KNOWN = frozenset({
@@ -33,7 +34,8 @@ Keep = Annotated[
     typer.Option(
         "--keep",
         help="W8A8, FP8, W4A16, GPTQ, AWQ: REGEX of weights to leave as they are, by their names in the "
-        "folder. Repeatable.",
+        "folder. Repeatable. auto, for W8A8 that is smoothed: those whose rounding costs several times the "
+        "average.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -76,8 +78,8 @@ TargetError = Annotated[
     typer.Option(
         "--target-error",
         min=0.0,
-        help="W8A8: relative output error, mean |ŷ − y|² / |y|², that smoothing is to leave in no block; "
-        "exit code 6 where it does.",
+        help="W8A8: mean KL divergence, in nats, that smoothing is to leave in no block, as far as a block's "
+        "output error tells; exit code 6 where it does.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -142,6 +144,9 @@ def quantize(
     smooths = type == "W8A8" and not no_smooth
     if target_error is not None and not smooths:
         raise typer.BadParameter("is for W8A8 that is smoothed", param_hint="--target-error")
+    keeps, keep = AUTO in keep, [pattern for pattern in keep if pattern != AUTO]
+    if keeps and not smooths:
+        raise typer.BadParameter("auto is for W8A8 that is smoothed", param_hint="--keep")
     if smooths and (imatrix or analyze):
         raise typer.BadParameter(
             "is measured anyway where W8A8 is smoothed", param_hint="--imatrix, --analyze"
@@ -199,11 +204,17 @@ def quantize(
             data,
             alpha,
             judge=target_error is not None,
+            keep=keeps,
             batch=batch,
             progress=_calibration.progress(data, quiet=quiet),
             searching=_calibration.by_block("searched", quiet=quiet),
+            team=everyone(),
         )
         weights, smoothing = calibrated.importance, calibrated.smoothing
+        kept = [name for name in plan.quantized if name not in calibrated.plan.quantized]
+        plan = calibrated.plan
+        if keeps and not quiet:
+            _show.remark(f"note: stands out, and stays as it is: {', '.join(kept) or 'none'}.")
     elif static and data is not None:
         shown = _calibration.progress(data, quiet=quiet)
         calibrated = measure_model(checkpoint, plan, data, batch=batch, progress=shown)

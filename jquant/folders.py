@@ -8,7 +8,7 @@ write_folder(checkpoint, plan, Path("smol-w8a8"))  # of `folder_writer`
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -111,10 +111,26 @@ def plan_folder(checkpoint: Checkpoint, scheme: Scheme, keep: Sequence[str] = ()
     for name in quantized:
         if specs[name].type not in ("F32", "F16", "BF16"):
             raise UserError(f"{name}: is stored as {specs[name].type}; start from weights of 16 or 32 bits.")
-    chosen = set(quantized)
-    layout = [made for s in specs.values() for made in (_made(s, scheme) if s.name in chosen else [s])]
-    modules = {name.removesuffix(".weight") for name in (*kept, *other)}
-    return FolderPlan(scheme, tuple(quantized), tuple(sorted({*modules, "lm_head"})), tuple(layout))
+    ignore = _modules((*kept, *other)) | {"lm_head"}
+    return _planned(checkpoint, scheme, quantized, ignore)
+
+
+def leave_out(checkpoint: Checkpoint, plan: FolderPlan, names: Collection[str]) -> FolderPlan:
+    """The plan but for these weights, which stay as they are."""
+    quantized = [name for name in plan.quantized if name not in names]
+    return _planned(checkpoint, plan.scheme, quantized, {*plan.ignore, *_modules(names)})
+
+
+def _planned(
+    checkpoint: Checkpoint, scheme: Scheme, quantized: Sequence[str], ignore: Iterable[str]
+) -> FolderPlan:
+    chosen, specs = set(quantized), checkpoint.source.specs.values()
+    layout = [made for s in specs for made in (_made(s, scheme) if s.name in chosen else [s])]
+    return FolderPlan(scheme, tuple(quantized), tuple(sorted(ignore)), tuple(layout))
+
+
+def _modules(weights: Iterable[str]) -> set[str]:
+    return {name.removesuffix(".weight") for name in weights}
 
 
 def _pattern(text: str) -> re.Pattern[str]:

@@ -3,8 +3,8 @@
     s = c max|x| / Q,   Q: `activations.LARGEST`
 
 The maximum is that of all samples. c of CLIPS is chosen place by place, in the order of the data, for the
-least error of the block's output once all its inputs are rounded. Matrices that are given the same input have
-the same scale.
+least error of the block's output once all its inputs are rounded, each token's counting what it costs the
+model's predictions. Matrices that are given the same input have the same scale.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from jquant.activations import LARGEST, STATIC_ROUNDINGS
-from jquant.calibrate import Progress, Stats, shared_inputs, weights_of, within_block
+from jquant.calibrate import Progress, Stats, shared_inputs, within_block
 from jquant.core import UserError
 from jquant.io.samples import Samples
 from jquant.models import Block, Decoder, Parameters, run_block
@@ -27,20 +27,20 @@ from jquant.smooth_passes import embedded
 from jquant.smooth_search import DEFAULT, Search
 from jquant.smoothing import Smoothing
 from jquant.stages import stage
+from jquant.token_fisher import token_fisher
 from jquant.transforms import smooth
 
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 @partial(jax.jit, static_argnums=0)
-def _error(block: Block, params: Parameters, x: Array, y: Array, weight: Array, angles: Array) -> Array:
-    """Mean over tokens of |ŷ − y|² / |y|². weight: 1 for a real token, 0 for padding, [s · t].
+def _error(block: Block, params: Parameters, x: Array, y: Array, fisher: Array, angles: Array) -> Array:
+    """Σ f |ŷ − y|². fisher: f, [s, t], see `token_fisher`.
 
-    Σ |ŷ − y|² / Σ |y|² would be decided by the few tokens of enormous norm, and clip too little for the rest.
+    By |y|² alone, or by 1 / |y|², tokens of enormous norm would count all, or nothing.
     """
     out = cast(Array, block.apply({"params": params}, x, angles))
-    lost, size = (jnp.sum(jnp.square(a), axis=-1).reshape(-1) for a in (out - y, y))
-    return jnp.sum(lost / size * weight) / jnp.sum(weight)
+    return jnp.sum(jnp.sum(jnp.square(out - y), axis=-1) * fisher)
 
 
 def calibrate(
@@ -60,7 +60,9 @@ def calibrate(
     their scales are stored in. kind: of `activations`.
     Raises UserError where inputs were not measured.
     """
-    x, real = embedded(decoder, samples, slice(settings.few + settings.checked), settings.tokens)
+    part = slice(settings.few + settings.checked)
+    x, real = embedded(decoder, samples, part, settings.tokens)
+    fisher = token_fisher(decoder, samples.tokens[part, : settings.tokens], lengths=np.asarray(real))
     found: dict[str, np.float32] = {}
     for i, block in enumerate(decoder.blocks):
         params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, x.shape[1]))
@@ -78,7 +80,7 @@ def calibrate(
         matrices = [name for names in places.values() for name in names]
         here = frozenset(map(within_block, matrices))
         rounded = block.clone(rounding=STATIC_ROUNDINGS[kind], rounded=here)
-        error = partial(_error_with, rounded, params, x, y, weights_of(x, real), angles)
+        error = partial(_error_with, rounded, params, x, y, jnp.asarray(fisher[i]), angles)
         largest = {name: _largest(name, stats, divisors) / LARGEST[kind] for name in matrices}
         found |= _fitted(places, largest, dtypes, error)
         progress(i + 1, len(decoder.blocks))
@@ -113,7 +115,7 @@ def _error_with(
     params: Parameters,
     x: Array,
     y: Array,
-    weight: Array,
+    fisher: Array,
     angles: Array,
     scales: Mapping[str, np.float32],
 ) -> float:
@@ -121,7 +123,7 @@ def _error_with(
     for name, scale in scales.items():
         experts = params[within_block(name)]["weight"].shape[:-2]
         given[within_block(name)]["input_scale"] = jnp.full(experts, scale)
-    return float(_error(block, given, x, y, weight, angles))
+    return float(_error(block, given, x, y, fisher, angles))
 
 
 def _largest(name: str, stats: Mapping[str, Stats], divisors: Mapping[str, Array]) -> float:

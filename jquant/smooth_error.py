@@ -27,6 +27,9 @@ class Data(NamedTuple):
     x: Array  # what goes into the block, [s, t, width]
     y: Array  # what comes out of it in float32
     weight: Array  # 1 for a real token, 0 for padding, [s · t]
+    # What an error at the token costs, [s · t], see `token_fisher`. Where that is not known, 1 / |y|²: the
+    # norm behind the block divides each token by its size.
+    fisher: Array
 
 
 def _round(x: Array, scale: Array, codes: Array) -> Array:
@@ -77,14 +80,15 @@ def error_of(
     angles: Array,
     rounding: Rounding = by_token,
 ) -> Array:
-    """Mean over tokens of |ŷ − y|² / |y|²: the norm behind the block divides each token by its size."""
+    """The mean KL divergence, in nats, that the block's error is expected to cause: ½ Σ f |ŷ − y|² by the
+    number of tokens."""
     made = smooth.smoothed(block, params, jax.tree.map(jnp.exp, logs))
     for name in quantized:
         made[name] = {**made[name], "weight": _rounded_weights(made[name]["weight"])}
     rounded = block.clone(rounding=rounding, rounded=quantized)
     out = cast(Array, rounded.apply({"params": made}, data.x, angles))
-    lost = jnp.sum(jnp.square(out - data.y), axis=-1) / jnp.sum(jnp.square(data.y), axis=-1)
-    return jnp.sum(lost.reshape(-1) * data.weight) / jnp.sum(data.weight)
+    lost = jnp.sum(jnp.square(out - data.y), axis=-1)
+    return jnp.sum(lost.reshape(-1) * data.fisher) / (2 * jnp.sum(data.weight))
 
 
 error = partial(jax.jit, static_argnums=(0, 1, 6))(error_of)

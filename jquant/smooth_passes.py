@@ -38,19 +38,31 @@ def embedded(
 
 
 def through_blocks(
-    decoder: Decoder, samples: Samples, parts: Sequence[slice], tokens: int
+    decoder: Decoder,
+    samples: Samples,
+    parts: Sequence[slice],
+    tokens: int,
+    fisher: Sequence[Float[np.ndarray, "blocks s t"] | None],
 ) -> Iterator[tuple[int, Block, Parameters, Array, list[Passed]]]:
     """Block after block its number, parameters and angles, and what goes through it of each part of the
-    samples, so many tokens of each."""
+    samples, so many tokens of each. fisher: of each part, where it is known."""
     x, real = zip(*(embedded(decoder, samples, part, tokens) for part in parts), strict=True)
     for i, block in enumerate(decoder.blocks):
         params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, x[0].shape[1]))
-        passed = [through(block, params, *one, angles) for one in zip(x, real, strict=True)]
+        felt = [None if known is None else jnp.asarray(known[i]) for known in fisher]
+        passed = [through(block, params, *one, angles) for one in zip(x, real, felt, strict=True)]
         yield i, block, params, angles, passed
         x = tuple(one.data.y for one in passed)
 
 
-def through(block: Block, params: Parameters, x: Array, real: Array, angles: Array) -> Passed:
+def through(
+    block: Block,
+    params: Parameters,
+    x: Array,
+    real: Array,
+    fisher: Float[Array, "s t"] | None,
+    angles: Array,
+) -> Passed:
     """All samples through the block."""
     # Tokens come to a stack's experts tile by tile, to its router all and in order.
     dense = {
@@ -63,7 +75,11 @@ def through(block: Block, params: Parameters, x: Array, real: Array, angles: Arr
     ]
     ys, given = zip(*batches, strict=True)
     shown = {place: jnp.concatenate([one[name] for one in given]) for place, name in dense.items()}
-    return Passed(Data(x, jnp.concatenate(ys), weights_of(x, real)), shown)
+    y, weight = jnp.concatenate(ys), weights_of(x, real)
+    if fisher is None:
+        size = jnp.sum(jnp.square(y), axis=-1).reshape(-1)
+        return Passed(Data(x, y, weight, weight / jnp.where(size > 0, size, 1.0)), shown)
+    return Passed(Data(x, y, weight, fisher.reshape(-1)), shown)
 
 
 @partial(jax.jit, static_argnums=(0, 4))

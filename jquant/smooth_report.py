@@ -1,4 +1,4 @@
-"""What smoothing did, place by place, and what to do about the blocks that stay bad."""
+"""What smoothing did, place by place, and what to do about those that stand out."""
 
 from __future__ import annotations
 
@@ -10,20 +10,15 @@ from jquant.text import text_table
 from jquant.transforms.smooth import without_routers
 
 OUTLIERS = 20.0  # largest channel by the median one, from which 8 bits leave most channels few levels
-HELPS = 0.75  # of a block's error, that is left if a place alone is worth keeping
 
 Stored = Mapping[str, Sequence[str]]  # names in the folder, by GGUF name
 
 
 def advice(smoothing: Smoothing, place: Place, stored: Stored) -> str:
     """What would help; "" where nothing needs to."""
-    left = smoothing.kept.get(place.block)
-    if left:
-        if place.name != min(left, key=lambda name: left[name]):
-            return ""
-        if left[place.name] < HELPS * smoothing.errors[place.block][1]:
-            return f"keep in 16 bit: --keep '{_pattern(place, stored)}', leaves {left[place.name]:.2e}"
-        return f"keep in 16 bit: --keep '{_start(place, stored)}'"
+    if smoothing.stands_out(place):
+        left = smoothing.kept[place.block][place.name]
+        return f"keep in 16 bit: --keep '{_pattern(place, stored)}', leaves {left:.2e}"
     if not smoothing.errors and place.after > OUTLIERS and place.alpha is not None and place.alpha < 0.9:
         return "higher alpha"
     return ""

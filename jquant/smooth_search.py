@@ -6,7 +6,8 @@ channel by channel, by an estimate of what is lost there (`transforms.place_sear
 attention, of which that estimate knows little, by Adam on the block's error itself (`smooth_error`).
 
 What is kept is the best on samples of its own, which the steps have not seen: never worse there than the best
-alpha, or than no smoothing.
+alpha, or than no smoothing. There, a token's error counts what it costs the model's predictions
+(`token_fisher`), too dear to be known of all the others.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ import optax
 from jax import Array, lax
 from jaxtyping import Float
 
-from jquant.calibrate import Progress, Stats
+from jquant.calibrate import Progress, Stats, real_tokens
 from jquant.io.samples import Samples
 from jquant.models import Block, Decoder, Parameters, Rounding
 from jquant.smooth_error import STEPS, Data, Logs, by_range, by_token, error, error_of
 from jquant.smooth_passes import through_blocks
 from jquant.smoothing import Place, Smoothing, described, maxima
+from jquant.token_fisher import token_fisher
 from jquant.transforms import smooth
 from jquant.transforms.place_search import DESCENT, Descent, Seen, descend, estimate
 from jquant.transforms.smooth import Coupling
@@ -38,12 +40,12 @@ from jquant.transforms.smooth import Coupling
 @dataclass(frozen=True, kw_only=True)
 class Search:
     alphas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    samples: int = 64  # that places are searched on
+    samples: int = 48  # that places are searched on
     checked: int = 4  # that decide
     tokens: int = 256  # of each
     places: Descent = DESCENT
     few: int = 2  # of the samples, that steps on the block's error see
-    steps: int = 20  # of them, at most
+    steps: int = 15  # of them, at most
     every: int = 5  # steps between two checks
     patience: int = 2  # checks without a gain that end it
     rate: float = 0.03
@@ -152,7 +154,8 @@ def search_block(
 
     _, fixed, alphas = least()
     first = slice(settings.few)
-    few = Data(train.x[first], train.y[first], train.weight[: settings.few * train.x.shape[1]])
+    tokens = slice(settings.few * train.x.shape[1])
+    few = Data(train.x[first], train.y[first], train.weight[tokens], train.fisher[tokens])
     logs = {name: fixed[name] for name in fixed if name not in own or name == "attn_norm"}
     state, waited = _optimizer(settings).init(logs), 0
     for _ in range(0, settings.steps, settings.every):
@@ -188,17 +191,16 @@ def _seen(
             continue
         x = shown[place.name]
         order = rng.permutation(len(x))
-        size = jnp.sum(jnp.square(train.y), axis=-1).reshape(-1)
         # An error in what attention is given is felt by other tokens too.
-        counts = train.weight if place.name == "attn_norm" else train.weight / jnp.where(size > 0, size, 1.0)
+        counts = train.weight if place.name == "attn_norm" else train.fisher
         x, tokens = x[order], (counts / jnp.sum(counts))[order]
         alone = []
         for name in consumers:
             rows = _some(params[name]["weight"], x.shape[1], rng)
             felt = error(block, frozenset({name}), params, logs, check, angles, rounding)
             own = Seen(x, tokens, rows, jnp.ones(len(rows)))
-            known = estimate(place, logs[place.name], _part(own), STEPS[rounding])
-            alone.append((rows, jnp.full(len(rows), felt / jnp.where(known > 0, known, 1.0))))
+            expected = estimate(place, logs[place.name], _part(own), STEPS[rounding])
+            alone.append((rows, jnp.full(len(rows), felt / jnp.where(expected > 0, expected, 1.0))))
         rows, counts = (jnp.concatenate(parts) for parts in zip(*alone, strict=True))
         mixed = rng.permutation(len(rows))
         yield place, Seen(x, tokens, rows[mixed], counts[mixed])
@@ -221,14 +223,15 @@ def search(
     samples: Samples,
     stats: Mapping[str, Stats],
     quantized: frozenset[str],
+    fisher: Float[np.ndarray, "blocks s t"],
     *,
     settings: Search = DEFAULT,
     rounding: Rounding = by_token,
     progress: Progress = lambda done, count: None,
 ) -> Smoothing:
-    """The factors of all blocks. quantized: GGUF names of the matrices that will be rounded. rounding: of
-    their inputs, one of `STEPS`. With a zero, channels change their sign too, where that makes the ranges
-    of tokens smaller: s is negative.
+    """The factors of all blocks. quantized: GGUF names of the matrices that will be rounded. fisher: see
+    `fisher_of`. rounding: of inputs, one of `STEPS`. With a zero, channels change their sign too, where that
+    makes the ranges of tokens smaller: s is negative.
 
     Every block is searched on what the original gives it. In memory are one block, activations of `samples` +
     `checked` samples of `tokens` tokens, and what the block's matrices are given of the former.
@@ -236,7 +239,9 @@ def search(
     places: list[Place] = []
     found_errors: list[tuple[float, float]] = []
     parts = _parts(samples, settings)
-    for i, block, params, angles, passed in through_blocks(decoder, samples, parts, settings.tokens):
+    for i, block, params, angles, passed in through_blocks(
+        decoder, samples, parts, settings.tokens, (None, fisher)
+    ):
         (data, shown), (checked, _) = passed
         here = _within(quantized, i)
         found_places = smooth.couplings(block)
@@ -278,13 +283,14 @@ def judged(
     samples: Samples,
     smoothing: Smoothing,
     quantized: frozenset[str],
+    fisher: Float[np.ndarray, "blocks s t"],
     *,
     settings: Search = DEFAULT,
     rounding: Rounding = by_token,
 ) -> Smoothing:
     """The smoothing with `kept`, and `errors` where the search has not measured them, on the samples that
     decide in the search."""
-    judges = partial(_judges, decoder, samples, smoothing, quantized, settings, rounding)
+    judges = partial(_judges, decoder, samples, smoothing, quantized, fisher, settings, rounding)
     if not smoothing.errors:
         none = partial(jax.tree.map, jnp.zeros_like)
         errors = tuple((lost(none(logs)), lost(logs)) for _, _, logs, lost in judges())
@@ -303,12 +309,14 @@ def _judges(
     samples: Samples,
     smoothing: Smoothing,
     quantized: frozenset[str],
+    fisher: Float[np.ndarray, "blocks s t"],
     settings: Search,
     rounding: Rounding,
 ) -> Iterator[tuple[int, Block, Logs, Callable[..., float]]]:
     """Block after block its number, itself, its log s, and `_lost` of others and of matrices left alone."""
     _, judge = _parts(samples, settings)
-    for i, block, params, angles, passed in through_blocks(decoder, samples, [judge], settings.tokens):
+    blocks = through_blocks(decoder, samples, [judge], settings.tokens, [fisher])
+    for i, block, params, angles, passed in blocks:
         check = passed[0].data
         scales = {name: jnp.asarray(s) for name, s in smoothing.scales(i).items()}
         logs = {name: jnp.log(jnp.abs(s)) for name, s in scales.items()}
@@ -328,6 +336,15 @@ def _lost(
 ) -> float:
     """The block's error, these of its matrices not rounded."""
     return float(error(block, quantized.difference(alone), params, logs, check, angles, rounding))
+
+
+def fisher_of(
+    decoder: Decoder, samples: Samples, settings: Search = DEFAULT, *, batch: int = 4
+) -> Float[np.ndarray, "blocks s t"]:
+    """What errors cost at the tokens that decide."""
+    _, part = _parts(samples, settings)
+    real = np.minimum(real_tokens(samples.tokens, samples.lengths)[part], settings.tokens)
+    return token_fisher(decoder, samples.tokens[part, : settings.tokens], lengths=real, batch=batch)
 
 
 def _parts(samples: Samples, settings: Search) -> tuple[slice, slice]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import NamedTuple
 
 import jax
@@ -27,7 +26,7 @@ from jquant.transforms import smooth
 from jquant.transforms.smooth import Coupling
 from jquant.weights import Weights
 
-OUTSTANDING = 4.0  # times the median block's error
+OUTSTANDING = 4.0  # times what a place costs on average
 
 
 class Place(NamedTuple):
@@ -44,7 +43,8 @@ class Place(NamedTuple):
 
 class Smoothing(NamedTuple):
     places: tuple[Place, ...]
-    # Where searched: relative output error of each block, weights and inputs rounded, as it was and smoothed.
+    # Where searched: mean KL divergence, in nats, expected of each block's error with weights and inputs
+    # rounded, as it was and smoothed.
     errors: tuple[tuple[float, float], ...] = ()
     # In blocks that stand out what is left of it if a place's consumers stay as they are, by block and place.
     kept: Mapping[int, Mapping[str, float]] = {}
@@ -53,11 +53,18 @@ class Smoothing(NamedTuple):
         return {place.name: place.scales for place in self.places if place.block == block}
 
     @property
+    def limit(self) -> float:
+        """The error above which a place, or a block, stands out."""
+        return OUTSTANDING * sum(after for _, after in self.errors) / max(len(self.places), 1)
+
+    @property
     def outstanding(self) -> tuple[int, ...]:
-        """Blocks whose error is many times the median block's."""
-        after = [after for _, after in self.errors]
-        most = OUTSTANDING * median(after) if after else 0.0
-        return tuple(i for i, error in enumerate(after) if error > most)
+        """Blocks that stand out. Only they can have a place that does."""
+        return tuple(i for i, (_, after) in enumerate(self.errors) if after > self.limit)
+
+    def stands_out(self, place: Place) -> bool:
+        left = self.kept.get(place.block, {}).get(place.name)
+        return left is not None and self.errors[place.block][1] - left > self.limit
 
 
 def open_decoder(model: Model) -> Decoder:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from jquant import input_scales, smoothing
 from jquant.calibrate import Progress, Stats
-from jquant.folders import Checkpoint, FolderPlan, as_stored
+from jquant.folders import Checkpoint, FolderPlan, as_stored, leave_out
 from jquant.io.samples import Samples
 from jquant.smooth_error import by_range, by_tensor, by_token
-from jquant.smooth_search import DEFAULT, Search, judged, search
+from jquant.smooth_search import DEFAULT, Search, fisher_of, judged, search
 from jquant.smoothing import Smoothing
+from jquant.team import ALONE, Team
 from jquant.transcode import FLOAT_DTYPES
-from jquant.transforms.smooth import Factors
+from jquant.transforms.smooth import Factors, without_routers
 
 
 class Calibrated(NamedTuple):
@@ -24,6 +27,7 @@ class Calibrated(NamedTuple):
     factors: Mapping[str, Factors]  # for `write_folder`
     importance: Mapping[str, np.ndarray]  # of the smoothed inputs, likewise
     input_scales: Mapping[str, np.float32] | None  # likewise, where the plan's scheme has static ones
+    plan: FolderPlan  # the one that was given, but for what is kept because it stands out
 
 
 def smooth_model(
@@ -33,13 +37,16 @@ def smooth_model(
     alpha: float | None = None,
     *,
     judge: bool = False,
+    keep: bool = False,
     settings: Search = DEFAULT,
     batch: int = 4,
     progress: Progress = lambda done, count: None,
     searching: Progress = lambda done, count: None,
+    team: Team = ALONE,
 ) -> Calibrated:
-    """alpha: of the plain method; None: search. judge: measure the errors of blocks with an alpha too.
-    progress: of measuring; searching: of the search.
+    """alpha: of the plain method; None: search. judge: measure the errors of blocks with an alpha too. keep:
+    leave what is behind places that stand out as it is; what smoothing says is then of the other weights.
+    progress: of measuring; searching: of the search. team: those who call this, and will keep the same.
 
     Raises UserError for a bad alpha, and for inputs that are not finite.
     """
@@ -48,18 +55,43 @@ def smooth_model(
     quantized = _quantized(checkpoint, plan)
     per_token = by_range if plan.scheme.asymmetric else by_token
     rounding = by_tensor if plan.scheme.static else per_token
-    if alpha is None:
-        found = search(
-            decoder, samples, stats, quantized, settings=settings, rounding=rounding, progress=searching
-        )
+    if alpha is not None and not (judge or keep):
+        found = as_stored(checkpoint, smoothing.fixed(decoder, stats, alpha))
     else:
-        found = smoothing.fixed(decoder, stats, alpha)
-    found = as_stored(checkpoint, found)
-    if alpha is None or judge:
-        found = judged(decoder, samples, found, quantized, settings=settings, rounding=rounding)
+        fisher = fisher_of(decoder, samples, settings, batch=batch)
+        within = partial(judged, decoder, samples, fisher=fisher, settings=settings, rounding=rounding)
+        if alpha is None:
+            found = search(
+                decoder,
+                samples,
+                stats,
+                quantized,
+                fisher,
+                settings=settings,
+                rounding=rounding,
+                progress=searching,
+            )
+        else:
+            found = smoothing.fixed(decoder, stats, alpha)
+        found = within(as_stored(checkpoint, found), quantized)
+        left = json.loads(team.told(json.dumps(_outstanding(checkpoint, found)))) if keep else ()
+        if left:
+            plan = leave_out(checkpoint, plan, left)
+            found = within(found._replace(errors=()), _quantized(checkpoint, plan))
     importance = smoothing.importance(decoder, stats, found)
     scales = _scales(checkpoint, plan, samples, stats, found) if plan.scheme.static else None
-    return Calibrated(stats, found, smoothing.factors(decoder, found), importance, scales)
+    return Calibrated(stats, found, smoothing.factors(decoder, found), importance, scales, plan)
+
+
+def _outstanding(checkpoint: Checkpoint, smoothing: Smoothing) -> list[str]:
+    """Names in the checkpoint of the weights behind places that stand out."""
+    return [
+        part
+        for place in smoothing.places
+        if smoothing.stands_out(place)
+        for name in without_routers(place.consumers)
+        for part in checkpoint.weights[f"blk.{place.block}.{name}.weight"].parts
+    ]
 
 
 def measure_model(
@@ -73,7 +105,7 @@ def measure_model(
     """Of a model that is not smoothed. Raises UserError for inputs that are not finite."""
     stats = smoothing.measure(checkpoint.model, samples, batch=batch, progress=progress)
     scales = _scales(checkpoint, plan, samples, stats, None) if plan.scheme.static else None
-    return Calibrated(stats, None, {}, {}, scales)
+    return Calibrated(stats, None, {}, {}, scales, plan)
 
 
 def _quantized(checkpoint: Checkpoint, plan: FolderPlan) -> frozenset[str]:

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "calibrate": CORE | {"ahead", "between"},
     "ranges": CORE | {"calibrate"},
     "gradients": CORE | {"between", "calibrate"},
+    "token_fisher": CORE | {"calibrate", "gradients"},
     "transforms": CORE,
     "sharding": set(),
     "transcode": CORE | {"sharding"},
@@ -132,6 +133,7 @@ MAY_IMPORT = {
         "smooth_search",
         "smoothing",
         "stages",
+        "token_fisher",
         "transforms",
     },
     "w8a8": CORE
@@ -143,6 +145,7 @@ MAY_IMPORT = {
         "smooth_error",
         "smooth_search",
         "smoothing",
+        "team",
         "transcode",
         "transforms",
     },
@@ -154,7 +157,16 @@ MAY_IMPORT = {
     "smooth_error": CORE | {"activations", "models", "transforms"},
     "smooth_passes": CORE | {"calibrate", "io", "models", "smooth_error", "transforms"},
     "smooth_search": CORE
-    | {"calibrate", "io", "models", "smooth_error", "smooth_passes", "smoothing", "transforms"},
+    | {
+        "calibrate",
+        "io",
+        "models",
+        "smooth_error",
+        "smooth_passes",
+        "smoothing",
+        "token_fisher",
+        "transforms",
+    },
     "folders": CORE
     | {"convert", "io", "models", "scaled", "schemes", "smoothing", "transcode", "transforms", "transposed"},
 }
