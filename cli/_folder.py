@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jquant.smoothing import Smoothing
 
 _PANEL = "Types"
-AUTO = "auto"  # --keep
+AUTO, NONE = "auto", "none"  # --keep
 _SCHEMES = ("W8A8", "FP8", "W4A16", "GPTQ", "AWQ")  # here too, for --help is not to wait for JAX
 # fmt: off
 _KNOWN = frozenset({
@@ -34,8 +34,8 @@ Keep = Annotated[
     typer.Option(
         "--keep",
         help="W8A8, FP8, W4A16, GPTQ, AWQ: REGEX of weights to leave as they are, by their names in the "
-        "folder. Repeatable. auto, for W8A8 that is smoothed: those whose rounding costs several times the "
-        "average.",
+        "folder. Repeatable. auto: those whose rounding costs several times the average, the default of W8A8 "
+        "whose factors are searched; none: none of them.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -144,7 +144,8 @@ def quantize(
     smooths = type == "W8A8" and not no_smooth
     if target_error is not None and not smooths:
         raise typer.BadParameter("is for W8A8 that is smoothed", param_hint="--target-error")
-    keeps, keep = AUTO in keep, [pattern for pattern in keep if pattern != AUTO]
+    keeps = AUTO in keep or (not keep and smooths and alpha is None)
+    keep = [pattern for pattern in keep if pattern not in (AUTO, NONE)]
     if keeps and not smooths:
         raise typer.BadParameter("auto is for W8A8 that is smoothed", param_hint="--keep")
     if smooths and (imatrix or analyze):
@@ -186,6 +187,8 @@ def quantize(
     if not quiet:
         _remark_groups(plan)
     if dry_run or out is None:
+        if keeps and not quiet:
+            _show.remark("note: weights that stand out, once they are measured, will stay as they are.")
         if reports:
             _show.result_json(_plan_report(checkpoint, plan)) if json else _show.result(_plan_table(plan))
         return
@@ -213,8 +216,9 @@ def quantize(
         weights, smoothing = calibrated.importance, calibrated.smoothing
         kept = [name for name in plan.quantized if name not in calibrated.plan.quantized]
         plan = calibrated.plan
-        if keeps and not quiet:
-            _show.remark(f"note: stands out, and stays as it is: {', '.join(kept) or 'none'}.")
+        if kept and not quiet:
+            names = ", ".join(name.removesuffix(".weight") for name in kept)
+            _show.remark(f"note: {names} stand out and stay as they are; --keep none rounds them too.")
     elif static and data is not None:
         shown = _calibration.progress(data, quiet=quiet)
         calibrated = measure_model(checkpoint, plan, data, batch=batch, progress=shown)
