@@ -40,12 +40,12 @@ from jquant.transforms.smooth import Coupling
 @dataclass(frozen=True, kw_only=True)
 class Search:
     alphas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    samples: int = 48  # that places are searched on
+    samples: int = 40  # that places are searched on
     checked: int = 4  # that decide
     tokens: int = 256  # of each
     places: Descent = DESCENT
     few: int = 2  # of the samples, that steps on the block's error see
-    steps: int = 15  # of them, at most
+    steps: int = 10  # of them, at most
     every: int = 5  # steps between two checks
     patience: int = 2  # checks without a gain that end it
     rate: float = 0.03

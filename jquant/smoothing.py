@@ -66,6 +66,15 @@ class Smoothing(NamedTuple):
         left = self.kept.get(place.block, {}).get(place.name)
         return left is not None and self.errors[place.block][1] - left > self.limit
 
+    def without_outstanding(self) -> Smoothing:
+        """Where all that stands out stays as it is: errors without what each place's consumers cause."""
+        errors = list(self.errors)
+        for place in filter(self.stands_out, self.places):
+            before, after = errors[place.block]
+            saved = self.errors[place.block][1] - self.kept[place.block][place.name]
+            errors[place.block] = before, max(after - saved, 0.0)
+        return self._replace(errors=tuple(errors), kept={})
+
 
 def open_decoder(model: Model) -> Decoder:
     return models.decoder(Weights(model.source), model.metadata)

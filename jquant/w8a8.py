@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -59,7 +58,6 @@ def smooth_model(
         found = as_stored(checkpoint, smoothing.fixed(decoder, stats, alpha))
     else:
         fisher = fisher_of(decoder, samples, settings, batch=batch)
-        within = partial(judged, decoder, samples, fisher=fisher, settings=settings, rounding=rounding)
         if alpha is None:
             found = search(
                 decoder,
@@ -73,11 +71,12 @@ def smooth_model(
             )
         else:
             found = smoothing.fixed(decoder, stats, alpha)
-        found = within(as_stored(checkpoint, found), quantized)
+        found = as_stored(checkpoint, found)
+        found = judged(decoder, samples, found, quantized, fisher, settings=settings, rounding=rounding)
         left = json.loads(team.told(json.dumps(_outstanding(checkpoint, found)))) if keep else ()
         if left:
             plan = leave_out(checkpoint, plan, left)
-            found = within(found._replace(errors=()), _quantized(checkpoint, plan))
+            found = found.without_outstanding()
     importance = smoothing.importance(decoder, stats, found)
     scales = _scales(checkpoint, plan, samples, stats, found) if plan.scheme.static else None
     return Calibrated(stats, found, smoothing.factors(decoder, found), importance, scales, plan)
