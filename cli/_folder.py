@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jquant.smoothing import Smoothing
 
 _PANEL = "Types"
-AUTO, NONE = "auto", "none"  # --keep
+_AUTO, _NONE = "auto", "none"  # --keep
 _SCHEMES = ("W8A8", "FP8", "W4A16", "GPTQ", "AWQ")  # here too, for --help is not to wait for JAX
 # fmt: off
 _KNOWN = frozenset({
@@ -144,8 +144,8 @@ def quantize(
     smooths = type == "W8A8" and not no_smooth
     if target_error is not None and not smooths:
         raise typer.BadParameter("is for W8A8 that is smoothed", param_hint="--target-error")
-    keeps = AUTO in keep or (not keep and smooths and alpha is None)
-    keep = [pattern for pattern in keep if pattern not in (AUTO, NONE)]
+    keeps = _AUTO in keep or (not keep and smooths and alpha is None)
+    keep = [pattern for pattern in keep if pattern not in (_AUTO, _NONE)]
     if keeps and not smooths:
         raise typer.BadParameter("auto is for W8A8 that is smoothed", param_hint="--keep")
     if smooths and (imatrix or analyze):

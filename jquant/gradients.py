@@ -85,6 +85,7 @@ _EINSUMS: Mapping[str, Callable[[Array, Array], Array]] = {
     "δ² x²ᵀ": lambda x, g: _product("no,ni->oi", g * g, x * x),
     "|δ|² x²": lambda x, g: _product("n,ni->i", jnp.sum(g * g, axis=1), x * x),
     "δ² |x|²": lambda x, g: _product("no,n->o", g * g, jnp.sum(x * x, axis=1)),
+    "|δ|²": lambda x, g: jnp.sum(g * g),
     "δ δᵀ": lambda x, g: _product("no,np->op", g, g),
 }
 
@@ -94,6 +95,8 @@ GRADIENT = _sums("gradient", lambda out, in_: (out, in_), "δ xᵀ")
 FISHER = _sums("fisher", lambda out, in_: (out, in_), "δ² x²ᵀ")
 FISHER_COLUMNS = _sums("fisher_columns", lambda out, in_: (in_,), "|δ|² x²")
 FISHER_ROWS = _sums("fisher_rows", lambda out, in_: (out,), "δ² |x|²")
+# Σ |δ|², next to nothing: a pass for what else it shows, which still finds gradients that are not finite.
+SQUARES = _sums("squares", lambda out, in_: (), "|δ|²")
 # Σ δ δᵀ, [out, out], symmetric: the output's side of a Kronecker-factored Hessian (YAQA, Tseng et al. 2025).
 OUTPUT_PRODUCTS = _sums("ggt", lambda out, in_: (out, out), "δ δᵀ")
 

@@ -23,7 +23,7 @@ from jquant.calibrate import Progress, Stats, shared_inputs, within_block
 from jquant.core import UserError
 from jquant.io.samples import Samples
 from jquant.models import Block, Decoder, Parameters, run_block
-from jquant.smooth_passes import embedded
+from jquant.smooth_passes import cut, embedded
 from jquant.smooth_search import DEFAULT, Search
 from jquant.smoothing import Smoothing
 from jquant.stages import stage
@@ -61,8 +61,9 @@ def calibrate(
     Raises UserError where inputs were not measured.
     """
     part = slice(settings.few + settings.checked)
-    x, real = embedded(decoder, samples, part, settings.tokens)
-    fisher = token_fisher(decoder, samples.tokens[part, : settings.tokens], lengths=np.asarray(real))
+    x, _ = embedded(decoder, samples, part, settings.tokens)
+    tokens, lengths = cut(samples, part, settings.tokens)
+    fisher = token_fisher(decoder, tokens, lengths=lengths)
     found: dict[str, np.float32] = {}
     for i, block in enumerate(decoder.blocks):
         params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, x.shape[1]))

@@ -26,12 +26,17 @@ class Passed(NamedTuple):
     shown: dict[str, Array]  # what the block's matrices are given, by place: [s · t, width]
 
 
+def cut(samples: Samples, part: slice, tokens: int) -> tuple[Int[np.ndarray, "s t"], Int[np.ndarray, " s"]]:
+    """So many tokens of each of a part of the samples, and how many of them are real."""
+    ids = samples.tokens[part, :tokens]
+    return ids, np.minimum(real_tokens(samples.tokens, samples.lengths)[part], ids.shape[1])
+
+
 def embedded(
     decoder: Decoder, samples: Samples, part: slice, tokens: int
 ) -> tuple[Float[Array, "s t width"], Int[Array, " s"]]:
     """What goes into the first block of a part of the samples, so many tokens of each; their real tokens."""
-    ids = samples.tokens[part, :tokens]
-    lengths = np.minimum(real_tokens(samples.tokens, samples.lengths)[part], ids.shape[1])
+    ids, lengths = cut(samples, part, tokens)
     x = np.empty((*ids.shape, decoder.width), np.float32)
     embed_into(x, decoder, ids)
     return jnp.asarray(x), jnp.asarray(lengths, jnp.int32)

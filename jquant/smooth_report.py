@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from jquant.smoothing import Place, Smoothing
 from jquant.text import text_table
-from jquant.transforms.smooth import without_routers
 
 OUTLIERS = 20.0  # largest channel by the median one, from which 8 bits leave most channels few levels
 
@@ -48,8 +47,7 @@ def _start(place: Place, stored: Stored) -> str:
 
 
 def _names(place: Place, stored: Stored) -> list[str]:
-    consumers = without_routers(place.consumers)
-    return [part for name in consumers for part in stored[f"blk.{place.block}.{name}.weight"]]
+    return [part for name in place.matrices for part in stored[name]]
 
 
 def smoothing_report(smoothing: Smoothing, stored: Stored) -> list[dict[str, object]]:

@@ -25,11 +25,11 @@ import optax
 from jax import Array, lax
 from jaxtyping import Float
 
-from jquant.calibrate import Progress, Stats, real_tokens
+from jquant.calibrate import Progress, Stats
 from jquant.io.samples import Samples
 from jquant.models import Block, Decoder, Parameters, Rounding
 from jquant.smooth_error import STEPS, Data, Logs, by_range, by_token, error, error_of
-from jquant.smooth_passes import through_blocks
+from jquant.smooth_passes import cut, through_blocks
 from jquant.smoothing import Place, Smoothing, described, maxima
 from jquant.token_fisher import token_fisher
 from jquant.transforms import smooth
@@ -343,8 +343,8 @@ def fisher_of(
 ) -> Float[np.ndarray, "blocks s t"]:
     """What errors cost at the tokens that decide."""
     _, part = _parts(samples, settings)
-    real = np.minimum(real_tokens(samples.tokens, samples.lengths)[part], settings.tokens)
-    return token_fisher(decoder, samples.tokens[part, : settings.tokens], lengths=real, batch=batch)
+    tokens, lengths = cut(samples, part, settings.tokens)
+    return token_fisher(decoder, tokens, lengths=lengths, batch=batch)
 
 
 def _parts(samples: Samples, settings: Search) -> tuple[slice, slice]:

@@ -40,6 +40,11 @@ class Place(NamedTuple):
     before: float  # largest channel's maximum by the median channel's
     after: float
 
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """GGUF names of those that are given this input and may be quantized."""
+        return tuple(f"blk.{self.block}.{name}.weight" for name in smooth.without_routers(self.consumers))
+
 
 class Smoothing(NamedTuple):
     places: tuple[Place, ...]
@@ -62,17 +67,20 @@ class Smoothing(NamedTuple):
         """Blocks that stand out. Only they can have a place that does."""
         return tuple(i for i, (_, after) in enumerate(self.errors) if after > self.limit)
 
-    def stands_out(self, place: Place) -> bool:
+    def saved(self, place: Place) -> float:
+        """The error that is gone if the place's consumers stay as they are; 0 where `kept` does not say."""
         left = self.kept.get(place.block, {}).get(place.name)
-        return left is not None and self.errors[place.block][1] - left > self.limit
+        return 0.0 if left is None else self.errors[place.block][1] - left
+
+    def stands_out(self, place: Place) -> bool:
+        return self.saved(place) > self.limit
 
     def without_outstanding(self) -> Smoothing:
         """Where all that stands out stays as it is: errors without what each place's consumers cause."""
         errors = list(self.errors)
         for place in filter(self.stands_out, self.places):
             before, after = errors[place.block]
-            saved = self.errors[place.block][1] - self.kept[place.block][place.name]
-            errors[place.block] = before, max(after - saved, 0.0)
+            errors[place.block] = before, max(after - self.saved(place), 0.0)
         return self._replace(errors=tuple(errors), kept={})
 
 

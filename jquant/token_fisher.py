@@ -9,14 +9,12 @@ matrices are outliers, too.
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jaxtyping import Float, Int
 
-from jquant.calibrate import Progress, Stats, add, count_of
+from jquant.calibrate import Progress, Stats
 from jquant.core import BlockwiseModel
-from jquant.gradients import GradientCalibrator, ScratchTape, sampled_labels, stream_gradients
+from jquant.gradients import SQUARES, ScratchTape, sampled_labels, stream_gradients
 
 
 def token_fisher(
@@ -33,7 +31,7 @@ def token_fisher(
     blocks = stream_gradients(
         model,
         tokens,
-        _FINITE,
+        SQUARES,
         sampled_labels(seed),
         lengths=lengths,
         batch=batch,
@@ -56,16 +54,3 @@ class _Tape(ScratchTape):
         behind = self.cotangents(block + 1, ())  # it is there, of whatever shape
         self.fisher[block] = np.stack([np.mean(np.square(one), axis=-1) for one in behind])
         super().finish(block, stats)
-
-
-def _init(out: int, in_: int) -> Stats:
-    return {"fisher": jnp.zeros((), jnp.float32), "count": jnp.zeros((), jnp.int32)}
-
-
-def _update(stats: Stats, x: Array, g: Array, weight: Array) -> Stats:
-    squares = jnp.where(weight[:, None] > 0, jnp.square(g), 0.0)
-    return add(stats, {"fisher": jnp.sum(squares), "count": count_of(weight)})
-
-
-# Next to nothing, by which gradients that are not finite are found.
-_FINITE = GradientCalibrator(_init, _update, add)

@@ -17,7 +17,7 @@ from jquant.smooth_search import DEFAULT, Search, fisher_of, judged, search
 from jquant.smoothing import Smoothing
 from jquant.team import ALONE, Team
 from jquant.transcode import FLOAT_DTYPES
-from jquant.transforms.smooth import Factors, without_routers
+from jquant.transforms.smooth import Factors
 
 
 class Calibrated(NamedTuple):
@@ -54,12 +54,11 @@ def smooth_model(
     quantized = _quantized(checkpoint, plan)
     per_token = by_range if plan.scheme.asymmetric else by_token
     rounding = by_tensor if plan.scheme.static else per_token
-    if alpha is not None and not (judge or keep):
-        found = as_stored(checkpoint, smoothing.fixed(decoder, stats, alpha))
-    else:
+    found = None if alpha is None else as_stored(checkpoint, smoothing.fixed(decoder, stats, alpha))
+    if found is None or judge or keep:
         fisher = fisher_of(decoder, samples, settings, batch=batch)
-        if alpha is None:
-            found = search(
+        if found is None:
+            searched = search(
                 decoder,
                 samples,
                 stats,
@@ -69,9 +68,7 @@ def smooth_model(
                 rounding=rounding,
                 progress=searching,
             )
-        else:
-            found = smoothing.fixed(decoder, stats, alpha)
-        found = as_stored(checkpoint, found)
+            found = as_stored(checkpoint, searched)
         found = judged(decoder, samples, found, quantized, fisher, settings=settings, rounding=rounding)
         left = json.loads(team.told(json.dumps(_outstanding(checkpoint, found)))) if keep else ()
         if left:
@@ -88,8 +85,8 @@ def _outstanding(checkpoint: Checkpoint, smoothing: Smoothing) -> list[str]:
         part
         for place in smoothing.places
         if smoothing.stands_out(place)
-        for name in without_routers(place.consumers)
-        for part in checkpoint.weights[f"blk.{place.block}.{name}.weight"].parts
+        for name in place.matrices
+        for part in checkpoint.weights[name].parts
     ]
 
 

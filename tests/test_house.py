@@ -122,7 +122,7 @@ MAY_IMPORT = {
         "transforms",
         "transposed",
     },
-    "smooth_report": CORE | {"smoothing", "text", "transforms"},
+    "smooth_report": CORE | {"smoothing", "text"},
     "input_scales": CORE
     | {
         "activations",
