@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -19,7 +21,6 @@ Sampler = Callable[[int, np.ndarray, Sequence[int]], list[int]]
 
 _ERROR = 4  # ggml_log_level
 _said: list[str] = []  # errors that llama.cpp has printed since a model was opened
-_callback: object = None  # llama.cpp keeps no reference
 
 
 class LlamaCppEngine:
@@ -180,10 +181,17 @@ class LlamaCppEngine:
 
 
 def _listen() -> None:
-    """Keep what llama.cpp prints off the terminal, and its errors for a message of ours."""
-    global _callback
-    if _callback is not None:
-        return
+    """Keep what llama.cpp prints off the terminal, and its errors for a message of ours.
+
+    Whoever else uses llama.cpp in this process may have told it to speak elsewhere since the last time.
+    """
+    import llama_cpp
+
+    llama_cpp.llama_log_set(_hear(), ctypes.c_void_p(0))
+
+
+@cache  # llama.cpp keeps no reference
+def _hear() -> Any:
     import llama_cpp
 
     @llama_cpp.llama_log_callback
@@ -191,8 +199,7 @@ def _listen() -> None:
         if level == _ERROR:
             _said.append(text.decode(errors="replace").strip())
 
-    llama_cpp.llama_log_set(hear, ctypes.c_void_p(0))
-    _callback = hear
+    return hear
 
 
 def _reason() -> str:
