@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import _errors, _folder, _gguf, _options, _show, _targets
+from . import _errors, _folder, _gguf, _gguf_request, _options, _show, _targets
 from ._options import CALIBRATION, OUTPUT, REPORTING
 
 _TYPES = "Types"
@@ -194,14 +194,14 @@ def quantize(
         ),
     ] = 0.95,
     effort: Annotated[
-        _gguf.Effort,
+        _gguf_request.Effort,
         typer.Option(
             "--effort",
             help="fast, or best: some five times as long for up to 1% less error. With --feedback, best also "
             "tunes the whole file to the original's predictions, which takes several times longer again.",
             rich_help_panel=_TYPES,
         ),
-    ] = _gguf.Effort.fast,
+    ] = _gguf_request.Effort.fast,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -307,7 +307,7 @@ def quantize(
     if like and (type or pure):
         raise typer.BadParameter("--like says what each type is", param_hint="--type, --pure")
     _gguf.quantize(
-        _gguf.Request(
+        _gguf_request.Request(
             model=model,
             out=None if dry_run else out,
             type=type,
