@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import _errors, _folder, _gguf, _gguf_request, _options, _show, _targets
+from . import _errors, _folder, _folder_request, _gguf, _gguf_request, _options, _show, _targets
 from ._options import CALIBRATION, OUTPUT, REPORTING
 
 _TYPES = "Types"
@@ -153,13 +153,13 @@ def quantize(
         str | None,
         typer.Option("--embedding-type", help="Type of token_embd.weight.", rich_help_panel=_TYPES),
     ] = None,
-    keep: _folder.Keep = None,
-    alpha: _folder.Alpha = None,
-    no_smooth: _folder.NoSmooth = False,
-    static_activations: _folder.StaticActivations = False,
-    asymmetric_activations: _folder.AsymmetricActivations = False,
-    target_error: _folder.TargetError = None,
-    export_scales: _folder.ExportScales = None,
+    keep: _folder_request.Keep = None,
+    alpha: _folder_request.Alpha = None,
+    no_smooth: _folder_request.NoSmooth = False,
+    static_activations: _folder_request.StaticActivations = False,
+    asymmetric_activations: _folder_request.AsymmetricActivations = False,
+    target_error: _folder_request.TargetError = None,
+    export_scales: _folder_request.ExportScales = None,
     no_fallback: Annotated[
         bool,
         typer.Option(
@@ -258,12 +258,11 @@ def quantize(
         )
     texts = _options.Texts(calibration, samples, sequence_length, seed, parse_special)
     shard_bytes = _options.size_in_bytes(max_shard_size) if max_shard_size else None
-    if _folder.is_scheme(type):
-        _folder.quantize(
-            context,
-            model,
-            out,
-            str(type),
+    if _folder_request.is_scheme(type):
+        request = _folder_request.Request(
+            model=model,
+            out=None if dry_run else out,
+            type=str(type).upper(),
             keep=keep or [],
             alpha=alpha,
             no_smooth=no_smooth,
@@ -278,16 +277,14 @@ def quantize(
             batch=batch,
             revision=revision,
             pre_tokenizer=pre_tokenizer,
-            dry_run=dry_run,
             max_shard_bytes=shard_bytes,
             resume=resume,
             force=force,
             json=json,
             quiet=quiet,
-            coordinator=coordinator,
-            processes=processes,
-            process=process,
         )
+        request.check(context)
+        _folder.quantize(request, coordinator, processes, process)
         return
     if keep:
         raise typer.BadParameter("is for W8A8, FP8, W4A16, GPTQ and AWQ; see --rule", param_hint="--keep")
