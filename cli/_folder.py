@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from ._progress import ProgressBar
 if TYPE_CHECKING:
     from jquant.folder_writer import Ingredients, WrittenFolder
     from jquant.folders import Checkpoint, FedWeight, FolderPlan
+    from jquant.io.findings import Findings
     from jquant.io.imatrix import Imatrix
     from jquant.io.samples import Samples
     from jquant.smoothing import Smoothing
@@ -43,25 +45,12 @@ def quantize(asked: Request, coordinator: str | None, processes: int | None, pro
             _show.result(_plan_table(plan))
         return
     data = _calibration.read(checkpoint.model, asked.texts, quiet=asked.quiet) if asked.needs_text else None
-    calibrated = _calibrated(asked, checkpoint, plan, data) if data is not None else None
-    plan = calibrated.plan if calibrated else plan
-    made = _ingredients(asked, checkpoint, data, calibrated, importance)
-    fed = _fed(asked, checkpoint, plan, data, made) if data is not None else None
-    total = sum(spec.nbytes for spec in checkpoint.source.specs.values())
-    with ProgressBar(total, shown=not asked.quiet) as progress:
-        from jquant.folder_writer import write_folder
-
-        written = write_folder(
-            checkpoint,
-            plan,
-            asked.out,
-            made,
-            fed=fed,
-            max_shard_bytes=asked.max_shard_bytes,
-            resume=asked.resume,
-            force=asked.force,
-            progress=progress,
-        )
+    with _findings(asked, asked.out, checkpoint, plan, data) as findings:
+        calibrated = _calibrated(asked, checkpoint, plan, data, findings) if data is not None else None
+        plan = calibrated.plan if calibrated else plan
+        made = _ingredients(asked, checkpoint, data, calibrated, importance)
+        fed = _fed(asked, checkpoint, plan, data, made, findings) if data is not None else None
+        written = _write(asked, asked.out, checkpoint, plan, made, fed)
     missed = _missed(asked.out, calibrated and calibrated.smoothing, asked.target_error)
     if reports:
         _report(asked, asked.out, checkpoint, plan, calibrated, written, missed, start)
@@ -91,16 +80,38 @@ def _opened(asked: Request) -> tuple[Checkpoint, FolderPlan, Imatrix | None]:
     return checkpoint, plan, importance
 
 
-def _calibrated(asked: Request, checkpoint: Checkpoint, plan: FolderPlan, data: Samples) -> Calibrated | None:
+def _findings(
+    asked: Request, out: Path, checkpoint: Checkpoint, plan: FolderPlan, data: Samples | None
+) -> AbstractContextManager[Findings | None]:
+    """What a run of one process keeps for the one that resumes it."""
+    from jquant.fingerprints import common_facts, digest, digest_of_arrays, fingerprint
+    from jquant.io.findings import Findings
+    from jquant.team import everyone
+
+    if data is None or everyone().count > 1:
+        return nullcontext()
+    told = (checkpoint.config, plan.scheme.name, plan.scheme.static, plan.scheme.asymmetric, plan.quantized)
+    options = (asked.alpha, asked.no_smooth, asked.keep, asked.target_error, asked.feedback, asked.batch)
+    known = common_facts(checkpoint.model) | {
+        "plan": digest([str(told).encode()]),
+        "text": digest_of_arrays((data.tokens, data.lengths)),
+        "options": str(options),
+    }
+    return Findings(out, fingerprint(checkpoint.model, known), resume=asked.resume)
+
+
+def _calibrated(
+    asked: Request, checkpoint: Checkpoint, plan: FolderPlan, data: Samples, findings: Findings | None
+) -> Calibrated | None:
     """Smoothing and what comes with it, or static scales alone; None where neither is asked for."""
     from jquant.team import everyone
     from jquant.w8a8 import measure_model, smooth_model
 
     shown = _calibration.progress(data, quiet=asked.quiet)
     if not asked.smooths:
-        return (
-            measure_model(checkpoint, plan, data, batch=asked.batch, progress=shown) if asked.static else None
-        )
+        if not asked.static:
+            return None
+        return measure_model(checkpoint, plan, data, batch=asked.batch, progress=shown, findings=findings)
     found = smooth_model(
         checkpoint,
         plan,
@@ -112,6 +123,7 @@ def _calibrated(asked: Request, checkpoint: Checkpoint, plan: FolderPlan, data: 
         progress=shown,
         searching=_calibration.by_block("searched", quiet=asked.quiet),
         team=everyone(),
+        findings=findings,
     )
     kept = [name for name in plan.quantized if name not in found.plan.quantized]
     if kept and not asked.quiet:
@@ -150,7 +162,12 @@ def _ingredients(
 
 
 def _fed(
-    asked: Request, checkpoint: Checkpoint, plan: FolderPlan, data: Samples, made: Ingredients
+    asked: Request,
+    checkpoint: Checkpoint,
+    plan: FolderPlan,
+    data: Samples,
+    made: Ingredients,
+    findings: Findings | None,
 ) -> Iterator[FedWeight] | None:
     """Weights made with error feedback: where asked for, and unasked where factors are searched."""
     from jquant.fitting import Feedback
@@ -168,7 +185,32 @@ def _fed(
         )
     shown = _calibration.progress(learned, quiet=asked.quiet)
     feedback = Feedback(learned, batch=asked.batch, progress=shown)
-    return feed_back(checkpoint, plan, feedback, made.factors, everyone())
+    return feed_back(checkpoint, plan, feedback, made.factors, everyone(), findings)
+
+
+def _write(
+    asked: Request,
+    out: Path,
+    checkpoint: Checkpoint,
+    plan: FolderPlan,
+    made: Ingredients,
+    fed: Iterator[FedWeight] | None,
+) -> WrittenFolder:
+    from jquant.folder_writer import write_folder
+
+    total = sum(spec.nbytes for spec in checkpoint.source.specs.values())
+    with ProgressBar(total, shown=not asked.quiet) as progress:
+        return write_folder(
+            checkpoint,
+            plan,
+            out,
+            made,
+            fed=fed,
+            max_shard_bytes=asked.max_shard_bytes,
+            resume=asked.resume,
+            force=asked.force,
+            progress=progress,
+        )
 
 
 def _report(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jquant.calibrate import real_tokens
 from jquant.core import SCALE_DTYPES, Format, QuantizedTensor, ScaledFormat
 from jquant.fitting import Feedback
 from jquant.folders import Checkpoint, FedWeight, FolderPlan, stored_format
+from jquant.io.findings import Findings
 from jquant.io.samples import Samples
 from jquant.parallel import shares
 from jquant.team import ALONE, Team
@@ -37,9 +38,11 @@ def feed_back(
     feedback: Feedback,
     factors: Mapping[str, Factors] | None = None,
     team: Team = ALONE,
+    findings: Findings | None = None,
 ) -> Iterator[FedWeight]:
     """The weights that the plan quantizes, block by block. factors: of the smoothing before it. team: each
-    learns from a part of the samples, and all get the same weights."""
+    learns from a part of the samples, and all get the same weights. findings: of one process; blocks that an
+    interrupted run has fed are recalled."""
     model, chosen = checkpoint.model, set(plan.quantized)
     decoder = smoothing.open_decoder(model)
     architecture = models.for_config(checkpoint.config)
@@ -51,21 +54,40 @@ def feed_back(
     }
     blocked = {name: by_groups(format, model.source.specs[name].cols) for name, format in formats.items()}
     mine = shares(len(feedback.samples.tokens), team.me, team.count)
+
+    @lru_cache(maxsize=1)
+    def known(i: int) -> dict[str, np.ndarray]:
+        return (findings and findings.recall("fed", i)) or {}
+
     blocks = sequential.feed_back(
         smoothing.Smoothed(decoder, factors) if factors else decoder,
         feedback.samples.tokens[mine],
         blocked,
         lengths=feedback.samples.lengths[mine],
         settings=feedback.settings,
+        earlier=lambda name: known(int(name.split(".")[1])).get(f"{name}|data"),
         batch=feedback.batch,
         team=team,
         progress=feedback.progress,
     )
-    for block in blocks:
-        for name, fed in block.items():
+    for i, block in enumerate(blocks):
+        for name, fed in _remembered(findings, i, known(i), block).items():
             for part, rows in architecture.as_stored(config, checkpoint.weights[name], fed.data):
                 quantized = _taken_apart(rows, formats[name], blocked[name].block_bytes)
                 yield FedWeight(part, quantized, fed.error)
+
+
+def _remembered(
+    findings: Findings | None, i: int, known: Mapping[str, np.ndarray], made: Mapping[str, sequential.Fed]
+) -> Mapping[str, sequential.Fed]:
+    """The block with the errors that are known of it, or from now on known itself."""
+    if known:
+        return {name: fed._replace(error=float(known[f"{name}|error"])) for name, fed in made.items()}
+    if findings is not None and made:
+        data = {f"{name}|data": fed.data for name, fed in made.items()}
+        errors = {f"{name}|error": np.array(fed.error) for name, fed in made.items()}
+        findings.remember("fed", i, data | errors)
+    return made
 
 
 def enough(plan: FolderPlan, checkpoint: Checkpoint, samples: Samples) -> Samples:

@@ -26,6 +26,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from jquant.calibrate import Progress, Stats
+from jquant.io.findings import Findings
 from jquant.io.samples import Samples
 from jquant.models import Block, Decoder, Parameters, Rounding
 from jquant.smooth_error import STEPS, Data, Logs, by_range, by_token, error, error_of
@@ -100,6 +101,25 @@ class Found(NamedTuple):
     before: float  # error without smoothing, on the samples that decide
     alpha: float  # the least error of one alpha, on these
     after: float
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By name, for `Findings`. NaN is the alpha that is none."""
+        alphas = {name: np.array(np.nan if a is None else a) for name, a in self.alphas.items()}
+        return {
+            **{f"{name}|log": np.asarray(log) for name, log in self.logs.items()},
+            **{f"{name}|alpha": alpha for name, alpha in alphas.items()},
+            "errors": np.array([self.before, self.alpha, self.after]),
+        }
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> Found:
+        logs = {key.removesuffix("|log"): jnp.asarray(a) for key, a in arrays.items() if key.endswith("|log")}
+        alphas = {name: float(arrays[f"{name}|alpha"]) for name in logs}
+        return cls(
+            logs,
+            {name: None if np.isnan(alpha) else alpha for name, alpha in alphas.items()},
+            *(float(error) for error in arrays["errors"]),
+        )
 
 
 def search_block(
@@ -227,11 +247,13 @@ def search(
     *,
     settings: Search = DEFAULT,
     rounding: Rounding = by_token,
+    findings: Findings | None = None,
     progress: Progress = lambda done, count: None,
 ) -> Smoothing:
     """The factors of all blocks. quantized: GGUF names of the matrices that will be rounded. fisher: see
     `fisher_of`. rounding: of inputs, one of `STEPS`. With a zero, channels change their sign too, where that
-    makes the ranges of tokens smaller: s is negative.
+    makes the ranges of tokens smaller: s is negative. findings: blocks that an interrupted run has searched
+    are recalled.
 
     Every block is searched on what the original gives it. In memory are one block, activations of `samples` +
     `checked` samples of `tokens` tokens, and what the block's matrices are given of the former.
@@ -253,7 +275,15 @@ def search(
             for p in found_places
             if p.name in signs
         }
-        found = search_block(block, here, params, inputs, shown, data, checked, angles, settings, rounding)
+        known = findings and findings.recall("searched", i)
+        if known:
+            found = Found.of(known)
+        else:
+            found = search_block(
+                block, here, params, inputs, shown, data, checked, angles, settings, rounding
+            )
+            if findings is not None:
+                findings.remember("searched", i, found.arrays())
         told = described(i, found_places, stats, found.logs, found.alphas)
         places += [
             place._replace(scales=place.scales * np.asarray(signs.get(place.name, 1), np.float32))

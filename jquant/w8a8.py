@@ -11,6 +11,8 @@ import numpy as np
 from jquant import input_scales, smoothing
 from jquant.calibrate import Progress, Stats
 from jquant.folders import Checkpoint, FolderPlan, as_stored, leave_out
+from jquant.io.checkpoint import arrays_of, stats_of
+from jquant.io.findings import Findings
 from jquant.io.samples import Samples
 from jquant.smooth_error import by_range, by_tensor, by_token
 from jquant.smooth_search import DEFAULT, Search, fisher_of, judged, search
@@ -42,14 +44,16 @@ def smooth_model(
     progress: Progress = lambda done, count: None,
     searching: Progress = lambda done, count: None,
     team: Team = ALONE,
+    findings: Findings | None = None,
 ) -> Calibrated:
     """alpha: of the plain method; None: search. judge: measure the errors of blocks with an alpha too. keep:
     leave what is behind places that stand out as it is; what smoothing says is then of the other weights.
     progress: of measuring; searching: of the search. team: those who call this, and will keep the same.
+    findings: of one process; what an interrupted run has measured and searched is recalled.
 
     Raises UserError for a bad alpha, and for inputs that are not finite.
     """
-    stats = smoothing.measure(checkpoint.model, samples, batch=batch, progress=progress)
+    stats = _measured(checkpoint, samples, batch, findings, progress)
     decoder = smoothing.open_decoder(checkpoint.model)
     quantized = _quantized(checkpoint, plan)
     per_token = by_range if plan.scheme.asymmetric else by_token
@@ -66,6 +70,7 @@ def smooth_model(
                 fisher,
                 settings=settings,
                 rounding=rounding,
+                findings=findings,
                 progress=searching,
             )
             found = as_stored(checkpoint, searched)
@@ -97,11 +102,26 @@ def measure_model(
     *,
     batch: int = 4,
     progress: Progress = lambda done, count: None,
+    findings: Findings | None = None,
 ) -> Calibrated:
-    """Of a model that is not smoothed. Raises UserError for inputs that are not finite."""
-    stats = smoothing.measure(checkpoint.model, samples, batch=batch, progress=progress)
+    """Of a model that is not smoothed; findings as of `smooth_model`. Raises UserError for inputs that are
+    not finite."""
+    stats = _measured(checkpoint, samples, batch, findings, progress)
     scales = _scales(checkpoint, plan, samples, stats, None) if plan.scheme.static else None
     return Calibrated(stats, None, {}, {}, scales, plan)
+
+
+def _measured(
+    checkpoint: Checkpoint, samples: Samples, batch: int, findings: Findings | None, progress: Progress
+) -> Mapping[str, Stats]:
+    """Statistics of all inputs."""
+    known = findings and findings.recall("measured", 0)
+    if known:
+        return stats_of(known)
+    stats = smoothing.measure(checkpoint.model, samples, batch=batch, progress=progress)
+    if findings is not None:
+        findings.remember("measured", 0, arrays_of(stats))
+    return stats
 
 
 def _quantized(checkpoint: Checkpoint, plan: FolderPlan) -> frozenset[str]:

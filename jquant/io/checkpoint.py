@@ -133,20 +133,37 @@ def sync(path: Path) -> None:
 
 
 def read_stats(path: Path) -> dict[str, dict[str, Array]]:
-    stats: dict[str, dict[str, Array]] = {}
-    try:
-        with np.load(path) as stored:
-            for key in stored.files:
-                tensor, _, name = key.rpartition("|")
-                stats.setdefault(tensor, {})[name] = jnp.asarray(stored[key])
-    except (OSError, ValueError, zipfile.BadZipFile):
-        raise UserError(f"{path}: is damaged; delete the folder and start anew.") from None
-    return stats
+    return stats_of(read_arrays(path))
 
 
 def write_stats(path: Path, stats: Mapping[str, Mapping[str, Array]]) -> None:
     """The file appears when it is complete and on the disk."""
-    arrays = {f"{t}|{name}": np.asarray(a) for t, s in stats.items() for name, a in s.items()}
+    write_arrays(path, arrays_of(stats))
+
+
+def arrays_of(stats: Mapping[str, Mapping[str, Array]]) -> dict[str, np.ndarray]:
+    return {f"{t}|{name}": np.asarray(a) for t, s in stats.items() for name, a in s.items()}
+
+
+def stats_of(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Array]]:
+    """`arrays_of` turned round."""
+    stats: dict[str, dict[str, Array]] = {}
+    for key, array in arrays.items():
+        tensor, _, name = key.rpartition("|")
+        stats.setdefault(tensor, {})[name] = jnp.asarray(array)
+    return stats
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as stored:
+            return {key: stored[key] for key in stored.files}
+    except (OSError, ValueError, zipfile.BadZipFile):
+        raise UserError(f"{path}: is damaged; delete the folder and start anew.") from None
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """An npz file, which appears when it is complete and on the disk."""
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
