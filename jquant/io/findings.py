@@ -31,7 +31,7 @@ class Findings:
         Raises OutputError where what is resumed has another fingerprint, another run is at it, or the folder
         cannot be written.
         """
-        self._out, self._folder = out, out.with_name(out.name + ".partial.findings")
+        self._folder = out.with_name(out.name + ".partial.findings")
         mark = self._folder / _MARK
         with reporting(self._folder):
             if self._folder.exists() and not mark.is_file():
