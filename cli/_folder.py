@@ -84,16 +84,18 @@ def _findings(
     asked: Request, out: Path, checkpoint: Checkpoint, plan: FolderPlan, data: Samples | None
 ) -> AbstractContextManager[Findings | None]:
     """What a run of one process keeps for the one that resumes it."""
-    from jquant.fingerprints import common_facts, digest, digest_of_arrays, fingerprint
+    from jquant.fingerprints import digest_of_arrays, fingerprint
+    from jquant.folder_writer import plan_facts
     from jquant.io.findings import Findings
     from jquant.team import everyone
 
     if data is None or everyone().count > 1:
         return nullcontext()
-    told = (checkpoint.config, plan.scheme.name, plan.scheme.static, plan.scheme.asymmetric, plan.quantized)
-    options = (asked.alpha, asked.no_smooth, asked.keep, asked.target_error, asked.feedback, asked.batch)
-    known = common_facts(checkpoint.model) | {
-        "plan": digest([str(told).encode()]),
+    options = (
+        *(asked.asymmetric, asked.alpha, asked.no_smooth, asked.keep, asked.target_error),
+        *(asked.feedback, asked.batch),
+    )
+    known = plan_facts(checkpoint, plan) | {
         "text": digest_of_arrays((data.tokens, data.lengths)),
         "options": str(options),
     }

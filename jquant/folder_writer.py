@@ -139,14 +139,16 @@ def write_folder(
     return WrittenFolder(sorted(out.iterdir()), {k: v for text in told for k, v in json.loads(text).items()})
 
 
+def plan_facts(checkpoint: Checkpoint, plan: FolderPlan) -> dict[str, str]:
+    """What any folder of this plan depends on, by name."""
+    told = (checkpoint.config, plan.scheme.name, plan.scheme.static, plan.quantized, plan.layout)
+    return common_facts(checkpoint.model) | {"plan": digest([str(told).encode()])}
+
+
 def _facts(checkpoint: Checkpoint, plan: FolderPlan, made: Ingredients, *, fed: bool) -> dict[str, str]:
     """What the bytes depend on, by name, but for those that are fed, which are written anew by each run."""
-    told = (checkpoint.config, plan.scheme.name, plan.scheme.static, plan.quantized, plan.layout, fed)
-    return {
-        **common_facts(checkpoint.model),
-        "plan": digest([str(told).encode()]),
-        "calibration": digest_of_arrays(made),
-    }
+    known = plan_facts(checkpoint, plan)
+    return known | {"fed": str(fed), "calibration": digest_of_arrays(made)}
 
 
 def _open_sink(
