@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,16 @@ def user_cache_dir() -> Path:
 
 
 def start_jax() -> None:
-    """Keep compiled code across runs: a format then compiles once per machine, not once per run."""
+    """Keep compiled code across runs: a format then compiles once per machine, not once per run.
+
+    In JAX_COMPILATION_CACHE_DIR, where the user has one.
+    """
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(user_cache_dir() / "xla"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(user_cache_dir() / "xla"))
+    # JAX writes entries in place: one that another process is writing is compiled here instead.
+    warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

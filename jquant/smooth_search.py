@@ -217,7 +217,7 @@ def _seen(
         alone = []
         for name in consumers:
             rows = _some(params[name]["weight"], x.shape[1], rng)
-            felt = error(block, frozenset({name}), params, logs, check, angles, rounding)
+            felt = error(block, quantized, params, logs, check, angles, rounding, only=[name])
             own = Seen(x, tokens, rows, jnp.ones(len(rows)))
             expected = estimate(place, logs[place.name], _part(own), STEPS[rounding])
             alone.append((rows, jnp.full(len(rows), felt / jnp.where(expected > 0, expected, 1.0))))
@@ -365,7 +365,8 @@ def _lost(
     alone: Sequence[str] = (),
 ) -> float:
     """The block's error, these of its matrices not rounded."""
-    return float(error(block, quantized.difference(alone), params, logs, check, angles, rounding))
+    rounded = quantized.difference(alone)
+    return float(error(block, quantized, params, logs, check, angles, rounding, only=rounded))
 
 
 def fisher_of(

@@ -141,7 +141,8 @@ def maxima(coupling: Coupling, block: int, stats: Mapping[str, Stats]) -> Array:
     name = f"blk.{block}.{(routers or coupling.consumers)[0]}.weight"
     if name not in stats:
         raise UserError(f"{name}: nothing is known of its inputs; measure them on this model.")
-    return smooth.of_channels(coupling, jnp.asarray(stats[name]["absmax"]))
+    # Statistics are held to the host's memory; what is made of them is computed where the weights are.
+    return smooth.of_channels(coupling, jnp.asarray(np.asarray(stats[name]["absmax"])))
 
 
 def fixed(decoder: Decoder, stats: Mapping[str, Stats], alpha: float) -> Smoothing:

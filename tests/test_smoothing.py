@@ -196,12 +196,23 @@ def test_factors_of_their_own_fit_samples_better_than_any_alpha(model):
     data, shown = smooth_passes.through(block, params, x, jnp.full(3, 48), None, angles)
     here = frozenset({"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"})
     inputs = {c.name: smoothing.maxima(c, 0, stats) for c in smooth.couplings(block)}
+    compiled = smooth_error._error._cache_size()
     found = smooth_search.search_block(
         block, here, params, inputs, shown, data, data, angles, Search(steps=20)
     )
+    assert smooth_error._error._cache_size() - compiled == 1  # whatever part of the block it is asked of
     # Where one place's own factors gain next to nothing, a last bit may decide for its alpha.
     assert list(found.alphas.values()).count(None) > len(found.alphas) / 2
     assert found.after < 0.95 * found.alpha < found.alpha < 0.2 * found.before
+
+
+def test_maxima_do_not_hold_the_search_to_the_host(model):
+    """They are made of statistics that are committed to it, and what a GPU's arrays are combined with that is
+    committed to the host is computed on the host."""
+    opened = open_checkpoint(model).model
+    decoder, stats = smoothing.open_decoder(opened), smoothing.measure(opened, calibration(opened))
+    assert all(s["absmax"].committed for s in stats.values())
+    assert not any(smoothing.maxima(c, 0, stats).committed for c in smooth.couplings(decoder.blocks[0]))
 
 
 def test_gradients_of_the_search_point_downhill(model):
