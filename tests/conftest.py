@@ -6,11 +6,22 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The user's own compilation cache is not for tests to fill.
+# The user's own cache is not for tests to fill.
 os.environ["JQUANT_CACHE"] = tempfile.mkdtemp(prefix="jquant-tests-")
 atexit.register(shutil.rmtree, os.environ["JQUANT_CACHE"], ignore_errors=True)
+
+# Most of the time of these tests is XLA's: what it compiles is kept for the other workers, for the commands
+# that tests start, and for the next run.
+COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "xla"
+COMPILED.mkdir(parents=True, exist_ok=True)
+if "PYTEST_XDIST_WORKER" not in os.environ and sum(e.stat().st_size for e in COMPILED.iterdir()) > 4 << 30:
+    shutil.rmtree(COMPILED)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest

@@ -38,8 +38,6 @@ def environment(devices: int = 1) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")]),
-        "JAX_COMPILATION_CACHE_DIR": f"{os.environ['JQUANT_CACHE']}/xla",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
 
@@ -49,7 +47,7 @@ def start(commands: Sequence[Sequence[str]], devices: int = 1) -> list[subproces
     return [subprocess.Popen(c, stdout=pipe, stderr=pipe, text=True, env=env) for c in commands]
 
 
-def wait(started: Sequence[subprocess.Popen[str]], seconds: float = 240) -> list[Ended]:
+def wait(started: Sequence[subprocess.Popen[str]], seconds: float = 900) -> list[Ended]:
     try:
         ended = [(*process.communicate(timeout=seconds), process.returncode) for process in started]
         return [Ended(code, _ours(out), err) for out, err, code in ended]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,8 @@ from jquant.sharding import shard_map
 SHAPE = (2, 3, 512)
 TWO_DEVICES = Mesh(np.array(jax.devices()[:2]), ("rows",))
 ENCODABLE = [f for f in FORMATS.values() if f.can_encode]
-# One format of each kind in every run; the others where there is time for their compilation.
+# One format of each kind by each transform in every run; the others by all at once, which compiles once.
 EACH_KIND = {"F16", "Q4_0", "Q4_1", "Q4_K"}
-
-
-def formats(found: list[Format]) -> list:
-    return [pytest.param(f, id=f.name, marks=() if f.name in EACH_KIND else pytest.mark.slow) for f in found]
 
 
 def sharded(function: Callable, x: jax.Array) -> jax.Array:
@@ -40,7 +36,22 @@ TRANSFORMS: dict[str, Callable[[Callable, jax.Array], jax.Array]] = {
     "lax.map": lambda f, x: lax.map(lambda rows: lax.map(f, rows), x),
     "shard_map": sharded,
 }
-every_transform = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+
+
+def at_once(function: Callable, x: jax.Array) -> jax.Array:
+    return sharded(lambda rows: lax.map(jax.vmap(function), rows), x)
+
+
+def transformed(found: Iterable[Format]) -> list:
+    """Parameters format and transform."""
+    cases = []
+    for format in found:
+        if format.name in EACH_KIND:
+            cases += [pytest.param(format, f, id=f"{format.name}-{name}") for name, f in TRANSFORMS.items()]
+        else:
+            name = f"{format.name}-shard_map of lax.map of vmap"
+            cases.append(pytest.param(format, at_once, id=name, marks=pytest.mark.slow))
+    return cases
 
 
 def weights() -> jax.Array:
@@ -52,21 +63,23 @@ def weights() -> jax.Array:
     return jnp.asarray(x)
 
 
-def encoder(format: Format, weighted: bool) -> Callable[[jax.Array], jax.Array]:
-    importance = jnp.asarray(specs.importance(SHAPE[-1])) if weighted or format.needs_importance else None
+def encoder(format: Format, importance: jax.Array | None = None) -> Callable[[jax.Array], jax.Array]:
     return lambda x: quantize(x, format, importance).parts["blocks"]
 
 
-@every_transform
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "importance"])
-@pytest.mark.parametrize("format", formats(ENCODABLE))
-def test_transformed_encoding_gives_the_same_bytes(format, weighted, transform):
-    encode, x = encoder(format, weighted), weights()
+@pytest.mark.parametrize(("format", "transform"), transformed(f for f in ENCODABLE if not f.needs_importance))
+def test_transformed_encoding_gives_the_same_bytes(format, transform):
+    encode, x = encoder(format), weights()
     assert (np.asarray(transform(encode, x)) == np.asarray(encode(x))).all()
 
 
-@every_transform
-@pytest.mark.parametrize("format", formats(list(FORMATS.values())))
+@pytest.mark.parametrize(("format", "transform"), transformed(ENCODABLE))
+def test_transformed_encoding_by_importance_gives_the_same_bytes(format, transform):
+    encode, x = encoder(format, jnp.asarray(specs.importance(SHAPE[-1]))), weights()
+    assert (np.asarray(transform(encode, x)) == np.asarray(encode(x))).all()
+
+
+@pytest.mark.parametrize(("format", "transform"), transformed(FORMATS.values()))
 def test_transformed_decoding_gives_the_same_bits(format, transform):
     row_bytes = SHAPE[-1] // format.block_size * format.block_bytes
     data = np.random.default_rng(0).integers(0, 256, (*SHAPE[:-1], row_bytes), dtype=np.uint8)

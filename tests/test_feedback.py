@@ -83,7 +83,7 @@ def test_the_factors_give_the_hessian_back(group):
 
 @pytest.mark.parametrize("name", ["Q2_K", "IQ2_XXS", "Q4_0"])
 def test_without_correlations_it_is_quantization_with_importance(name):
-    W, importance = matrix(16, 512), jnp.exp(matrix(1, 512, seed=3)[0] / 2)
+    W, importance = matrix(32, 512), jnp.exp(matrix(1, 512, seed=3)[0] / 2)
     found = feedback(W, factor(jnp.diag(importance), FORMATS[name].group_size, damping=0.0), FORMATS[name])
     plain = quantize(W, FORMATS[name], importance)
     same = np.mean(np.all(dequantize(found) == dequantize(plain), axis=1))
@@ -115,7 +115,7 @@ def test_a_hessian_without_inverse_does_no_harm(name, H):
         x[:, ::2] = 0
     if H == "one column rules":
         x[:, 7] *= 1e4
-    W, products = matrix(8, 512), jnp.asarray(x.T @ x)
+    W, products = matrix(32, 512), jnp.asarray(x.T @ x)
     decoded = dequantize(feedback(W, factor(products, FORMATS[name].group_size), FORMATS[name]))
     assert np.isfinite(decoded).all()
     # However little the inputs say, weights remain near what they were.

@@ -78,7 +78,7 @@ def test_gradients_are_those_of_the_whole_model(architecture, tmp_path):
         assert_close(stats["gradient"], sum(g[name] for g in whole), name)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma2ForCausalLM", "Qwen2MoeForCausalLM"])
 def test_where_a_matrix_is_used_once_the_fisher_diagonal_is_the_mean_squared_gradient(architecture, tmp_path):
     """Of two tokens the second has no next one: nothing that is computed at it changes the loss."""
     decoder = opened(write_tiny(tmp_path, architecture))
@@ -107,8 +107,11 @@ def test_columns_and_rows_are_the_sums_of_the_fisher_diagonal(architecture, tmp_
         np.testing.assert_allclose(s["fisher_rows"], s["fisher"].sum(-1), rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("labels", [text_labels, sampled_labels(7)], ids=["text", "sampled"])
-@pytest.mark.parametrize("architecture", ["Gemma3ForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize(
+    ("architecture", "labels"),
+    [("Gemma3ForCausalLM", text_labels), ("Qwen3MoeForCausalLM", sampled_labels(7))],
+    ids=["Gemma3ForCausalLM-text", "Qwen3MoeForCausalLM-sampled"],
+)
 def test_two_halves_merge_to_the_whole(architecture, labels, tmp_path):
     decoder = opened(write_tiny(tmp_path, architecture))
     run = partial(collect_gradients, decoder, calibrator=ALL, labels=labels)
@@ -124,11 +127,12 @@ def test_two_halves_merge_to_the_whole(architecture, labels, tmp_path):
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MixtralForCausalLM"])
 def test_padding_counts_for_nothing(architecture, tmp_path):
     decoder = opened(write_tiny(tmp_path, architecture))
-    padded = np.where(np.arange(24) < LENGTHS[:, None], TOKENS, 5)
-    together_ = collect_gradients(decoder, padded, ALL, text_labels, lengths=LENGTHS)
+    lengths = LENGTHS[:4]
+    padded = np.where(np.arange(24) < lengths[:, None], TOKENS[:4], 5)
+    together_ = collect_gradients(decoder, padded, ALL, text_labels, lengths=lengths)
     alone = [
         collect_gradients(decoder, TOKENS[k : k + 1, :n], ALL, text_labels)
-        for k, n in enumerate(LENGTHS.tolist())
+        for k, n in enumerate(lengths.tolist())
     ]
     for name, stats in together_.items():
         for key, value in stats.items():

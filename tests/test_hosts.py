@@ -109,7 +109,7 @@ def test_what_is_only_copied_has_a_cost_of_any_type():
 
 @pytest.mark.parametrize(
     ("processes", "kind"),
-    [(2, "Q2_K"), *(pytest.param(n, "IQ2_M", marks=pytest.mark.slow) for n in (2, 3, 4))],
+    [(2, "Q2_K"), pytest.param(3, "IQ2_M", marks=pytest.mark.slow)],
 )
 def test_several_processes_write_the_bytes_of_one(processes, kind, model, tmp_path):
     matrix = imatrix_file(tmp_path / "imatrix.gguf", model, prefix="blk.")
@@ -231,15 +231,14 @@ def test_processes_balance_inputs_alike(model, text, tmp_path):
     assert plain.read_bytes() != one.read_bytes()
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_processes_share_error_feedback(processes, model, text, tmp_path):
+def test_processes_share_error_feedback(model, text, tmp_path):
     options = ["--type", "Q2_K", "--feedback", "--calibration", text, "--samples", 6]
     # The weight of a token is bounded by the median of its batch: these are the same for one and for many.
-    options += ["--batch", 6 // processes, "--sequence-length", 64, "--json"]
+    options += ["--batch", 3, "--sequence-length", 64, "--json"]
     one, many = tmp_path / "one.gguf", tmp_path / "many.gguf"
     told = json.loads(command("quantize", model, one, *options))
-    ended = quantize(processes, model, many, *options, "--effort", "best")
-    assert [e.code for e in ended] == [0] * processes, ended
+    ended = quantize(2, model, many, *options, "--effort", "best")
+    assert [e.code for e in ended] == [0, 0], ended
     assert "tuning is of one process" in ended[0].err
     first = json.loads(ended[0].out)
     assert first["feedback"].keys() == told["feedback"].keys()
@@ -286,21 +285,19 @@ except mesh.LostError as error:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [2, 1])
-def test_a_process_killed_in_error_feedback_ends_all_and_the_run_goes_on(after, model, text, tmp_path):
+def test_a_process_killed_in_error_feedback_ends_all_and_the_run_goes_on(model, text, tmp_path):
     whole, out = tmp_path / "whole.gguf", tmp_path / "m.gguf"
     arguments = [str(model), str(out), str(text)]
     ended = run(FED, 2, *arguments, "", "1")
     assert [e.code for e in ended] == [3, -signal.SIGKILL], ended
     assert "a process of this run is gone" in ended[0].err
     assert not out.exists()
-    ended = run(FED, after, *arguments, "resume", "")
-    assert [e.code for e in ended] == [0] * after, ended
+    ended = run(FED, 2, *arguments, "resume", "")
+    assert [e.code for e in ended] == [0, 0], ended
     assert [e.code for e in run(FED, 2, str(model), str(whole), str(text), "", "")] == [0, 0]
     ours, theirs = GgufSource(out), GgufSource(whole)
     for name in ours.specs:
-        if after == 2 or name.startswith("blk.0."):  # of the block that was done
-            np.testing.assert_array_equal(ours.read(name), theirs.read(name), err_msg=name)
+        np.testing.assert_array_equal(ours.read(name), theirs.read(name), err_msg=name)
 
 
 FOLDER = (
@@ -336,9 +333,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [(3, 2), *(pytest.param(*n, marks=pytest.mark.slow) for n in [(2, 3), (2, 1)])]
-)
+@pytest.mark.parametrize(("before", "after"), [(3, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_processes_share_a_folder_and_another_number_of_them_goes_on(before, after, model, tmp_path):
     out, alone = tmp_path / "out", tmp_path / "alone"
     ended = run(FOLDER, before, str(model), str(out), "", "1")

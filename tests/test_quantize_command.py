@@ -215,7 +215,7 @@ def test_the_number_of_threads_does_not_change_the_bytes(model, tmp_path):
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path):
     folder, whole, out = tmp_path / "llama", tmp_path / "whole.gguf", tmp_path / "out.gguf"
     write_tiny(folder, "LlamaForCausalLM", num_hidden_layers=24, hidden_size=512, intermediate_size=1024)
-    environment = {**os.environ, "JQUANT_CACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     command = [JQUANT, "quantize", str(folder), "--type", "Q4_K_M", "-q", "--threads", "1"]
     subprocess.run([*command, str(whole)], check=True, env=environment, stdout=subprocess.DEVNULL)
     start = time.monotonic()

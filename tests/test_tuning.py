@@ -44,7 +44,7 @@ def decoder(model):
 
 
 def stored(format, seed=0):
-    x = jnp.asarray(np.random.default_rng(seed).standard_t(5, (4, 512)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(seed).standard_t(5, (32, 512)), jnp.float32)
     return moving.Stored({"a.weight": quantize(x, format, jnp.ones(512)).parts["blocks"]}, {}, {})
 
 
