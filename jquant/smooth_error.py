@@ -71,42 +71,6 @@ def _rounded_weights(w: Float[Array, "*rows cols"]) -> Float[Array, "*rows cols"
     return _round(w, scale, jnp.round(lax.stop_gradient(w / scale)))
 
 
-def error_of(
-    block: Block,
-    quantized: frozenset[str],
-    params: Parameters,
-    logs: Logs,
-    data: Data,
-    angles: Array,
-    rounding: Rounding = by_token,
-    rounds: Mapping[str, Array] | None = None,
-) -> Array:
-    """The mean KL divergence, in nats, that the block's error is expected to cause: ½ Σ f |ŷ − y|² by the
-    number of tokens. rounds: of each of `quantized` whether it is; None: all are."""
-    made = smooth.smoothed(block, params, jax.tree.map(jnp.exp, logs))
-    for name in quantized:
-        weight = made[name]["weight"]
-        made[name] = {**made[name], "weight": _rounded_weights(weight)}
-        if rounds is not None:
-            told = rounds[name]
-            made[name]["weight"] = jnp.where(told, made[name]["weight"], weight)
-            # What a block tells a rounding of its matrix, expert by expert, is here whether to round.
-            made[name]["input_scale"] = jnp.broadcast_to(told, weight.shape[:-2])
-    chosen = rounding if rounds is None else _where_told(rounding)
-    rounded = block.clone(rounding=chosen, rounded=quantized)
-    out = cast(Array, rounded.apply({"params": made}, data.x, angles))
-    lost = jnp.sum(jnp.square(out - data.y), axis=-1)
-    return jnp.sum(lost.reshape(-1) * data.fisher) / (2 * jnp.sum(data.weight))
-
-
-@cache
-def _where_told(rounding: Rounding) -> Rounding:
-    return lambda x, told: jnp.where(told, rounding(x), x)
-
-
-_error = partial(jax.jit, static_argnums=(0, 1, 6))(error_of)
-
-
 def error(
     block: Block,
     quantized: frozenset[str],
@@ -117,6 +81,39 @@ def error(
     rounding: Rounding = by_token,
     only: Collection[str] | None = None,
 ) -> Array:
-    """`error_of`, compiled once for all choices of those of `quantized` that are rounded."""
+    """The mean KL divergence, in nats, that the block's error is expected to cause: ½ Σ f |ŷ − y|² by the
+    number of tokens. only: those of `quantized` that are rounded, all where it is None; compiled once for all
+    choices."""
     rounds = {name: jnp.asarray(only is None or name in only) for name in quantized}
-    return _error(block, quantized, params, logs, data, angles, rounding, rounds)
+    return _error(block, rounding, rounds, params, logs, data, angles)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _error(
+    block: Block,
+    rounding: Rounding,
+    rounds: Mapping[str, Array],
+    params: Parameters,
+    logs: Logs,
+    data: Data,
+    angles: Array,
+) -> Array:
+    """rounds: of each matrix that may be rounded whether it is."""
+    made = smooth.smoothed(block, params, jax.tree.map(jnp.exp, logs))
+    for name, told in rounds.items():
+        weight = made[name]["weight"]
+        # What a block tells a rounding of its matrix, expert by expert, is here whether to round.
+        made[name] = {
+            **made[name],
+            "weight": jnp.where(told, _rounded_weights(weight), weight),
+            "input_scale": jnp.broadcast_to(told, weight.shape[:-2]),
+        }
+    rounded = block.clone(rounding=_where_told(rounding), rounded=frozenset(rounds))
+    out = cast(Array, rounded.apply({"params": made}, data.x, angles))
+    lost = jnp.sum(jnp.square(out - data.y), axis=-1)
+    return jnp.sum(lost.reshape(-1) * data.fisher) / (2 * jnp.sum(data.weight))
+
+
+@cache
+def _where_told(rounding: Rounding) -> Rounding:
+    return lambda x, told: jnp.where(told, rounding(x), x)

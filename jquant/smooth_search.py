@@ -29,7 +29,7 @@ from jquant.calibrate import Progress, Stats
 from jquant.io.findings import Findings
 from jquant.io.samples import Samples
 from jquant.models import Block, Decoder, Parameters, Rounding
-from jquant.smooth_error import STEPS, Data, Logs, by_range, by_token, error, error_of
+from jquant.smooth_error import STEPS, Data, Logs, by_range, by_token, error
 from jquant.smooth_passes import cut, through_blocks
 from jquant.smoothing import Place, Smoothing, described, maxima
 from jquant.token_fisher import token_fisher
@@ -77,9 +77,7 @@ def _adam(
         logs, state = carry
         # Relative errors are tiny; Adam does not mind, and their logarithm has gradients of a usual size.
         gradient = jax.grad(
-            lambda logs: jnp.log(
-                error_of(block, quantized, params, {**fixed, **logs}, data, angles, rounding)
-            )
+            lambda logs: jnp.log(error(block, quantized, params, {**fixed, **logs}, data, angles, rounding))
         )(logs)
         finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0.0), gradient)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of counts
