@@ -25,7 +25,7 @@ FLAG = "--without"
 
 
 def _settings(**changes: object) -> None:
-    from jquant import sequential
+    from jquant.ldlq import sequential
 
     usual = sequential.feed_back
 
@@ -36,13 +36,13 @@ def _settings(**changes: object) -> None:
 
 
 def _correction(alpha: float) -> None:
-    from jquant.transforms.correction import Strength
+    from jquant.ldlq.correction import Strength
 
     _settings(correction=Strength(alpha, 0.05))
 
 
 def _trusting() -> None:
-    from jquant import sequential
+    from jquant.ldlq import sequential
 
     sequential.TRUST = 1.0
 
@@ -51,8 +51,8 @@ def _nearest() -> None:
     """Scales and codes by the diagonal of the same Hessian, one after the other, nothing fed on."""
     import jax.numpy as jnp
 
-    from jquant import sequential
-    from jquant.transforms.feedback import Factor
+    from jquant.ldlq import sequential
+    from jquant.ldlq.ldlq import Factor
 
     def diagonal(H, group_size, damping):
         groups = jnp.diagonal(H).reshape(-1, group_size)
@@ -66,7 +66,7 @@ def _without_importance() -> None:
     """Scales that fit the weights alone and the nearest codes, as GPTQ has them, with the same feedback."""
     import jax.numpy as jnp
 
-    from jquant import sequential
+    from jquant.ldlq import sequential
 
     usual = sequential.feed_back
 
@@ -87,7 +87,7 @@ def _without_importance() -> None:
 
 
 def _without_output() -> None:
-    from jquant import fitting
+    from jquant.writers import gguf_feedback as fitting
 
     usual = fitting.fed_entries
     fitting.fed_entries = lambda *given: [entry for entry in usual(*given) if entry.name.startswith("blk.")]
@@ -98,7 +98,7 @@ def _ordered() -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from jquant import sequential
+    from jquant.ldlq import sequential
 
     factor, coded, superblock = sequential.factor, sequential.Fitter.rows, 256
     order = np.zeros(1, int)  # of the columns that were factored last
@@ -119,20 +119,20 @@ def _ordered() -> None:
 
 
 def _one_round() -> None:
-    from jquant.transforms import feedback
+    from jquant.ldlq import ldlq as feedback
 
     feedback.ROUNDS = 1
 
 
 def _uncapped() -> None:
-    from jquant import streams
+    from jquant.ldlq import streams
 
     streams.CAP = float("inf")
 
 
 def _not_sequential() -> None:
     """Hessians of the original model's own activations; so nothing to correct either."""
-    from jquant.streams import Streams
+    from jquant.ldlq.streams import Streams
 
     def shown(self, part, names, usual=Streams._shown_in):
         return usual(self, 0, part, names), usual(self, 0, part, names)
@@ -148,11 +148,11 @@ def _outputs() -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from jquant import sequential
+    from jquant.calibration.gradients import OUTPUT_PRODUCTS, collect_gradients, sampled_labels
     from jquant.core import QuantizedTensor, dequantize
-    from jquant.gradients import OUTPUT_PRODUCTS, collect_gradients, sampled_labels
-    from jquant.streams import Streams
-    from jquant.transforms.feedback import PRECISION, factor, feedback_rows
+    from jquant.ldlq import sequential
+    from jquant.ldlq.ldlq import PRECISION, factor, feedback_rows
+    from jquant.ldlq.streams import Streams
 
     rows, damping = 64, 0.1
     products: dict[str, np.ndarray] = {}

@@ -26,10 +26,9 @@ from memory import peak
 from record import record
 
 from jquant import models
-from jquant.analyze import load_samples
-from jquant.calibrate import HESSIAN, SECOND_MOMENTS, Calibrator, collect
-from jquant.convert import open_model
-from jquant.weights import Weights
+from jquant.calibration import HESSIAN, SECOND_MOMENTS, Calibrator, collect, load_samples
+from jquant.checkpoints.model import open_model
+from jquant.checkpoints.weights import Weights
 
 WIDTH, FFN, HEADS, VOCAB = 3072, 8192, 24, 1000
 SEVEN_B = {"blocks": 32, "width": 4096, "weights": 6.5e9, "tokens": 512 * 2048, "length": 2048}

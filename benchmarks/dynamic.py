@@ -23,12 +23,13 @@ import numpy as np
 from peers import llama_quantize
 from scores import CONTEXT, score
 
-from jquant import dynamic
-from jquant.convert import Model, open_model
-from jquant.gguf_writer import write_gguf
+from jquant.allocation import _fit as dynamic
+from jquant.allocation.candidates import candidates
+from jquant.checkpoints.model import Model, open_model
+from jquant.checkpoints.weights import Weights
 from jquant.io import imatrix as imatrix_file
-from jquant.plan import candidates, runtime_types, settle
-from jquant.weights import Weights
+from jquant.plan import runtime_types, settle
+from jquant.writers.gguf import write_gguf
 
 WEIGHTS = {"search": "gradients", "feedback": "usual"}  # of ways that are none themselves
 JQUANT = str(Path(sys.executable).with_name("jquant"))

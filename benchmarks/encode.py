@@ -28,7 +28,7 @@ from record import record
 
 import ggml  # isort: skip
 from jquant import FORMATS, Format, quantize
-from jquant.transcode import slab_rows, transcode
+from jquant.checkpoints import slab_rows, transcode
 
 COLS = 4096
 Encoder = Callable[[np.ndarray], object]

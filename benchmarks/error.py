@@ -23,8 +23,8 @@ import ggml  # isort: skip
 from record import record
 
 from jquant import FORMATS, Format
+from jquant.checkpoints import slab_rows, transcode
 from jquant.io import imatrix as imatrix_file
-from jquant.transcode import slab_rows, transcode
 
 F32 = FORMATS["F32"]
 LEAST_ERROR = 1e-9  # of Σ w x²: matrices that both encode exactly say nothing

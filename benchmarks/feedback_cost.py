@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from shapes import MODELS, block_shapes
 
-from jquant.transforms.correction import JUDGED, RIDGES
+from jquant.ldlq.correction import JUDGED, RIDGES
 
 # Measured: operations a second of a block's forward pass and of Hessians in float32, of a Cholesky factor
 # with its solves (4096³ in 3 ms), and weights a second of the search with feedback.

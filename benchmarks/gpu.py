@@ -30,12 +30,15 @@ import jax.numpy as jnp
 import numpy as np
 from shapes import MODELS, Headers, block_shapes, write_folder
 
-from jquant import SCALED_FORMATS, activations, calibrate, core, int8_matmul, models, quantize
-from jquant.calibrate import HESSIAN, SECOND_MOMENTS
+from jquant import SCALED_FORMATS, core, models, quantize
+from jquant import calibration as calibrate
+from jquant.calibration import HESSIAN, SECOND_MOMENTS
 from jquant.core import _grain
 from jquant.formats import FORMATS
-from jquant.rounding_kernel import int8_rows
-from jquant.transforms import feedback
+from jquant.int8 import _matmul as int8_matmul
+from jquant.int8 import int8_rows
+from jquant.int8 import rounding as activations
+from jquant.ldlq import ldlq as feedback
 
 PEAK = 989e12  # bfloat16 products of an H100 or H200 SXM, dense, as NVIDIA's data sheet has it
 TYPES = (  # what compiles fast first

@@ -13,8 +13,9 @@ from jax import ShapeDtypeStruct as Shape
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from shapes import Headers
 
-from jquant import models, parallel
-from jquant.calibrate import Calibrator, init_all
+from jquant import models
+from jquant.calibration import Calibrator, init_all
+from jquant.calibration import sharded as parallel
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _COLLECTIVE = re.compile(

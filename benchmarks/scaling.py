@@ -22,11 +22,11 @@ from lowered import Compiled, block_step, compiled
 from record import record
 from shapes import MODELS, Headers
 
-from jquant import transcode
-from jquant.calibrate import HESSIAN, SECOND_MOMENTS
+from jquant.calibration import HESSIAN, SECOND_MOMENTS
+from jquant.checkpoints import _transcode as transcode
 from jquant.core import ACCELERATOR_GRAIN
+from jquant.distributed.mesh import make_mesh
 from jquant.formats import FORMATS
-from jquant.mesh import make_mesh
 
 SAMPLES, TOKENS = 8, 512
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from record import record
 
-from jquant.comparison import Settings, compare, open_file
-from jquant.evaluate_report import record as figures
-from jquant.evaluate_report import table
-from jquant.io.samples import Text
+from jquant.evaluation import Settings, compare, open_file
+from jquant.evaluation.report import record as figures
+from jquant.evaluation.report import table
+from jquant.text.samples import Text
 
 CONTEXT = 512
 

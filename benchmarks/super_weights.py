@@ -14,11 +14,11 @@ import numpy as np
 from record import record
 
 from jquant import models
-from jquant.analyze import as_json, load_samples
-from jquant.convert import open_model
-from jquant.protection import loss_tokens, super_weights
-from jquant.transforms.super_weights import SuperWeight, loss, with_loss_changes
-from jquant.weights import Weights
+from jquant.calibration import SuperWeight, load_samples, loss, with_loss_changes
+from jquant.calibration.report import as_json
+from jquant.calibration.super_weights import loss_tokens, super_weights
+from jquant.checkpoints.model import open_model
+from jquant.checkpoints.weights import Weights
 
 
 def largest_others(decoder: models.Decoder, found: list[SuperWeight], count: int) -> list[SuperWeight]:

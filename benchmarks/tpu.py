@@ -32,12 +32,13 @@ from lowered import Compiled, block_step, compiled
 from record import record
 from shapes import MODELS, Headers
 
-from jquant import int8_matmul, transcode
-from jquant.calibrate import HESSIAN, SECOND_MOMENTS
+from jquant.calibration import HESSIAN, SECOND_MOMENTS
+from jquant.checkpoints import _transcode as transcode
 from jquant.core import ACCELERATOR_GRAIN
+from jquant.distributed.mesh import make_mesh
 from jquant.formats import FORMATS
-from jquant.mesh import make_mesh
-from jquant.transforms import feedback
+from jquant.int8 import _matmul as int8_matmul
+from jquant.ldlq import ldlq as feedback
 
 PASSES = 6  # of bfloat16 products for one of float32 with Precision.HIGHEST
 

@@ -22,20 +22,18 @@ import numpy as np
 from record import record
 from safetensors.numpy import load_file, save_file
 
-from jquant import smoothing
-from jquant.analyze import load_samples
-from jquant.comparison import Settings, compare, open_file
-from jquant.evaluate_report import record as figures
-from jquant.evaluate_report import table
-from jquant.fitting import Feedback
-from jquant.folder_feedback import feed_back
-from jquant.folder_writer import Ingredients, write_folder
-from jquant.folders import as_stored, open_checkpoint, plan_folder
+from jquant.calibration import load_samples
+from jquant.checkpoints.schemes import SCHEMES, asymmetric
+from jquant.evaluation import Settings, compare, open_file
+from jquant.evaluation.report import record as figures
+from jquant.evaluation.report import table
 from jquant.io.model_folder import files_beside
-from jquant.io.samples import Text
-from jquant.schemes import SCHEMES, asymmetric
-from jquant.smooth_error import by_range, by_token
-from jquant.smooth_search import fisher_of, search
+from jquant.smoothquant import by_range, by_token, fisher_of, search, smoothing
+from jquant.text.samples import Text
+from jquant.writers.folder import Ingredients, write_folder
+from jquant.writers.folder_feedback import feed_back
+from jquant.writers.folder_plan import as_stored, open_checkpoint, plan_folder
+from jquant.writers.gguf_feedback import Feedback
 
 OUTLIERS, FACTOR = 6, 50.0
 FED = ", fed back"

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 from . import _options, _runtime, _show
 
 if TYPE_CHECKING:
-    from jquant import tuning
-    from jquant.calibrate import Progress
-    from jquant.convert import Model
+    from jquant.calibration import Progress
+    from jquant.checkpoints.model import Model
     from jquant.io.imatrix import Imatrix
-    from jquant.io.samples import Samples
-    from jquant.sequential import Fed
+    from jquant.ldlq import tuning
+    from jquant.ldlq.sequential import Fed
+    from jquant.text.samples import Samples
 
 _NAMED = 8  # experts in a line
 
 
 def read(model: Model, texts: _options.Texts, *, quiet: bool) -> Samples:
     """Samples of the texts that the user named, with what is to be said of them."""
-    from jquant.analyze import load_samples
+    from jquant.calibration import load_samples
 
     data = load_samples(
         model,
@@ -40,7 +40,7 @@ def read(model: Model, texts: _options.Texts, *, quiet: bool) -> Samples:
 
 def importance(model: Model, data: Samples, *, batch: int, quiet: bool) -> Imatrix:
     """The importance matrix, measured on all devices."""
-    from jquant import analyze
+    from jquant.calibration import _importance as analyze
 
     shown = progress(data, quiet=quiet)
     found = analyze.importance(model, data, batch=batch, mesh=_runtime.mesh(None), progress=shown)
@@ -50,7 +50,7 @@ def importance(model: Model, data: Samples, *, batch: int, quiet: bool) -> Imatr
 
 def unreached(found: Imatrix, *, quiet: bool) -> dict[str, list[int]]:
     """Experts whose importance is a guess, by tensor; they are named."""
-    from jquant import analyze
+    from jquant.calibration import _importance as analyze
 
     guessed = analyze.unreached(found)
     if not quiet:

@@ -32,7 +32,7 @@ def one_line_errors(command: Callable[_Options, None]) -> Callable[_Options, Non
     @functools.wraps(command)
     def wrapped(*args: _Options.args, **kwargs: _Options.kwargs) -> None:
         from jquant.core import OutputError, UserError
-        from jquant.mesh import LostError, leave, together
+        from jquant.distributed.mesh import LostError, leave, together
 
         try:
             with together():

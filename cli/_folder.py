@@ -15,13 +15,13 @@ from ._folder_request import Request
 from ._progress import ProgressBar
 
 if TYPE_CHECKING:
-    from jquant.folder_writer import Ingredients, WrittenFolder
-    from jquant.folders import Checkpoint, FedWeight, FolderPlan
     from jquant.io.findings import Findings
     from jquant.io.imatrix import Imatrix
-    from jquant.io.samples import Samples
-    from jquant.smoothing import Smoothing
-    from jquant.w8a8 import Calibrated
+    from jquant.smoothquant.smoothing import Smoothing
+    from jquant.text.samples import Samples
+    from jquant.writers.folder import Ingredients, WrittenFolder
+    from jquant.writers.folder_plan import Checkpoint, FedWeight, FolderPlan
+    from jquant.writers.w8a8 import Calibrated
 
 
 def quantize(asked: Request, coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -62,11 +62,11 @@ def _opened(asked: Request) -> tuple[Checkpoint, FolderPlan, Imatrix | None]:
     """The model, its plan, and importance that is read; slips of the command line show before a download."""
     from dataclasses import replace
 
-    from jquant.folders import open_checkpoint, plan_folder
+    from jquant.checkpoints.schemes import SCHEMES, asymmetric
     from jquant.io import check_folder, check_target, hub
     from jquant.io import imatrix as imatrix_file
     from jquant.io.paths import local
-    from jquant.schemes import SCHEMES, asymmetric
+    from jquant.writers.folder_plan import open_checkpoint, plan_folder
 
     if asked.out is not None:
         check_folder(asked.out, force=asked.force)
@@ -84,10 +84,10 @@ def _findings(
     asked: Request, out: Path, checkpoint: Checkpoint, plan: FolderPlan, data: Samples | None
 ) -> AbstractContextManager[Findings | None]:
     """What a run of one process keeps for the one that resumes it."""
-    from jquant.fingerprints import digest_of_arrays, fingerprint
-    from jquant.folder_writer import plan_facts
+    from jquant.checkpoints.fingerprint import digest_of_arrays, fingerprint
+    from jquant.distributed.team import everyone
     from jquant.io.findings import Findings
-    from jquant.team import everyone
+    from jquant.writers.folder import plan_facts
 
     if data is None or everyone().count > 1:
         return nullcontext()
@@ -106,8 +106,8 @@ def _calibrated(
     asked: Request, checkpoint: Checkpoint, plan: FolderPlan, data: Samples, findings: Findings | None
 ) -> Calibrated | None:
     """Smoothing and what comes with it, or static scales alone; None where neither is asked for."""
-    from jquant.team import everyone
-    from jquant.w8a8 import measure_model, smooth_model
+    from jquant.distributed.team import everyone
+    from jquant.writers.w8a8 import measure_model, smooth_model
 
     shown = _calibration.progress(data, quiet=asked.quiet)
     if not asked.smooths:
@@ -143,8 +143,8 @@ def _ingredients(
 ) -> Ingredients:
     """What weights are made with, the same in all processes."""
     from jquant.core import UserError
-    from jquant.folder_writer import Ingredients
-    from jquant.team import everyone
+    from jquant.distributed.team import everyone
+    from jquant.writers.folder import Ingredients
 
     if asked.analyze and data is not None:
         importance = _calibration.importance(checkpoint.model, data, batch=asked.batch, quiet=asked.quiet)
@@ -172,9 +172,9 @@ def _fed(
     findings: Findings | None,
 ) -> Iterator[FedWeight] | None:
     """Weights made with error feedback: where asked for, and unasked where factors are searched."""
-    from jquant.fitting import Feedback
-    from jquant.folder_feedback import enough, feed_back
-    from jquant.team import everyone
+    from jquant.distributed.team import everyone
+    from jquant.writers.folder_feedback import enough, feed_back
+    from jquant.writers.gguf_feedback import Feedback
 
     by_default = asked.feedback is None and asked.searches
     if not (asked.feedback or by_default):
@@ -198,7 +198,7 @@ def _write(
     made: Ingredients,
     fed: Iterator[FedWeight] | None,
 ) -> WrittenFolder:
-    from jquant.folder_writer import write_folder
+    from jquant.writers.folder import write_folder
 
     total = sum(spec.nbytes for spec in checkpoint.source.specs.values())
     with ProgressBar(total, shown=not asked.quiet) as progress:
@@ -227,8 +227,8 @@ def _report(
 ) -> None:
     """Say what was written, and write the scales that are asked for."""
     from jquant.io import scales as scales_file
-    from jquant.scale_export import scales_of
-    from jquant.smooth_report import smoothing_report, smoothing_table
+    from jquant.smoothquant.report import smoothing_report, smoothing_table
+    from jquant.writers.scales import scales_of
 
     stored = {name: weight.parts for name, weight in checkpoint.weights.items()}
     if asked.export_scales is not None:
@@ -280,7 +280,7 @@ def _remark_groups(plan: FolderPlan) -> None:
 def _plan_report(
     checkpoint: Checkpoint, plan: FolderPlan, errors: dict[str, float] | None = None
 ) -> dict[str, object]:
-    from jquant.report import by_type
+    from jquant.plan.report import by_type
 
     return {
         "scheme": plan.scheme.name,
@@ -298,8 +298,8 @@ def _plan_report(
 
 
 def _plan_table(plan: FolderPlan) -> str:
-    from jquant.report import by_type
-    from jquant.text import human_shape, human_size, text_table
+    from jquant.core.human import human_shape, human_size, text_table
+    from jquant.plan.report import by_type
 
     rows = [(spec.name, human_shape(spec.shape), spec.type, human_size(spec.nbytes)) for spec in plan.layout]
     kinds = [(t, str(n), human_size(b)) for t, n, b in by_type(plan.layout)]
@@ -308,7 +308,7 @@ def _plan_table(plan: FolderPlan) -> str:
 
 
 def _summary(out: Path, plan: FolderPlan, report: dict) -> str:
-    from jquant.text import human_size
+    from jquant.core.human import human_size
 
     size = sum(file["bytes"] for file in report["files"])
     known = [t for t in report["tensors"] if t["error"] is not None]  # of this run

@@ -15,11 +15,11 @@ from ._progress import ProgressBar, TaskProgress
 from .profile import read_profile
 
 if TYPE_CHECKING:
-    from jquant.coherence import Coherence
-    from jquant.fitting import Feedback
-    from jquant.gguf_writer import Written
-    from jquant.io.samples import Samples
+    from jquant.evaluation.coherence import Coherence
     from jquant.plan import Plan, Rule
+    from jquant.text.samples import Samples
+    from jquant.writers.gguf import Written
+    from jquant.writers.gguf_feedback import Feedback
 
 
 def quantize(asked: Request, coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -30,10 +30,10 @@ def quantize(asked: Request, coordinator: str | None, processes: int | None, pro
 
     from dataclasses import replace
 
-    from jquant import protection
-    from jquant.fitting import check_importance
+    from jquant.calibration import super_weights as protection
     from jquant.plan import check_encodable, protect
-    from jquant.report import plan_report, plan_table, remarks
+    from jquant.plan.report import plan_report, plan_table, remarks
+    from jquant.writers.gguf_feedback import check_importance
 
     asked = replace(asked, quiet=asked.quiet or not reports)
     run = _opened(asked)
@@ -67,7 +67,7 @@ def quantize(asked: Request, coordinator: str | None, processes: int | None, pro
 
 def _opened(asked: Request) -> Run:
     """The model, and all else that is read; slips of the command line show before a download."""
-    from jquant.convert import open_model
+    from jquant.checkpoints.model import open_model
     from jquant.io import check_target, hub
     from jquant.io import imatrix as imatrix_file
     from jquant.plan import file_type, runtime_types, tensor_type
@@ -76,7 +76,7 @@ def _opened(asked: Request) -> Run:
     type = file_type(asked.type or (profile and profile.file_type) or "Q4_K_M").name
     if asked.out is not None:
         if asked.check:
-            from jquant.engines import require_llama_cpp
+            from jquant.evaluation.engines import require_llama_cpp
 
             require_llama_cpp()
         if not asked.max_shard_bytes:
@@ -95,7 +95,7 @@ def _opened(asked: Request) -> Run:
 
 def _measure(run: Run) -> None:
     """What the plan depends on: samples of text, importance for a target, super weights."""
-    from jquant import protection
+    from jquant.calibration import super_weights as protection
 
     asked = run.asked
     balances = asked.balance and (asked.out is not None or asked.target is not None)
@@ -116,8 +116,8 @@ def _measure(run: Run) -> None:
 
 def _balance(run: Run, data: Samples) -> None:
     """From here on the model is the balanced one."""
-    from jquant.balancing import balance_model
-    from jquant.team import everyone
+    from jquant.distributed.team import everyone
+    from jquant.smoothquant.balance import balance_model
 
     asked = run.asked
     shown = _calibration.by_block("balanced", quiet=asked.quiet)
@@ -185,8 +185,9 @@ def _chosen(run: Run) -> Chosen:
 
 def _feedback(run: Run, plan: Plan) -> Feedback | None:
     """Error feedback, where it is asked for, or pays and nothing is said of it."""
-    from jquant import mesh, tuning
-    from jquant.fitting import Feedback, pays
+    from jquant.distributed import mesh
+    from jquant.ldlq import tuning
+    from jquant.writers.gguf_feedback import Feedback, pays
 
     asked, data = run.asked, run.data
     wanted = asked.feedback
@@ -212,7 +213,7 @@ def _feedback(run: Run, plan: Plan) -> Feedback | None:
 
 
 def _write(run: Run, plan: Plan, out: Path) -> Written:
-    from jquant.gguf_writer import write_gguf
+    from jquant.writers.gguf import write_gguf
 
     asked = run.asked
     total = sum(spec.nbytes for spec in run.opened.source.specs.values())
@@ -237,9 +238,9 @@ def _write(run: Run, plan: Plan, out: Path) -> Written:
 
 def _report(run: Run, chosen: Chosen, out: Path, written: Written, start: float) -> None:
     """Say what was written and how good it is; exit code 5 where --check finds that it makes no sense."""
-    from jquant.analyze import as_json
-    from jquant.quality import assess
-    from jquant.report import plan_report, summary
+    from jquant.calibration.report import as_json
+    from jquant.plan.report import plan_report, summary
+    from jquant.writers.quality import assess
 
     asked = run.asked
     starved = _calibration.starved(written.fed, quiet=asked.quiet)
@@ -277,7 +278,7 @@ def _report(run: Run, chosen: Chosen, out: Path, written: Written, start: float)
 
 def _check(file: Path, threads: int, quiet: bool) -> Coherence:
     """Whether the new file writes sense."""
-    from jquant.comparison import check_file
+    from jquant.evaluation import check_file
 
     progress = TaskProgress(shown=not quiet)
     verdict = check_file(file, threads=threads, progress=lambda share: progress(file.name, "check", share))

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from . import _options, _runtime, _show, _targets
 
 if TYPE_CHECKING:
-    from jquant.balancing import Balanced
-    from jquant.convert import Model
-    from jquant.dynamic import Target
-    from jquant.fitting import Feedback
+    from jquant.allocation import Target
+    from jquant.calibration import SuperWeight
+    from jquant.checkpoints.model import Model
     from jquant.io.imatrix import Imatrix
-    from jquant.io.samples import Samples
     from jquant.plan import Plan, Profile, Rule
-    from jquant.transforms.super_weights import SuperWeight
+    from jquant.smoothquant.balance import Balanced
+    from jquant.text.samples import Samples
+    from jquant.writers.gguf_feedback import Feedback
 
 
 class Effort(Enum):
@@ -100,7 +100,7 @@ class Run:
     balanced: Balanced | None = None
 
     def recipe(self, plan: Plan) -> str:
-        from jquant.dynamic import recipe
+        from jquant.plan.header import recipe
 
         return recipe(
             plan,

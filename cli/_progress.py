@@ -67,7 +67,7 @@ class ProgressBar:
                 _show.remark(self._line(name))
 
     def _line(self, name: str) -> str:
-        from jquant.text import human_size  # here, for jquant brings JAX with it
+        from jquant.core.human import human_size  # here, for jquant brings JAX with it
 
         elapsed = time.monotonic() - self._start
         left = elapsed * (self._total - self._done) / (self._done - self._earlier)

@@ -39,7 +39,7 @@ def start_jax() -> None:
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> bool:
     """Join the other processes of this run, and say whether this is the one that reports."""
-    from jquant import mesh
+    from jquant.distributed import mesh
 
     if coordinator is not None:
         # Libraries in C++ print to descriptor 1 what is no result.
@@ -54,7 +54,7 @@ def mesh(asked: str | None) -> Mesh | None:
     """The mesh to calibrate on, as the user asks for it; None where there is one device and nothing asked."""
     import jax
 
-    from jquant.mesh import make_mesh, parse_mesh
+    from jquant.distributed.mesh import make_mesh, parse_mesh
 
     sizes = parse_mesh(asked) if asked else None
     return make_mesh(sizes) if sizes or jax.device_count() > 1 else None

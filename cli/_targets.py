@@ -13,11 +13,11 @@ import typer
 from . import _options, _show
 
 if TYPE_CHECKING:
-    from jquant.convert import Model
-    from jquant.dynamic import Target
+    from jquant.allocation import Target
+    from jquant.checkpoints.model import Model
     from jquant.io.imatrix import Imatrix
-    from jquant.io.samples import Samples
     from jquant.plan import Plan, Profile, Settled
+    from jquant.text.samples import Samples
 
 _PANEL = "Target"
 SAMPLES = 8  # of the calibration text, that all weights but the usual, and search, look at
@@ -98,7 +98,7 @@ def target(size: str | None, bpw: float | None, kld: float | None) -> Target | N
     for value, name in ((bpw, "--target-bpw"), (kld, "--target-kld")):
         if value is not None and not 0 < value < float("inf"):
             raise typer.BadParameter(f"expected a number above 0; got {value}", param_hint=name)
-    from jquant.dynamic import Target
+    from jquant.allocation import Target
 
     return Target(nbytes=None if size is None else _options.size_in_bytes(size), bpw=bpw, kld=kld)
 
@@ -138,9 +138,10 @@ def plan(
     quiet: bool,
 ) -> tuple[Plan, dict[str, float], dict[str, Any] | None]:
     """The plan, the estimated damage of each tensor, and what the search reports, where there was one."""
-    from jquant import dynamic
+    from jquant.allocation import _fit as dynamic
+    from jquant.allocation.candidates import candidates
     from jquant.core import UserError
-    from jquant.plan import candidates, runtime_types
+    from jquant.plan import runtime_types
 
     if seconds and wanted.kld is not None:
         raise typer.BadParameter("a search needs a size", param_hint="--search-seconds")

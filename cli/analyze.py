@@ -135,21 +135,21 @@ def analyze(
     reports = _runtime.join(coordinator, processes, process)
     quiet = quiet or not reports
 
-    from jquant import analyze as analysis
-    from jquant import methods, protection
-    from jquant.analyze import as_json, rows, table
-    from jquant.convert import open_model
+    from jquant.calibration import Found, report
+    from jquant.calibration import _measure as methods
+    from jquant.calibration import super_weights as protection
+    from jquant.calibration.report import as_json, rows, table
+    from jquant.checkpoints.model import open_model
     from jquant.io import check_target, hub
     from jquant.io import imatrix as imatrix_file
-    from jquant.io.samples import check
-    from jquant.transforms.super_weights import Found
+    from jquant.text.samples import check
 
     devices = _runtime.mesh(mesh)
     # Slips of the command line show before a download, and those that need the model before the calibration.
     if output is not None:
         check_target(output, force=force)
     if figures is not None:
-        analysis.check_figures(figures, force=force)
+        report.check_figures(figures, force=force)
     earlier = [imatrix_file.read(file) for file in merge or []]
     for name in calibration or ():
         check(name)
@@ -188,7 +188,7 @@ def analyze(
         imatrix_file.write_gguf(output, found, force=force)
     single = protection.super_weights(opened, data) if super_weights else Found([], [])
     specs = opened.source.specs
-    drawn = [] if figures is None else analysis.write_figures(figures, found, single.harmful, specs)
+    drawn = [] if figures is None else report.write_figures(figures, found, single.harmful, specs)
     named = {"super_weights": single.harmful, "harmless_spikes": single.harmless}
     about = {
         "model": model,

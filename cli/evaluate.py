@@ -124,14 +124,15 @@ def evaluate(
     start = time.monotonic()
     _runtime.start_jax()
 
-    from jquant import evaluate_html, evaluate_report
-    from jquant.comparison import Settings, compare, engine_for, open_file
-    from jquant.engines import versions
+    from jquant.core.human import human_size
+    from jquant.evaluation import Settings, compare, engine_for, open_file
+    from jquant.evaluation import page as evaluate_html
+    from jquant.evaluation import report as evaluate_report
+    from jquant.evaluation.engines import versions
     from jquant.io import check_target, hub
-    from jquant.io import questions as questions_file
-    from jquant.io.held_out import read_held_out
     from jquant.io.paths import local
-    from jquant.text import human_size
+    from jquant.text import questions as questions_file
+    from jquant.text.held_out import read_held_out
 
     # Slips of the command line show before a download.
     for target in filter(None, (csv, markdown, html)):

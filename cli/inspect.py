@@ -24,8 +24,8 @@ def inspect(
 ) -> None:
     """Show metadata, tensors and size by type. Reads the header, never the weights."""
     from jquant import io
-    from jquant.report import type_table
-    from jquant.text import human_shape, human_size, text_table
+    from jquant.core.human import human_shape, human_size, text_table
+    from jquant.plan.report import type_table
 
     try:
         wanted = re.compile(pattern or "")

@@ -23,8 +23,8 @@ _Name = Annotated[str, typer.Argument(help="A preset (see list) or a TOML file."
 @_errors.one_line_errors
 def list_presets(json: _options.Json = False) -> None:
     """Show the presets."""
+    from jquant.core.human import text_table
     from jquant.plan import preset_names
-    from jquant.text import text_table
 
     found = [read_profile(name) for name in preset_names()]
     if json:
@@ -72,12 +72,12 @@ def validate(
     json: _options.Json = False,
 ) -> None:
     """Check a profile, and with --model show what it allows each tensor."""
-    from jquant.text import text_table
+    from jquant.core.human import text_table
 
     profile = read_profile(name)
     rows = []
     if model is not None:
-        from jquant.convert import open_model
+        from jquant.checkpoints.model import open_model
         from jquant.plan import settle
 
         opened = open_model(model)

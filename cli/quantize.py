@@ -19,15 +19,15 @@ def _complete_type(incomplete: str) -> list[tuple[str, str]]:
 
 
 def _all_types() -> list[tuple[str, str]]:
+    from jquant.checkpoints.schemes import SCHEMES
     from jquant.plan import FILE_TYPES
-    from jquant.schemes import SCHEMES
 
     return [(name, kind.about) for name, kind in [*FILE_TYPES.items(), *SCHEMES.items()]]
 
 
 def _list_types(asked: bool) -> None:
     if asked:
-        from jquant.text import text_table
+        from jquant.core.human import text_table
 
         _show.result(text_table(("type", "what it is; sizes for an 8 B Llama 3"), _all_types()))
         raise typer.Exit

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant import models
-from jquant.weights import Weights
+from jquant.checkpoints.weights import Weights
 
 
 def divergence(a: models.Decoder, b: models.Decoder, tokens: np.ndarray) -> float:

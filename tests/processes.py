@@ -14,7 +14,7 @@ HEAD = """
 import sys, jax
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-from jquant import mesh
+from jquant.distributed import mesh
 address, processes, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 """
 JOIN = HEAD + "mesh.join(address, processes, process)\n"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jquant.plan.allocate import Option, choose, smallest
+from jquant.allocation.knapsack import Option, choose, smallest
 
 # Sizes with common divisors as tensors have them, and without; costs over many decades.
 options = st.lists(

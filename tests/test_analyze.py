@@ -16,12 +16,13 @@ from test_models import SHARED, convert
 from tiny_models import LINES, write_gguf, write_tiny
 from typer.testing import CliRunner
 
-from jquant.analyze import imatrix_of, importance, load_samples, rows, unreached
-from jquant.convert import open_model
+from jquant.calibration import imatrix_of, importance, load_samples, unreached
+from jquant.calibration.report import rows
+from jquant.checkpoints.model import open_model
 from jquant.core import UserError
 from jquant.io import imatrix
 from jquant.io.imatrix import Imatrix
-from jquant.io.samples import Samples
+from jquant.text.samples import Samples
 from jquant_cli.main import app
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4}
@@ -220,7 +221,7 @@ def test_what_a_user_can_mend_is_one_line(model, text, tmp_path):
 
 def test_mistakes_show_before_the_calibration(model, text, tmp_path, monkeypatch):
     """Nothing is downloaded and no sample is run."""
-    monkeypatch.setattr("jquant.analyze.importance", None)
+    monkeypatch.setattr("jquant.calibration._importance.importance", None)
     cases = [
         ("blk.7.attn_q.weight", 256, "which the model does not have"),
         ("blk.0.attn_q.weight", 8, "needs"),
@@ -251,7 +252,7 @@ def test_revision_and_pre_tokenizer_are_passed_on(model, text, monkeypatch):
         raise UserError("enough.")
 
     monkeypatch.setattr("jquant.io.hub.resolve", resolve)
-    monkeypatch.setattr("jquant.convert.open_model", opened)
+    monkeypatch.setattr("jquant.checkpoints.model.open_model", opened)
     arguments = ("-c", text, "--revision", "v2", "--pre-tokenizer", "qwen2")
     assert "enough." in run("analyze", "hf:org/tiny:Q8_0", *arguments, code=3).stderr
     assert asked == {"revision": "v2", "name": "tiny", "pre_tokenizer": "qwen2"}

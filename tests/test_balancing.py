@@ -15,18 +15,19 @@ from test_decoder import divergence, logits
 from test_smoothing import calibration, with_outliers
 from tiny_models import LINES, write_gguf, write_tiny
 
-from jquant import analyze, balancing
-from jquant.convert import Model, open_model
+from jquant.calibration import _importance as analyze
+from jquant.checkpoints.fingerprint import common_facts
+from jquant.checkpoints.model import Model, open_model
+from jquant.checkpoints.rescaled import Factors, ScaledSource
+from jquant.checkpoints.weights import Weights
 from jquant.core import UserError
-from jquant.engines import LlamaCppEngine
-from jquant.fingerprints import common_facts
+from jquant.evaluation.engines import LlamaCppEngine
 from jquant.io import GgufSource
 from jquant.models import ARCHITECTURES
-from jquant.scaled import ScaledSource
-from jquant.smoothing import open_decoder
-from jquant.transforms import balance, smooth
-from jquant.transforms.smooth import Factors
-from jquant.weights import Weights
+from jquant.smoothquant import _balance as balance
+from jquant.smoothquant import _smooth as smooth
+from jquant.smoothquant import balance as balancing
+from jquant.smoothquant.smoothing import open_decoder
 
 TOKENS = np.random.default_rng(7).integers(3, 350, (1, 40)).astype(np.int32)
 FEW = ("--samples", 6, "--sequence-length", 48)

@@ -15,9 +15,9 @@ import pytest
 from test_decoder import opened
 from tiny_models import open_tiny, write_tiny
 
-from jquant.ahead import Ahead
-from jquant.between import OnDevice, Scratch
-from jquant.calibrate import ABSOLUTE_MAXIMA, HESSIAN, MEANS, SECOND_MOMENTS, collect, merge
+from jquant.calibration import ABSOLUTE_MAXIMA, HESSIAN, MEANS, SECOND_MOMENTS, collect, merge
+from jquant.calibration._prefetch import Ahead
+from jquant.calibration.activations import OnDevice, Scratch
 from jquant.core import UserError
 from jquant.models import ARCHITECTURES
 

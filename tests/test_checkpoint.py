@@ -20,13 +20,14 @@ from test_analyze import run
 from test_models import SHARED
 from tiny_models import LINES, write_tiny
 
-from jquant import between, parallel
-from jquant.calibrate import _collect
+from jquant.calibration import _collect
+from jquant.calibration import activations as between
+from jquant.calibration import sharded as parallel
+from jquant.calibration.resume import SharedCheckpoint
 from jquant.core import OutputError, UserError
+from jquant.distributed.team import Team
 from jquant.io import imatrix
-from jquant.io.checkpoint import Checkpoint
-from jquant.shared_checkpoint import SharedCheckpoint
-from jquant.team import Team
+from jquant.io.resume import Checkpoint
 
 JQUANT = str(Path(sys.executable).with_name("jquant"))
 SMALL = ("--samples", 5, "--sequence-length", 20, "--batch", 2, "-q")
@@ -92,9 +93,9 @@ TOGETHER = (
 import os, signal
 from pathlib import Path
 import jax
-from jquant import methods
-from jquant.analyze import load_samples
-from jquant.convert import open_model
+from jquant.calibration import _measure as methods
+from jquant.calibration import load_samples
+from jquant.checkpoints.model import open_model
 from jquant.io import imatrix
 folder, text, kept, out, resume, killed = sys.argv[4:]
 blocks = []

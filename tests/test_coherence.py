@@ -12,8 +12,8 @@ from test_models import SHARED
 from tiny_models import write_tiny
 from typer.testing import CliRunner
 
-from jquant import coherence
-from jquant.coherence import Reference, Sample
+from jquant.evaluation import coherence
+from jquant.evaluation.coherence import Reference, Sample
 from jquant_cli.main import app
 
 
@@ -115,7 +115,7 @@ def test_quantize_check_passes_a_story_model(tmp_path, kind):
 
 
 def test_quantize_check_needs_llama_cpp_before_it_begins(tmp_path, monkeypatch):
-    monkeypatch.setattr("jquant.engines.has_llama_cpp", lambda: False)
+    monkeypatch.setattr("jquant.evaluation.engines.has_llama_cpp", lambda: False)
     result = run("quantize", tmp_path / "absent", tmp_path / "out.gguf", "--check")
     assert result.exit_code == 3
     assert "pip install 'jquant[llama]'" in result.stderr

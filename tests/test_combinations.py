@@ -10,9 +10,9 @@ import pytest
 from tiny_models import write_tiny
 from typer.testing import CliRunner
 
+from jquant.checkpoints.weights import Weights
 from jquant.core import bits_per_weight
 from jquant.io import GgufSource
-from jquant.weights import Weights
 from jquant_cli import _errors
 from jquant_cli.main import app
 

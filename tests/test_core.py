@@ -13,8 +13,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jquant.core import Format, QuantizedTensor, chunk_blocks, dequantize, quantize
+from jquant.distributed.shard_map import shard_map
 from jquant.formats import FORMATS
-from jquant.sharding import shard_map
 
 SHAPE = (2, 3, 512)
 TWO_DEVICES = Mesh(np.array(jax.devices()[:2]), ("rows",))

@@ -19,9 +19,10 @@ from test_models import convert
 from tiny_models import CHAT, LINES, write_tiny
 
 from jquant.core import UserError
-from jquant.io import GgufSource, datasets
-from jquant.io.samples import Table, Text, read_text, sample
-from jquant.io.token_ids import TokenIds, from_metadata
+from jquant.io import GgufSource
+from jquant.text import datasets
+from jquant.text.samples import Table, Text, read_text, sample
+from jquant.text.token_ids import TokenIds, from_metadata
 
 
 def parquet_bytes(table: dict[str, list], **options: object) -> bytes:
@@ -178,7 +179,7 @@ def test_lines_are_read_no_further_than_samples_need(tokenizer):
 
 
 def datasets_row(i: int):
-    from jquant.io._tables import Row
+    from jquant.text._tables import Row
 
     return Row(f"lines, row {i}", f"{LINES[i % len(LINES)]}\n")
 

@@ -15,14 +15,14 @@ from test_models import CASES, SHARED, convert, llama_logits
 from tiny_models import open_tiny, write_tiny
 
 from jquant import models
-from jquant.convert import open_model
+from jquant.checkpoints.model import open_model
+from jquant.checkpoints.weights import Weights
 from jquant.core import UserError
-from jquant.gguf_writer import write_gguf
 from jquant.models import ARCHITECTURES, Decoder
 from jquant.models._layers import TILE, attend, tiles_of_experts
 from jquant.models._rope import Rotary
 from jquant.plan import plan
-from jquant.weights import Weights
+from jquant.writers.gguf import write_gguf
 
 # Far past the windows (16, 64) and the original contexts (32) of the tiny models.
 TOKENS = np.random.default_rng(7).integers(3, 350, (1, 100))

@@ -12,14 +12,15 @@ import pytest
 from test_models import SHARED, convert
 from tiny_models import LINES, write_tiny
 
-from jquant import comparison, scoring
-from jquant.comparison import Settings, compare, open_file
-from jquant.convert import open_model
+from jquant.checkpoints.model import open_model
 from jquant.core import UserError
-from jquant.engines import FlaxEngine, LlamaCppEngine, _flax, choose
-from jquant.gguf_writer import write_gguf
-from jquant.io.samples import Text
+from jquant.evaluation import Settings, compare, open_file, scoring
+from jquant.evaluation import _compare as comparison
+from jquant.evaluation import flax_engine as _flax
+from jquant.evaluation.engines import FlaxEngine, LlamaCppEngine, choose
 from jquant.plan import plan
+from jquant.text.samples import Text
+from jquant.writers.gguf import write_gguf
 
 TEXT = Text("lines.txt", "\n".join(LINES * 4).encode())
 
@@ -141,7 +142,7 @@ def test_a_cut_or_foreign_cache_is_made_anew(file, tmp_path):
 
 
 def test_choices_are_scored_as_llama_cpp_scores_their_tokens(file):
-    from jquant.io.questions import Question
+    from jquant.text.questions import Question
 
     asked = [
         Question("What jumps over the dog?", ("a fox", "the small house", "r"), 0),

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from jquant import evaluate
-from jquant.evaluate import Tokens
+from jquant.evaluation import metrics as evaluate
+from jquant.evaluation.metrics import Tokens
 
 
 def distributions(n: int, vocab: int, distance: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

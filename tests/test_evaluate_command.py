@@ -14,9 +14,9 @@ from test_models import convert
 from tiny_models import LINES, write_tiny
 from typer.testing import CliRunner
 
-from jquant import comparison
 from jquant.core import UserError
-from jquant.engines import FlaxEngine
+from jquant.evaluation import _compare as comparison
+from jquant.evaluation.engines import FlaxEngine
 from jquant_cli.main import app
 
 SMALL = ("--context", 32, "--engine", "jax", "--no-cache", "-q")

@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 from tiny_models import write_tiny
 
-from jquant import FORMATS, dequantize, models, quantize, sequential, streams
-from jquant.analyze import load_samples
-from jquant.convert import open_model
-from jquant.fitting import Feedback
-from jquant.gguf_writer import write_gguf
-from jquant.io.samples import Text
+from jquant import FORMATS, dequantize, models, quantize
+from jquant.calibration import load_samples
+from jquant.checkpoints.model import open_model
+from jquant.checkpoints.weights import Weights
+from jquant.ldlq import sequential, streams
+from jquant.ldlq.correction import CAUTIOUS, Moments, Strength, corrected, cross_validated
+from jquant.ldlq.ldlq import factor, feedback
+from jquant.ldlq.sequential import Fitter, Settings
+from jquant.ldlq.streams import open_streams
 from jquant.models import run_block
+from jquant.models._stages import stages
 from jquant.plan import plan
-from jquant.sequential import Fitter, Settings
-from jquant.stages import stages
-from jquant.streams import open_streams
-from jquant.transforms.correction import CAUTIOUS, Moments, Strength, corrected, cross_validated
-from jquant.transforms.feedback import factor, feedback
-from jquant.weights import Weights
+from jquant.text.samples import Text
+from jquant.writers.gguf import write_gguf
+from jquant.writers.gguf_feedback import Feedback
 
 SLOW = {"IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"}  # to compile
 ENCODED = [
@@ -303,8 +304,8 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bytes(tmp_path, name):
 
 
 def test_other_settings_do_not_continue_a_run(tmp_path):
-    from jquant.fingerprints import fingerprint
-    from jquant.gguf_writer import facts
+    from jquant.checkpoints.fingerprint import fingerprint
+    from jquant.writers.gguf import facts
 
     model, samples = opened(tmp_path, "LlamaForCausalLM")
     planned = plan(model.source.specs, model.metadata, "Q2_K")

@@ -14,7 +14,7 @@ from scipy.stats import entropy
 from test_analyze import SMALL, run
 from tiny_models import LINES, write_tiny
 
-from jquant import figures
+from jquant.calibration import figures
 
 RNG = np.random.default_rng(0)
 QKV, OUT, DOWN = "attn_k, attn_q, attn_v", "attn_output", "ffn_down"

@@ -10,9 +10,11 @@ import pytest
 from tiny_models import LINES, write_tiny
 from typer.testing import CliRunner
 
-from jquant import sequential, smooth_search, smoothing
 from jquant.core import OutputError, UserError
 from jquant.io.findings import Findings
+from jquant.ldlq import sequential
+from jquant.smoothquant import _search as smooth_search
+from jquant.smoothquant import smoothing
 from jquant_cli.main import app
 
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "torch_dtype": "bfloat16"}

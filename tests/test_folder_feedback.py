@@ -14,18 +14,19 @@ from test_folders import decoded
 from tiny_models import write_tiny
 from typer.testing import CliRunner
 
-from jquant import SCALED_FORMATS, QuantizedTensor, dequantize, models, quantize, sequential
-from jquant.analyze import load_samples
-from jquant.convert import open_model
-from jquant.fitting import Feedback
-from jquant.folder_feedback import by_groups, feed_back
-from jquant.folder_writer import Ingredients, write_folder
-from jquant.folders import Checkpoint, FolderPlan, open_checkpoint, plan_folder
-from jquant.io.samples import Samples
-from jquant.schemes import SCHEMES
-from jquant.transforms.feedback import factor, feedback
-from jquant.w8a8 import smooth_model
-from jquant.weights import Weights
+from jquant import SCALED_FORMATS, QuantizedTensor, dequantize, models, quantize
+from jquant.calibration import load_samples
+from jquant.checkpoints.model import open_model
+from jquant.checkpoints.schemes import SCHEMES
+from jquant.checkpoints.weights import Weights
+from jquant.ldlq import sequential
+from jquant.ldlq.ldlq import factor, feedback
+from jquant.text.samples import Samples
+from jquant.writers.folder import Ingredients, write_folder
+from jquant.writers.folder_feedback import by_groups, feed_back
+from jquant.writers.folder_plan import Checkpoint, FolderPlan, open_checkpoint, plan_folder
+from jquant.writers.gguf_feedback import Feedback
+from jquant.writers.w8a8 import smooth_model
 from jquant_cli.main import app
 
 INT4 = SCALED_FORMATS["INT4"]
@@ -46,7 +47,7 @@ def test_the_output_is_nearer_than_with_importance_alone(format):
 def test_a_row_that_is_one_block_is_fed_back_in_stretches_of_any_length(stretch, monkeypatch):
     W, H, format = matrix(32, 512), hessian(512), by_groups(SCALED_FORMATS["INT8"], 512)
     made = dequantize(feedback(W, factor(H, 1), format))
-    monkeypatch.setattr("jquant.transforms.feedback.STRETCH", stretch)
+    monkeypatch.setattr("jquant.ldlq.ldlq.STRETCH", stretch)
     other = dequantize(feedback(W, factor(H, 1), replace(format, name="another")))
     # A last digit that differs is a rounding that goes the other way now and then, and is fed on.
     assert np.mean(np.abs(np.asarray(made) - np.asarray(other)) > 1e-6) < 0.01

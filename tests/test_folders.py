@@ -20,13 +20,13 @@ from tiny_models import DTYPES, open_tiny, write_tiny
 from typer.testing import CliRunner
 
 from jquant import SCALED_FORMATS, QuantizedTensor, dequantize, quantize
+from jquant.checkpoints.rescaled import Factors
+from jquant.checkpoints.schemes import SCHEMES
 from jquant.core import OutputError
-from jquant.engines import FlaxEngine
-from jquant.folder_writer import Ingredients, write_folder
-from jquant.folders import open_checkpoint, plan_folder
+from jquant.evaluation.engines import FlaxEngine
 from jquant.models import ARCHITECTURES
-from jquant.schemes import SCHEMES
-from jquant.transforms.smooth import Factors
+from jquant.writers.folder import Ingredients, write_folder
+from jquant.writers.folder_plan import open_checkpoint, plan_folder
 from jquant_cli.main import app
 
 FORMATS = {"W8A8": "INT8", "FP8": "FP8", "W4A16": "INT4"}

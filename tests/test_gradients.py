@@ -15,9 +15,8 @@ from test_decoder import opened
 from tiny_models import write_tiny
 
 from jquant import models
-from jquant.calibrate import SECOND_MOMENTS, collect, merge
-from jquant.core import UserError
-from jquant.gradients import (
+from jquant.calibration import SECOND_MOMENTS, collect, merge
+from jquant.calibration.gradients import (
     FISHER,
     FISHER_COLUMNS,
     FISHER_ROWS,
@@ -29,6 +28,7 @@ from jquant.gradients import (
     text_labels,
     together,
 )
+from jquant.core import UserError
 from jquant.models import ARCHITECTURES, Decoder
 
 TOKENS = np.random.default_rng(3).integers(3, 350, (5, 24))

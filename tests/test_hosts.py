@@ -15,19 +15,19 @@ from test_quantize_command import JQUANT, WIDE, imatrix_file
 from test_quantize_command import run as command
 from tiny_models import write_tiny
 
+from jquant.checkpoints import slab_rows
 from jquant.core import Rows
 from jquant.io import GgufSource
 from jquant.plan import Entry
-from jquant.spread import COPIED, PARTS, cost, portion, spread
-from jquant.transcode import slab_rows
+from jquant.writers._spread import COPIED, PARTS, cost, portion, spread
 
 QUANTIZE = (
     JOIN
     + """
 import os, signal
 from pathlib import Path
-from jquant import convert
-from jquant.gguf_writer import write_gguf
+from jquant.checkpoints import model as convert
+from jquant.writers.gguf import write_gguf
 from jquant.plan import plan
 folder, out, kind, resume, killed = sys.argv[4:]
 
@@ -154,7 +154,9 @@ def test_a_killed_process_and_another_number_of_them_give_the_same_file(before, 
 
 # Slabs of a few rows, of which the second process makes nine.
 OF_ROWS = QUANTIZE.replace(
-    "\ntry:", "\nfrom jquant import transcode\ntranscode.SLAB_WEIGHTS = 1 << 13\nseen = []\ntry:", 1
+    "\ntry:",
+    "\nfrom jquant.checkpoints import _transcode\n_transcode.SLAB_WEIGHTS = 1 << 13\nseen = []\ntry:",
+    1,
 ).replace("    if name and", "    seen.append(name)\n    if len(seen) == 9 and")
 
 
@@ -191,7 +193,8 @@ def test_processes_with_another_model_or_version_are_refused(what, model, tmp_pa
     other = write_tiny(tmp_path / "other", "MixtralForCausalLM", seed=1, **WIDE)
     hook = {
         "model": f"if process: folder = {str(other)!r}\n",
-        "jquant": "from jquant import fingerprints\nif process: fingerprints.version = lambda name: '9.9'\n",
+        "jquant": "from jquant.checkpoints import fingerprint\n"
+        "if process: fingerprint.version = lambda name: '9.9'\n",
     }[what]
     out = tmp_path / "out"
     out.mkdir()
@@ -259,10 +262,10 @@ FED = (
     + """
 import os, signal
 from pathlib import Path
-from jquant import convert
-from jquant.gguf_writer import write_gguf
-from jquant.analyze import load_samples
-from jquant.fitting import Feedback
+from jquant.checkpoints import model as convert
+from jquant.writers.gguf import write_gguf
+from jquant.calibration import load_samples
+from jquant.writers.gguf_feedback import Feedback
 from jquant.plan import plan
 folder, out, text, resume, killed = sys.argv[4:]
 
@@ -305,8 +308,9 @@ FOLDER = (
     + """
 import os, signal
 from pathlib import Path
-from jquant import folder_writer, folders
-from jquant.schemes import SCHEMES
+from jquant.writers import folder as folder_writer
+from jquant.writers import folder_plan as folders
+from jquant.checkpoints.schemes import SCHEMES
 folder, out, resume, killed = sys.argv[4:]
 written = []
 

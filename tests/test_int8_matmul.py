@@ -12,9 +12,9 @@ import pytest
 import specs
 
 from jquant import SCALED_FORMATS, dequantize, quantize
-from jquant.activations import int8
-from jquant.int8_matmul import matmul, pallas_dot, xla_dot
-from jquant.rounding_kernel import by_kernel
+from jquant.int8 import matmul, pallas_dot, xla_dot
+from jquant.int8._kernel import by_kernel
+from jquant.int8.rounding import int8
 
 INT8 = SCALED_FORMATS["INT8"]
 SHAPES = [(1, 64, 8), (5, 576, 192), (130, 300, 257), (256, 1536, 128)]

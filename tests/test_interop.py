@@ -23,10 +23,10 @@ compressed_tensors = pytest.importorskip("compressed_tensors", reason="compresse
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # noqa: E402
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize  # noqa: E402
 
-from jquant.activations import QUANTIZERS, STATIC_QUANTIZERS, asymmetric_int8  # noqa: E402
-from jquant.convert import open_model  # noqa: E402
-from jquant.engines import FlaxEngine  # noqa: E402
-from jquant.engines._flax import FlaxEngine as Engine  # noqa: E402
+from jquant.checkpoints.model import open_model  # noqa: E402
+from jquant.evaluation.engines import FlaxEngine  # noqa: E402
+from jquant.evaluation.flax_engine import FlaxEngine as Engine  # noqa: E402
+from jquant.int8.rounding import QUANTIZERS, STATIC_QUANTIZERS, asymmetric_int8  # noqa: E402
 
 # Both packages say a good deal that is no concern of ours.
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]

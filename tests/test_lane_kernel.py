@@ -12,10 +12,10 @@ import specs
 from jax.sharding import Mesh, PartitionSpec
 
 from jquant import FORMATS, quantize
+from jquant.distributed.shard_map import shard_map
 from jquant.formats import _magnitudes, _shifted
 from jquant.formats._codebook import codebook
 from jquant.formats._lane_kernel import over_lanes
-from jquant.sharding import shard_map
 
 LANES = 300  # not a whole number of tiles
 CASES = {

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from test_evaluate import distributions, exact_kld
 
-from jquant import evaluate
 from jquant.core import OutputError
+from jquant.evaluation import metrics as evaluate
 from jquant.io import log_probs
 
 TARGETS = np.arange(20, dtype=np.int32)

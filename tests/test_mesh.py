@@ -10,8 +10,8 @@ import jax
 import pytest
 from processes import HEAD, JOIN, environment, free_address, run, start, wait
 
-from jquant import mesh
 from jquant.core import UserError
+from jquant.distributed import mesh
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,10 @@ def test_an_environment_without_processes_is_refused():
 def test_the_environment_of_slurm_is_joined():
     """Two tasks of a step, as srun describes them to each."""
     port = int(free_address().rpartition(":")[2])
-    script = "from jquant import mesh\nmesh.join('auto')\nprint(mesh.exchange('here'), mesh.is_first())"
+    script = (
+        "from jquant.distributed import mesh\n"
+        "mesh.join('auto')\nprint(mesh.exchange('here'), mesh.is_first())"
+    )
     started = []
     for i in range(2):
         slurm = {

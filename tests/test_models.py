@@ -25,10 +25,10 @@ from tiny_models import (
 )
 
 from jquant import models
-from jquant.convert import open_model
+from jquant.checkpoints.model import open_model
 from jquant.core import TensorSpec, UserError
-from jquant.io import tokenizer
 from jquant.models import ARCHITECTURES
+from jquant.text import tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 PROMPT = [int(i) for i in np.random.default_rng(7).integers(3, 350, 24)]

@@ -15,11 +15,12 @@ from test_decoder import opened
 from test_quantize_command import JQUANT
 from tiny_models import write_tiny
 
-from jquant import parallel
-from jquant.calibrate import collect
+from jquant.calibration import collect
+from jquant.calibration import sharded as parallel
 from jquant.core import UserError
+from jquant.distributed import team
+from jquant.distributed.mesh import make_mesh
 from jquant.io import imatrix
-from jquant.mesh import make_mesh
 
 TOKENS = np.random.default_rng(3).integers(3, 350, (5, 40))
 LENGTHS = np.array([40, 40, 13, 40, 1])
@@ -111,14 +112,14 @@ def test_the_table_splits_what_a_model_axis_divides():
 
 @pytest.mark.parametrize(("samples", "processes"), [(5, 2), (7, 7), (12, 5)])
 def test_samples_are_shared_whole_and_evenly(samples, processes):
-    parts = [range(samples)[parallel.shares(samples, i, processes)] for i in range(processes)]
+    parts = [range(samples)[team.shares(samples, i, processes)] for i in range(processes)]
     assert [i for part in parts for i in part] == list(range(samples))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_a_process_without_a_sample_is_refused():
     with pytest.raises(UserError, match="2 samples for 3 processes"):
-        parallel.shares(2, 0, 3)
+        team.shares(2, 0, 3)
 
 
 MEASURE = (
@@ -128,15 +129,17 @@ import numpy as np
 from pathlib import Path
 from test_calibrate import CALIBRATORS
 from test_parallel import LENGTHS, TOKENS
-from jquant import models, parallel
-from jquant.calibrate import collect
-from jquant.convert import open_model
-from jquant.weights import Weights
+from jquant import models
+from jquant.calibration import sharded as parallel
+from jquant.distributed import team
+from jquant.calibration import collect
+from jquant.checkpoints.model import open_model
+from jquant.checkpoints.weights import Weights
 sizes, folder, out = sys.argv[4:]
 with mesh.together():
     model = open_model(Path(folder))
     decoder = models.decoder(Weights(model.source), model.metadata)
-    mine = parallel.shares(len(TOKENS), process, processes)
+    mine = team.shares(len(TOKENS), process, processes)
     through = parallel.over(mesh.make_mesh(mesh.parse_mesh(sizes)), mine.start)
     found = collect(
         decoder, TOKENS[mine], CALIBRATORS["hessian"], lengths=LENGTHS[mine], batch=1, through=through
@@ -223,9 +226,9 @@ STATISTICS = (
     JOIN
     + """
 from pathlib import Path
-from jquant import methods
-from jquant.analyze import load_samples
-from jquant.convert import open_model
+from jquant.calibration import _measure as methods
+from jquant.calibration import load_samples
+from jquant.checkpoints.model import open_model
 folder, text, out = sys.argv[4:]
 with mesh.together():
     model = open_model(Path(folder))

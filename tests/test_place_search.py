@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.transforms.place_search import DESCENT, Seen, descend, estimate
-from jquant.transforms.smooth import Coupling, of_inputs, smooth
+from jquant.smoothquant import smooth
+from jquant.smoothquant._channels import DESCENT, Seen, descend, estimate
+from jquant.smoothquant._smooth import Coupling, of_inputs
 
 WIDTH, ROWS, TOKENS = 64, 48, 4096
 PLAIN = Coupling("ffn_up", "ffn_up", 0, WIDTH, ("ffn_down",))

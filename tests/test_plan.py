@@ -14,10 +14,10 @@ from model_shapes import MODELS, Header, dense, experts, fused
 
 from jquant.core import TensorSpec, UserError, block_and_bytes
 from jquant.formats import FORMATS
-from jquant.gguf_writer import low_errors
 from jquant.plan import Entry, Plan, check_encodable, plan
 from jquant.plan.file_types import ALIASES, FILE_TYPES, file_type
 from jquant.plan.rules import Rule, parse_rule, parse_rules_file
+from jquant.writers.gguf import low_errors
 
 # llama.cpp's quantizer refuses NVFP4 files, and Q1_0 where a row is no multiple of 128: we plan both.
 REFUSED_BY_LLAMA_CPP = {"NVFP4"}

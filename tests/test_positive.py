@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.transforms._positive import PANEL, by_panels, cholesky, solve, solve_by_panels
+from jquant.ldlq._cholesky import PANEL, by_panels, cholesky, solve, solve_by_panels
 
 WIDTHS = [1, 100, PANEL, 2 * PANEL, 700]
 

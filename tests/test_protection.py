@@ -11,13 +11,13 @@ import pytest
 from tiny_models import write_tiny
 from typer.testing import CliRunner
 
+from jquant.calibration import SuperWeight
+from jquant.calibration.super_weights import protected
 from jquant.core import TensorSpec, UserError
 from jquant.formats import FORMATS
 from jquant.io import GgufSource
-from jquant.pipeline import run
 from jquant.plan import plan, protect
-from jquant.protection import protected
-from jquant.transforms.super_weights import SuperWeight
+from jquant.writers._loop import run
 from jquant_cli.main import app
 
 NAME = "blk.0.ffn_down.weight"

@@ -8,9 +8,9 @@ import pytest
 from peers import llama_quantize
 from typer.testing import CliRunner
 
-from jquant.comparison import Settings, compare, open_file
-from jquant.evaluate import Scores
-from jquant.io.samples import Text
+from jquant.evaluation import Settings, compare, open_file
+from jquant.evaluation.metrics import Scores
+from jquant.text.samples import Text
 from jquant_cli.demo import package_model
 from jquant_cli.main import app
 

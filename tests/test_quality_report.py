@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
+from jquant.checkpoints import LOW_BPW
 from jquant.formats import FORMATS
 from jquant.plan import Entry, Plan
-from jquant.quality import SEVERE, assess
-from jquant.transcode import LOW_BPW
+from jquant.writers.quality import SEVERE, assess
 
 
 def plan_of(types: dict[str, str]) -> Plan:

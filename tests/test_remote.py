@@ -13,12 +13,12 @@ import pytest
 from test_models import convert
 from tiny_models import write_tiny
 
-from jquant.convert import open_model
+from jquant.checkpoints.model import open_model
 from jquant.core import UserError
-from jquant.gguf_writer import write_gguf
 from jquant.io import GgufSource, hub
 from jquant.io.paths import open_url
 from jquant.plan import plan
+from jquant.writers.gguf import write_gguf
 
 JQUANT = str(Path(sys.executable).with_name("jquant"))
 

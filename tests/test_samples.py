@@ -12,9 +12,10 @@ from test_models import convert
 from tiny_models import CHAT, LINES, write_tiny
 
 from jquant.core import UserError
-from jquant.io import GgufSource, samples
-from jquant.io.samples import Text, read_text, read_texts, sample
-from jquant.io.token_ids import TokenIds, from_metadata
+from jquant.io import GgufSource
+from jquant.text import samples
+from jquant.text.samples import Text, read_text, read_texts, sample
+from jquant.text.token_ids import TokenIds, from_metadata
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,15 @@ from divergence import Noisy, divergence
 from tiny_models import write_tiny
 
 from jquant import models
-from jquant.convert import Model, open_model
-from jquant.dynamic import factors, importance_of
-from jquant.gguf_writer import write_gguf
+from jquant.allocation._fit import factors, importance_of
+from jquant.allocation._search import Measure, groups, search
+from jquant.allocation.attribution import shares
+from jquant.checkpoints.model import Model, open_model
+from jquant.checkpoints.weights import Weights
 from jquant.io import GgufSource
 from jquant.io.imatrix import Imatrix
 from jquant.plan import plan
-from jquant.search import Measure, groups, search
-from jquant.shares import shares
-from jquant.weights import Weights
+from jquant.writers.gguf import write_gguf
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4}
 

@@ -10,8 +10,8 @@ from test_decoder import opened
 from tiny_models import write_tiny
 
 from jquant.models import ARCHITECTURES, run_block
-from jquant.transforms import smooth
-from jquant.transforms.smooth import Coupling
+from jquant.smoothquant import _smooth as smooth
+from jquant.smoothquant._smooth import Coupling
 
 CASES = {name: (name, {}) for name in ARCHITECTURES}
 CASES["biases"] = ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True})

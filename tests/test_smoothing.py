@@ -16,17 +16,19 @@ from test_decoder import divergence, logits
 from test_folders import WIDE, config_of, decoded, read, run
 from tiny_models import DTYPES, LINES, open_tiny, write_tiny
 
-from jquant import smooth_error, smooth_passes, smooth_search, smoothing
-from jquant.analyze import load_samples
+from jquant.calibration import load_samples
 from jquant.core import UserError
-from jquant.engines import FlaxEngine
-from jquant.folders import as_stored, factors_by_part, open_checkpoint
-from jquant.io.samples import Text
+from jquant.evaluation.engines import FlaxEngine
 from jquant.models import ARCHITECTURES
-from jquant.smooth_report import advice, smoothing_report
-from jquant.smooth_search import Search, search
-from jquant.smoothing import Place, Smoothing, outlier_ratio
-from jquant.transforms import smooth
+from jquant.smoothquant import Search, search, smoothing
+from jquant.smoothquant import _block_error as smooth_error
+from jquant.smoothquant import _passes as smooth_passes
+from jquant.smoothquant import _search as smooth_search
+from jquant.smoothquant import _smooth as smooth
+from jquant.smoothquant.report import advice, smoothing_report
+from jquant.smoothquant.smoothing import Place, Smoothing, outlier_ratio
+from jquant.text.samples import Text
+from jquant.writers.folder_plan import as_stored, factors_by_part, open_checkpoint
 
 TOKENS = np.random.default_rng(7).integers(3, 350, (3, 40)).astype(np.int32)
 QUICK = Search(alphas=(0.3, 0.5, 0.7), samples=2, checked=2, tokens=48)

@@ -16,11 +16,12 @@ from test_folders import FORMATS, WIDE, config_of, decoded, read, run
 from test_smoothing import TOKENS, calibration, with_outliers
 from tiny_models import LINES, open_tiny, write_tiny
 
-from jquant import input_scales, smoothing
-from jquant.activations import LARGEST, STATIC_ROUNDINGS
 from jquant.core import UserError
-from jquant.engines import FlaxEngine
-from jquant.folders import open_checkpoint
+from jquant.evaluation.engines import FlaxEngine
+from jquant.int8.rounding import LARGEST, STATIC_ROUNDINGS
+from jquant.smoothquant import smoothing
+from jquant.smoothquant import static_scales as input_scales
+from jquant.writers.folder_plan import open_checkpoint
 
 MODULES = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),

@@ -18,17 +18,16 @@ from safetensors.numpy import save_file
 from test_analyze import run
 from tiny_models import LINES, write_tiny
 
-from jquant import methods
-from jquant.analyze import load_samples
-from jquant.calibrate import HESSIAN, SECOND_MOMENTS, collect, merge
-from jquant.convert import open_model
+from jquant.calibration import HESSIAN, SECOND_MOMENTS, collect, load_samples, merge
+from jquant.calibration import _measure as methods
+from jquant.calibration.gradients import FISHER, collect_gradients, sampled_labels
+from jquant.calibration.ranges import RANGES, quantile
+from jquant.checkpoints.model import open_model
+from jquant.checkpoints.weights import Weights
 from jquant.core import UserError
-from jquant.gradients import FISHER, collect_gradients, sampled_labels
 from jquant.io import imatrix
 from jquant.io.statistics import open_statistics
 from jquant.models import decoder as decoder_of
-from jquant.ranges import RANGES, quantile
-from jquant.weights import Weights
 
 SMALL = ("--samples", 3, "--sequence-length", 20, "--batch", 2, "-q")
 
@@ -213,9 +212,9 @@ METHODS = {"hessian": "safetensors", "ranges": "safetensors", "fisher": "gguf"}
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_stops_anywhere_continues_to_the_same_bytes(method, llama, text, tmp_path, monkeypatch):
     """Killed at each step that is left, again and again, until it is done."""
-    steps = [("jquant.calibrate._collect", "_step")]
+    steps = [("jquant.calibration._collect", "_step")]
     if method == "fisher":
-        steps = [("jquant.gradients", "_step"), ("jquant.calibrate._collect", "_output")]
+        steps = [("jquant.calibration.gradients", "_step"), ("jquant.calibration._collect", "_output")]
     whole, out, folder = (tmp_path / f"{name}.{METHODS[method]}" for name in ("whole", "out", "checkpoint"))
     monkeypatch.setattr("jquant_cli._runtime.mesh", lambda asked: None)  # one device, whose steps are counted
     run("analyze", llama, "-c", text, "-o", whole, "-m", method, *SMALL)

@@ -17,24 +17,16 @@ from test_models import SHARED
 from tiny_models import LINES, write_tiny
 
 from jquant import models
-from jquant.convert import open_model
+from jquant.calibration import SuperWeight, loss, with_loss_changes
+from jquant.calibration._spikes import Place, find, judged, most_sensitive, united
+from jquant.calibration.gradients import FISHER, collect_gradients, text_labels
+from jquant.calibration.super_weights import loss_tokens, sensitive, table
+from jquant.checkpoints.model import open_model
+from jquant.checkpoints.weights import Weights
 from jquant.core import TensorSpec, UserError
-from jquant.gradients import FISHER, collect_gradients, text_labels
-from jquant.io.samples import Samples
-from jquant.io.token_ids import from_metadata
 from jquant.models import Decoder
-from jquant.protection import loss_tokens, sensitive, table
-from jquant.transforms.super_weights import (
-    Place,
-    SuperWeight,
-    find,
-    judged,
-    loss,
-    most_sensitive,
-    united,
-    with_loss_changes,
-)
-from jquant.weights import Weights
+from jquant.text.samples import Samples
+from jquant.text.token_ids import from_metadata
 
 PROMPT = np.random.default_rng(5).integers(3, 350, (1, 24))
 

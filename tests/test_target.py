@@ -14,29 +14,25 @@ from tiny_models import write_tiny
 from typer.testing import CliRunner
 
 import jquant
-from jquant import analyze, models
-from jquant.convert import Model, open_model
+from jquant import models
+from jquant.allocation import Sensitivity, Target
+from jquant.allocation._fit import fit, measured, open_record, shortlist, tensor_weights
+from jquant.allocation.by_divergence import measured_weights
+from jquant.allocation.by_gradient import gradient_weights
+from jquant.allocation.by_output import output_weights
+from jquant.allocation.candidates import USUAL, Candidates, candidates
+from jquant.allocation.errors import SAMPLE, grid_bits, relative_errors
+from jquant.allocation.prior import usual_errors, usual_weights
+from jquant.allocation.record import Record
+from jquant.calibration import _importance as analyze
+from jquant.checkpoints.model import Model, open_model
+from jquant.checkpoints.weights import Weights
 from jquant.core import UserError, bits_per_weight
-from jquant.dynamic import (
-    Sensitivity,
-    Target,
-    fit,
-    measured,
-    open_record,
-    recipe,
-    shortlist,
-    tensor_weights,
-)
-from jquant.gguf_writer import write_gguf
 from jquant.io import GgufSource
 from jquant.io.imatrix import Imatrix
-from jquant.measured_weights import measured_weights
-from jquant.output_weights import output_weights
-from jquant.plan import Candidates, candidates, parse_profile, runtime_types, settle
-from jquant.plan.targets import USUAL
-from jquant.sensitivity import SAMPLE, Record, gradient_weights, grid_bits, relative_errors
-from jquant.usual import usual_errors, usual_weights
-from jquant.weights import Weights
+from jquant.plan import parse_profile, runtime_types, settle
+from jquant.plan.header import recipe
+from jquant.writers.gguf import write_gguf
 from jquant_cli import _errors
 from jquant_cli.main import app
 
@@ -341,7 +337,7 @@ def test_measured_weights_cover_every_matrix_of_the_blocks_in_waves_too(architec
     settled, _ = free(other, None)
     assert whole.keys() >= {spec.name for spec in settled.free if spec.name.startswith("blk.")}
     assert all(np.isfinite(value) and value >= 0 for value in whole.values())
-    monkeypatch.setattr("jquant.measured_weights.IN_MEMORY", 1)
+    monkeypatch.setattr("jquant.allocation.by_divergence.IN_MEMORY", 1)
     waves = list(measured_weights(decoder, tokens, {}))
     assert [{int(name.split(".")[1]) for name in wave} for wave in waves] == [{0}, {1}]
     assert waves[0] | waves[1] == pytest.approx(whole, rel=1e-4)

@@ -7,10 +7,10 @@ import pytest
 from jax import Array
 from tiny_models import write_tiny
 
-from jquant import smoothing
-from jquant.folders import open_checkpoint
-from jquant.gradients import sampled_labels
-from jquant.token_fisher import token_fisher
+from jquant.calibration import token_fisher
+from jquant.calibration.gradients import sampled_labels
+from jquant.smoothquant import smoothing
+from jquant.writers.folder_plan import open_checkpoint
 
 TOKENS = np.random.default_rng(1).integers(3, 350, (6, 24)).astype(np.int32)
 

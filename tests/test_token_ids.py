@@ -12,7 +12,7 @@ from tiny_models import LINES, SPLITS, write_tiny
 
 from jquant.core import UserError
 from jquant.io import GgufSource
-from jquant.io.token_ids import TokenIds, from_metadata
+from jquant.text.token_ids import TokenIds, from_metadata
 
 TEXTS = [
     "",

@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from jquant.core import UserError
-from jquant.io import tokenizer
+from jquant.text import tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 STORIES15M = SHARED / "data/models/stories15M"
@@ -273,7 +273,7 @@ def test_a_pre_tokenizer_name_that_llama_cpp_lacks_is_refused(tmp_path):
 
 
 def test_every_known_pre_tokenizer_name_loads(tmp_path):
-    from jquant.io._pretokenizer import _NAMES
+    from jquant.text._pretokenizer import _NAMES
 
     tiny_models.write_tokenizer(tmp_path, "qwen2")
     for name in _NAMES.values():

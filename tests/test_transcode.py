@@ -9,8 +9,9 @@ import specs
 from jax.sharding import AxisType, Mesh
 from processes import run
 
+from jquant.checkpoints import transcode
+from jquant.checkpoints._transcode import SLAB_WEIGHTS
 from jquant.formats import FORMATS
-from jquant.transcode import SLAB_WEIGHTS, transcode
 
 TWO = Mesh(np.array(jax.devices()[:2]), ("rows",), axis_types=(AxisType.Auto,))
 # Less than a step, steps that two devices cannot share evenly, more than a slab of one device.
@@ -39,8 +40,8 @@ def test_a_weight_that_is_not_finite_is_seen_on_every_device(row):
 
 
 def test_the_compiled_loop_talks_to_no_other_device():
+    from jquant.checkpoints._transcode import _over
     from jquant.core import CPU_GRAIN
-    from jquant.transcode import _over
 
     slab = jax.ShapeDtypeStruct((4, CPU_GRAIN.chunk), np.float32)
     steps = jax.ShapeDtypeStruct((2,), np.int32)
@@ -54,8 +55,8 @@ def test_a_file_made_on_eight_devices_is_that_of_one(tmp_path):
         "import sys, jax\n"
         "from pathlib import Path\n"
         "from tiny_models import write_tiny\n"
-        "from jquant.convert import open_model\n"
-        "from jquant.gguf_writer import write_gguf\n"
+        "from jquant.checkpoints.model import open_model\n"
+        "from jquant.writers.gguf import write_gguf\n"
         "from jquant.plan import plan\n"
         "folder = Path(sys.argv[4]) / str(jax.device_count())\n"
         "write_tiny(folder, 'MixtralForCausalLM', hidden_size=256)\n"

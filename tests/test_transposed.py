@@ -18,18 +18,18 @@ from test_folders import WIDE, config_of, read, run
 from tiny_models import open_tiny, write_tiny
 
 from jquant import dequantize
-from jquant.analyze import load_samples
-from jquant.convert import open_model
+from jquant.calibration import load_samples
+from jquant.checkpoints.gptq_awq import Transposed
+from jquant.checkpoints.model import open_model
+from jquant.checkpoints.schemes import SCHEMES, layout_of
+from jquant.checkpoints.weights import Weights
 from jquant.core import UserError
-from jquant.engines import FlaxEngine
-from jquant.fitting import Feedback
-from jquant.folder_feedback import feed_back
-from jquant.folder_writer import write_folder
-from jquant.folders import open_checkpoint, plan_folder
+from jquant.evaluation.engines import FlaxEngine
 from jquant.io import GgufSource, SafetensorsSource
-from jquant.schemes import SCHEMES, layout_of
-from jquant.transposed import Transposed
-from jquant.weights import Weights
+from jquant.writers.folder import write_folder
+from jquant.writers.folder_feedback import feed_back
+from jquant.writers.folder_plan import open_checkpoint, plan_folder
+from jquant.writers.gguf_feedback import Feedback
 
 LAYOUTS = ("GPTQ", "AWQ")
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 from tiny_models import write_tiny
 
-from jquant import FORMATS, models, moving, quantize, tuning
-from jquant.analyze import load_samples
-from jquant.convert import open_model
+from jquant import FORMATS, models, quantize
+from jquant.calibration import load_samples
+from jquant.checkpoints.model import open_model
+from jquant.checkpoints.weights import Weights
 from jquant.core import UserError
-from jquant.fitting import Feedback
-from jquant.gguf_writer import write_gguf
-from jquant.io.samples import Text
+from jquant.ldlq import _tunable as moving
+from jquant.ldlq import tuning
 from jquant.plan import plan
-from jquant.weights import Weights
+from jquant.text.samples import Text
+from jquant.writers.gguf import write_gguf
+from jquant.writers.gguf_feedback import Feedback
 
 TEXT = Text(
     "words", " ".join(f"the {n} cats sat on {n + 1} mats, and so did I." for n in range(900)).encode()

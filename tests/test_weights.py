@@ -6,8 +6,8 @@ import gguf
 import numpy as np
 import pytest
 
+from jquant.checkpoints.weights import Weights
 from jquant.core import TensorSpec, UserError
-from jquant.weights import Weights
 
 ROWS, COLS = 6, 256
 

@@ -16,8 +16,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jquant.core import ScaledFormat
-
-from ._clip import as_it_is, divided, fit_scale, reconstruct
+from jquant.formats._clip import as_it_is, divided, fit_scale, reconstruct
 
 LARGEST = 448.0
 CLIPS = tuple(np.exp2(-np.arange(32) / 32).tolist())

@@ -16,8 +16,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int8, Int32
 
 from jquant.core import ScaledFormat
-
-from ._clip import divided, fit_scale, reconstruct
+from jquant.formats._clip import divided, fit_scale, reconstruct
 
 SMALLEST, LARGEST, CODES = -8.0, 7.0, 8
 # Scales from which the largest weight is clipped, to those that leave room for it.

@@ -14,8 +14,7 @@ from jax import Array
 from jaxtyping import Float, Int8
 
 from jquant.core import ScaledFormat
-
-from ._clip import as_it_is, divided, fit_scale, reconstruct
+from jquant.formats._clip import as_it_is, divided, fit_scale, reconstruct
 
 LARGEST = 127.0
 # Near 1, for so many codes leave little to gain by clipping; the others are for rows with a few huge weights.

@@ -20,14 +20,7 @@ from jaxtyping import Float, Int, UInt8
 from jquant.core import Format
 from jquant.formats import _shifted
 from jquant.formats._blocks import f16_bytes, f16_from_bytes
-from jquant.formats._grids import (
-    bit_fields,
-    join_fields,
-    lookup,
-    scaled,
-    words_from_bytes,
-    words_to_bytes,
-)
+from jquant.formats._grids import bit_fields, join_fields, lookup, scaled, words_from_bytes, words_to_bytes
 from jquant.formats._shifted import SHIFT
 
 Codes = Int[Array, "groups n"]  # grid index of each group

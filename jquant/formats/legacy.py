@@ -27,14 +27,7 @@ from jax import Array, lax
 from jaxtyping import Float, Integer, UInt8
 
 from jquant.core import Format
-from jquant.formats._blocks import (
-    exact_div,
-    f16_bytes,
-    f16_from_bytes,
-    f16_round,
-    inverse,
-    rounded,
-)
+from jquant.formats._blocks import exact_div, f16_bytes, f16_from_bytes, f16_round, inverse, rounded
 from jquant.formats._least_squares import search_affine, search_scale
 from jquant.formats._tiny import LEAST, magnify, on_subnormal_grid
 

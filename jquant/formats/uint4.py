@@ -16,11 +16,10 @@ from jax import Array, lax
 from jaxtyping import Float, Int8, Int32
 
 from jquant.core import ScaledFormat
-
-from ._clip import divided
-from .int4 import CODES
-from .int4 import pack as pack_signed
-from .int4 import unpack as unpack_signed
+from jquant.formats._clip import divided
+from jquant.formats.int4 import CODES
+from jquant.formats.int4 import pack as pack_signed
+from jquant.formats.int4 import unpack as unpack_signed
 
 LARGEST, MIDDLE = 15.0, 8
 CLIPS = tuple(np.linspace(0.6, 1.05, 19).tolist())  # of the range

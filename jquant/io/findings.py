@@ -16,7 +16,7 @@ import numpy as np
 
 from jquant.core import OutputError, UserError
 from jquant.io._journal import Journal
-from jquant.io.checkpoint import read_arrays, reporting, write_arrays
+from jquant.io.resume import read_arrays, reporting, write_arrays
 
 _MARK = ".jquant"
 

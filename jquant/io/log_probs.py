@@ -26,8 +26,8 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt16
 
 from jquant.core import OutputError
-from jquant.space import reserve
-from jquant.text import human_size
+from jquant.core.human import human_size
+from jquant.io.space import reserve
 
 RANGE = 64.0  # nats below the largest that are told apart; e⁻⁶⁴ is 1.6e-28
 _LEVELS = 65535

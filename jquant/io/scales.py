@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from jquant.io._reporting import reporting
 from jquant.io.gguf_sink import check_target
+from jquant.io.write_errors import reporting
 
 
 def write(

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from jquant.core import TensorSpec, UserError, block_and_bytes
-from jquant.io._reporting import reporting
 from jquant.io._rows import read_rows
 from jquant.io.gguf_sink import check_target
 from jquant.io.safetensors import parse
-from jquant.space import reserve
+from jquant.io.space import reserve
+from jquant.io.write_errors import reporting
 
 _FORM, _VERSION = "jquant.statistics", "1"
 DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}

@@ -10,16 +10,16 @@ from types import MappingProxyType
 import gguf
 
 from jquant.core import Metadata, UserError
-
-from ._decoder import Decoder, Parameters, Tensors, matrices, open_decoder, run_block
-from ._head import WithHead
-from ._language_part import language_part
-from ._layers import Block, Precision, Rounding
-from ._shared import Architecture, Weight
+from jquant.models._architecture import Architecture, Weight
+from jquant.models._decoder import Decoder, Parameters, Tensors, matrices, open_decoder, run_block
+from jquant.models._head import WithHead
+from jquant.models._layers import Block, Precision, Rounding
+from jquant.models._multimodal import language_part
+from jquant.models._stages import stage, stages
 
 __all__ = [
     "ARCHITECTURES", "Architecture", "Block", "Decoder", "Parameters", "Precision", "Rounding", "Weight",
-    "WithHead", "decoder", "for_config", "language_part", "matrices", "run_block",
+    "WithHead", "decoder", "for_config", "language_part", "matrices", "run_block", "stage", "stages",
 ]  # fmt: skip
 
 

@@ -16,9 +16,8 @@ from jax import Array
 from jaxtyping import Float, Float32, Int
 
 from jquant.core import Metadata, TensorSpec, UserError, block_parameters, output_name
-
-from ._layers import PRECISION, Block, Precision, Rounding, rms_norm
-from ._rope import Rotary, angles
+from jquant.models._layers import PRECISION, Block, Precision, Rounding, rms_norm
+from jquant.models._rope import Rotary, angles
 
 SLAB_WEIGHTS = 1 << 24  # weights of an embedding that are decoded at once
 

@@ -12,9 +12,8 @@ from jax import Array
 from jaxtyping import Float
 
 from jquant.core import Block
-
-from ._decoder import Decoder, Parameters
-from ._layers import RMSNorm, Shapes, Shown
+from jquant.models._decoder import Decoder, Parameters
+from jquant.models._layers import RMSNorm, Shapes, Shown
 
 
 class _Head(nn.Module):

@@ -16,9 +16,7 @@ import gguf
 import numpy as np
 
 from jquant.core import MetadataValue, UserError
-
-from ._decoder import Traits
-from ._shared import (
+from jquant.models._architecture import (
     DECODER_KEYS,
     HIDDEN,
     Architecture,
@@ -30,6 +28,7 @@ from ._shared import (
     sliding_window,
     weight,
 )
+from jquant.models._decoder import Traits
 
 BLOCKS_OF_27B = 46  # llama.cpp knows by this that scores are divided by √(width / heads), not by √head_dim
 

@@ -10,8 +10,17 @@ from collections.abc import Iterator
 
 import gguf
 
-from ._decoder import Traits
-from ._shared import DECODER_KEYS, Architecture, Config, Weight, attention, decoder, mlp, sliding_window
+from jquant.models._architecture import (
+    DECODER_KEYS,
+    Architecture,
+    Config,
+    Weight,
+    attention,
+    decoder,
+    mlp,
+    sliding_window,
+)
+from jquant.models._decoder import Traits
 
 
 def weights(config: Config) -> Iterator[Weight]:

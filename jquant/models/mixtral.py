@@ -10,8 +10,7 @@ from collections.abc import Iterator
 
 import gguf
 
-from ._decoder import Traits
-from ._shared import (
+from jquant.models._architecture import (
     DECODER_KEYS,
     HIDDEN,
     Architecture,
@@ -23,6 +22,7 @@ from ._shared import (
     sliding_window,
     weight,
 )
+from jquant.models._decoder import Traits
 
 
 def weights(config: Config) -> Iterator[Weight]:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import gguf
 
 from jquant.core import UserError
-
-from ._shared import (
+from jquant.models._architecture import (
     DECODER_KEYS,
     HIDDEN,
     Q_ROWS,

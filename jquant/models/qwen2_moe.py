@@ -11,8 +11,7 @@ from collections.abc import Iterator
 
 import gguf
 
-from ._decoder import Traits
-from ._shared import (
+from jquant.models._architecture import (
     DECODER_KEYS,
     HIDDEN,
     REQUIRED,
@@ -25,7 +24,8 @@ from ._shared import (
     routed_experts,
     weight,
 )
-from .qwen2 import check_square
+from jquant.models._decoder import Traits
+from jquant.models.qwen2 import check_square
 
 
 def weights(config: Config) -> Iterator[Weight]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import gguf
 
-from ._shared import DECODER_KEYS, Architecture, Config, Weight, attention, decoder, mlp
+from jquant.models._architecture import DECODER_KEYS, Architecture, Config, Weight, attention, decoder, mlp
 
 
 def weights(config: Config) -> Iterator[Weight]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import gguf
 
-from ._shared import (
+from jquant.models._architecture import (
     DECODER_KEYS,
     REQUIRED,
     Architecture,

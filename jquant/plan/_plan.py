@@ -33,9 +33,9 @@ import numpy as np
 from jquant.core import Metadata, TensorSpec, UserError, block_and_bytes
 from jquant.plan._checks import check_importance, check_used, fallback_message
 from jquant.plan._entries import Entry, Plan, fitted
-from jquant.plan.file_types import FileType
+from jquant.plan._kept import kept
+from jquant.plan.file_types import FileType, nearest_file_type
 from jquant.plan.file_types import file_type as find_file_type
-from jquant.plan.kept import kept
 from jquant.plan.mixtures import Choice, Model, in_mixture_order, mixture, role
 from jquant.plan.profile import Bounds, Profile
 from jquant.plan.rules import Rule, tensor_type
@@ -213,3 +213,29 @@ def _by_user(
     if what == "token_embd" and is_tied and output_type:
         return Choice(output_type, "asked for: the output's type, which the embeddings share")
     return None
+
+
+def like(
+    specs: Mapping[str, TensorSpec],
+    settled: Settled,
+    types: Mapping[str, str],
+    where: str,
+    *,
+    has_imatrix: bool,
+    allow_fallback: bool = True,
+) -> Plan:
+    """The plan that gives every tensor the type that it has in another file. Rules and options still win.
+
+    Raises UserError, which starts with `where`, for tensors that the other file does not have.
+    """
+    missing = [spec.name for spec in settled.free if spec.name not in types]
+    if missing:
+        raise UserError(
+            f"{where}: has no tensor {missing[0]}, as {len(missing)} others of {len(specs)} of the model; "
+            "take a file of the same architecture."
+        )
+    chosen = {**settled.chosen}
+    for spec in settled.free:
+        chosen[spec.name] = Choice(types[spec.name], f"as in {where}")
+    kind = nearest_file_type([TensorSpec(s.name, s.shape, types[s.name]) for s in settled.free])
+    return assemble(specs, settled, kind, chosen, has_imatrix=has_imatrix, allow_fallback=allow_fallback)

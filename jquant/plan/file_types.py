@@ -8,10 +8,12 @@ Source: llama.h (enum llama_ftype), tools/quantize/quantize.cpp and llama_ftype_
 from __future__ import annotations
 
 import difflib
+from collections import Counter
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from jquant.core import UserError
+from jquant.core import TensorSpec, UserError
 
 
 class FileType(NamedTuple):
@@ -74,3 +76,15 @@ def file_type(name: str) -> FileType:
     close = difflib.get_close_matches(key, [*FILE_TYPES, *ALIASES], n=4, cutoff=0.5)
     hint = f"did you mean {', '.join(close)}?" if close else f"choose one of {', '.join(FILE_TYPES)}."
     raise UserError(f"unknown file type {name!r}; {hint}")
+
+
+def nearest_file_type(layout: Sequence[TensorSpec]) -> FileType:
+    """The file type to state in the header: one whose base has most of the weights."""
+    weights: Counter[str] = Counter()
+    for spec in layout:
+        weights[spec.type] += spec.size
+    for type, _ in weights.most_common():
+        kinds = [kind for kind in FILE_TYPES.values() if kind.base == type]
+        if kinds:
+            return kinds[0]
+    return FILE_TYPES["Q4_K_M"]

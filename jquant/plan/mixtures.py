@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jquant.core import TensorSpec
+from jquant.plan._kept import matrix_axes
 from jquant.plan.file_types import FileType
-from jquant.plan.kept import matrix_axes
 
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 _ROLES = (  # the first that occurs in a name

@@ -1,0 +1,66 @@
+"""What the inputs of every matrix of a model are like, measured on samples of text, block by block.
+
+The activations of all samples go through block after block and are kept on the host; one block's weights and
+a few samples are on the device at a time. A model of any depth needs the memory of one block.
+
+A Calibrator is three pure functions. Its statistics are sums or maxima, so batches, runs and hosts merge in
+any order, and a stack of experts has one set for each, of the tokens that the router sent there.
+"""
+
+from jquant.calibration._calibrators import (
+    ABSOLUTE_MAXIMA,
+    HESSIAN,
+    MEANS,
+    SECOND_MOMENTS,
+    Calibrator,
+    Stats,
+    add,
+    count_of,
+    merge,
+)
+from jquant.calibration._collect import (
+    Progress,
+    collect,
+    embed_into,
+    padded,
+    real_tokens,
+    run_through,
+    shared_inputs,
+    within_block,
+)
+from jquant.calibration._importance import imatrix_of, importance, load_samples, unreached
+from jquant.calibration._spikes import Found, SuperWeight, loss, with_loss_changes
+from jquant.calibration._statistics import add_rows, init_all, weights_of
+from jquant.calibration._token_fisher import token_fisher
+
+__all__ = [
+    "ABSOLUTE_MAXIMA",
+    "HESSIAN",
+    "MEANS",
+    "SECOND_MOMENTS",
+    "Calibrator",
+    "Found",
+    "Progress",
+    "Stats",
+    "SuperWeight",
+    "add",
+    "add_rows",
+    "collect",
+    "count_of",
+    "embed_into",
+    "imatrix_of",
+    "importance",
+    "init_all",
+    "load_samples",
+    "loss",
+    "merge",
+    "padded",
+    "real_tokens",
+    "run_through",
+    "shared_inputs",
+    "token_fisher",
+    "unreached",
+    "weights_of",
+    "with_loss_changes",
+    "within_block",
+]

@@ -1,0 +1,10 @@
+"""A model on disk as tensors to compute with: whatever type, scheme or layout they are stored in."""
+
+from jquant.checkpoints._transcode import FLOAT_DTYPES, LOW_BPW, slab_rows, transcode
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "LOW_BPW",
+    "slab_rows",
+    "transcode",
+]

@@ -1,0 +1,11 @@
+"""How far a file has moved from its original: perplexity, KL divergence, coherence; engines that run it."""
+
+from jquant.evaluation._compare import Settings, check_file, compare, engine_for, open_file
+
+__all__ = [
+    "Settings",
+    "check_file",
+    "compare",
+    "engine_for",
+    "open_file",
+]

@@ -1,0 +1,139 @@
+"""Our own forward pass, block by block: any size of model in the memory of one block and of the activations.
+
+Weights are decoded as a runtime decodes them and multiplied in float32. Inputs of matrices are rounded where
+the model's folder says so. Activations of all sequences lie in
+memory or, where they are large, in a temporary file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from jquant import models
+from jquant.calibration.activations import Scratch
+from jquant.checkpoints.model import open_model
+from jquant.checkpoints.weights import Weights
+from jquant.core import UserError
+from jquant.evaluation.engine import Progress
+from jquant.int8.rounding import ROUNDINGS, STATIC_ROUNDINGS
+from jquant.models import Decoder, run_block
+from jquant.text import token_ids
+
+LOGITS_BYTES = 1 << 27  # of predictions on the device at once
+BATCH_TOKENS = 2048  # through a block at once
+
+
+class FlaxEngine:
+    def __init__(self, path: Path, *, pre_tokenizer: str | None = None) -> None:
+        """Reads headers only. Raises UserError where the forward pass or the tokenizer is not known."""
+        model = open_model(path, pre_tokenizer=pre_tokenizer)
+        architecture = str(model.metadata.get("general.architecture"))
+        if architecture not in {gguf.MODEL_ARCH_NAMES[a.gguf] for a in models.ARCHITECTURES.values()}:
+            raise UserError(
+                f"{path}: architecture {architecture!r} is not known to the engine jax; install "
+                "llama-cpp-python (pip install 'jquant[llama]') and use --engine llama.cpp."
+            )
+        self._decoder = models.decoder(Weights(model.source), model.metadata)
+        if model.rounding is not None:
+            kind, tensors, scales = model.rounding
+            rounding = ROUNDINGS[kind] if scales is None else STATIC_ROUNDINGS[kind]
+            self._decoder = self._decoder.rounded(rounding, tensors, scales)
+        self._tokenizer = token_ids.from_metadata(model.metadata)
+        self.vocab = self._decoder.vocab
+        self.bos = self._tokenizer.bos
+
+    @property
+    def facts(self) -> dict[str, object]:
+        versions = {name: version(name) for name in ("jquant", "jax", "jaxlib")}
+        return {"engine": "jax", "versions": versions, "device": jax.devices()[0].device_kind}
+
+    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        return self._tokenizer.encode(text, add_bos=add_bos)
+
+    def logits(
+        self,
+        sequences: Sequence[Int32[np.ndarray, " _"]],
+        first: Sequence[int],
+        progress: Progress = lambda share: None,
+    ) -> Iterator[Float32[np.ndarray, "_ vocab"]]:
+        decoder, longest = self._decoder, max(map(len, sequences))
+        rows = [range(start, len(tokens) - 1) for tokens, start in zip(sequences, first, strict=True)]
+        # Work in multiplications: of every token by every block, and of the scored ones by the output.
+        per_block = [sum(_active(decoder, i)) * len(sequences) * longest for i in range(len(decoder.blocks))]
+        per_row = decoder.vocab * decoder.width
+        total = sum(per_block) + per_row * sum(map(len, rows))
+
+        x = self._embed(sequences, longest)
+        for i in range(len(decoder.blocks)):
+            _through_block(decoder, i, x)
+            progress(sum(per_block[: i + 1]) / total)
+        done = sum(per_block)
+        for found in self._project(x, rows):
+            done += per_row * len(found)
+            progress(done / total)
+            yield found
+
+    def close(self) -> None:
+        pass
+
+    def _embed(self, sequences: Sequence[np.ndarray], longest: int) -> np.ndarray:
+        """float32 [sequence, longest, width]; zeros behind the end, which no earlier token sees."""
+        x = Scratch().activations(0, (len(sequences), longest, self._decoder.width))
+        step = max(2**20 // longest, 1)  # one pass over the embedding for so many
+        for start in range(0, len(sequences), step):
+            part = sequences[start : start + step]
+            tokens = np.array([np.pad(one, (0, longest - len(one))) for one in part], np.int32)
+            x[start : start + len(part)] = self._decoder.embed(tokens)
+        return x
+
+    def _project(self, x: np.ndarray, rows: list[range]) -> Iterator[np.ndarray]:
+        """Logits of the wanted rows of each sequence. They are made so many at a time, whoever they belong
+        to: one shape, one compilation, and a bound on memory for any vocabulary."""
+        decoder = self._decoder
+        most = max(LOGITS_BYTES // (4 * decoder.vocab), 1)
+        sequence = np.concatenate([np.full(len(r), i) for i, r in enumerate(rows)])
+        position = np.concatenate([np.asarray(r, np.int64) for r in rows])
+        most = min(most, len(sequence))
+        parts: list[np.ndarray] = []
+        wanted, held = iter(map(len, rows)), 0
+        need = next(wanted)
+        for start in range(0, len(sequence), most):
+            given = x[sequence[start : start + most], position[start : start + most]]
+            padded = np.pad(given, ((0, most - len(given)), (0, 0)))[None]
+            made = np.asarray(decoder.logits(jnp.asarray(padded)))[0, : len(given)]
+            parts.append(made)
+            held += len(made)
+            while need is not None and held >= need:
+                whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+                yield whole[:need]
+                parts, held = [whole[need:]], held - need
+                need = next(wanted, None)
+
+
+def _active(decoder: Decoder, i: int) -> list[int]:
+    """Weights of block i's matrices that a token is multiplied by."""
+    block = decoder.blocks[i]
+    found = []
+    for _, shape in block.shapes:
+        share = getattr(block, "experts_used", 0) / shape[0] if len(shape) == 3 else 1
+        found.append(int(np.prod(shape) * share))
+    return found
+
+
+def _through_block(decoder: Decoder, i: int, x: np.ndarray) -> None:
+    """All sequences through block i, in place."""
+    params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, x.shape[1]))
+    batch = min(max(BATCH_TOKENS // x.shape[1], 1), len(x))
+    for start in range(0, len(x), batch):
+        part = x[start : start + batch]
+        padded = np.pad(part, ((0, batch - len(part)), (0, 0), (0, 0)))  # one shape, one compilation
+        out = run_block(decoder.blocks[i], params, jnp.asarray(padded), angles)
+        x[start : start + batch] = np.asarray(out)[: len(part)]

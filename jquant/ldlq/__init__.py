@@ -1,0 +1,8 @@
+"""Codes and numbers fitted to the original's output on text: LDLQ block by block, then tuning."""
+
+from jquant.ldlq._forecast import Forecast, forecast
+
+__all__ = [
+    "Forecast",
+    "forecast",
+]

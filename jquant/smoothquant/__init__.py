@@ -1,0 +1,17 @@
+"""Rescalings that leave the function alone: outliers of inputs moved into weights (SmoothQuant)."""
+
+from jquant.smoothquant._block_error import by_range, by_tensor, by_token
+from jquant.smoothquant._search import DEFAULT, Search, fisher_of, judged, search
+from jquant.smoothquant._smooth import smooth
+
+__all__ = [
+    "DEFAULT",
+    "Search",
+    "by_range",
+    "by_tensor",
+    "by_token",
+    "fisher_of",
+    "judged",
+    "search",
+    "smooth",
+]

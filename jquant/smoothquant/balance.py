@@ -1,0 +1,162 @@
+"""A model whose inputs llama.cpp's rounding on a CPU harms less: the same function, with other numbers in its
+norms and in the matrices behind them (`transforms.balance`).
+
+balanced = balance_model(model, samples)
+write_gguf(balanced.model, plan, out, imatrix=balanced.imatrix(imatrix))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import fmean
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jquant import models
+from jquant.calibration import Progress, embed_into, padded, real_tokens, weights_of
+from jquant.checkpoints.fingerprint import digest_of_arrays
+from jquant.checkpoints.model import Model
+from jquant.checkpoints.rescaled import Factors, ScaledSource
+from jquant.checkpoints.weights import Weights
+from jquant.core import UserError
+from jquant.distributed.team import ALONE, Team
+from jquant.io.imatrix import Imatrix
+from jquant.models import Block, Parameters
+from jquant.smoothquant import _balance as balance
+from jquant.smoothquant import _smooth as smooth
+from jquant.smoothquant._smooth import Coupling
+from jquant.text.samples import Samples
+
+SAMPLES, TOKENS = 8, 512  # at most: a block has some dozens of factors only
+
+
+class Place(NamedTuple):
+    block: int
+    name: str  # of the norm
+    kept: float  # of the error that rounding makes of the outputs behind it: 1 is all
+
+
+@dataclass(frozen=True)
+class Balanced:
+    model: Model  # the same function
+    factors: Mapping[str, Factors]  # by GGUF name without ".weight"
+    places: Sequence[Place]  # none where no input is a whole number of llama.cpp's blocks
+
+    def imatrix(self, of_original: Imatrix) -> Imatrix:
+        """Mean squares of this model's inputs, from those of the original's."""
+        entries = dict(of_original.entries)
+        for module, factors in self.factors.items():
+            name = f"{module}.weight"
+            if factors.cols is not None and name in entries:
+                squares = np.square(np.asarray(factors.cols, np.float32))
+                # In the .dat form a stack is one row.
+                by_input = entries[name].reshape(-1, len(squares)) / squares
+                entries[name] = by_input.astype(np.float32).reshape(entries[name].shape)
+        return replace(of_original, entries=entries)
+
+    def __str__(self) -> str:
+        if not self.places:
+            return (
+                f"no input of this model is a whole number of blocks of {balance.BLOCK}: nothing to balance."
+            )
+        kept = [
+            f"{fmean(place.kept for place in self.places if place.name == name):.0%} behind {name}"
+            for name in dict.fromkeys(place.name for place in self.places)
+        ]
+        return f"inputs balanced: of what llama.cpp's rounding of them loses {', '.join(kept)} is left."
+
+
+def balance_model(
+    model: Model,
+    samples: Samples,
+    *,
+    batch: int = 4,
+    team: Team = ALONE,
+    progress: Progress = lambda done, count: None,
+) -> Balanced:
+    """In memory are one block, and the activations of a few samples.
+
+    team: processes that all call this; they get the factors of the first.
+    Raises UserError for inputs that are not finite, and for an architecture that we do not know.
+    """
+    decoder = models.decoder(Weights(model.source), model.metadata)
+    few = sorted({int(at) for at in np.linspace(0, len(samples.tokens) - 1, SAMPLES)})
+    tokens = samples.tokens[few][:, :TOKENS]
+    lengths = np.minimum(real_tokens(samples.tokens, samples.lengths)[few], TOKENS)
+    x = np.empty((len(few), tokens.shape[1], decoder.width), np.float32)
+    embed_into(x, decoder, tokens)
+    real = weights_of(jnp.asarray(x), jnp.asarray(lengths, jnp.int32))
+    places: list[Place] = []
+    factors: dict[str, Factors] = {}
+    for i, block in enumerate(decoder.blocks):
+        params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, x.shape[1]))
+        couplings = {_seen(c, params): c for c in smooth.couplings(block) if _has_blocks(c)}
+        seen = _through(block, tuple(couplings), params, x, angles, batch)
+        scales: dict[str, Array] = {}
+        for coupling, (maxima, sizes) in zip(couplings.values(), seen, strict=True):
+            if not np.isfinite(sizes).all():
+                raise UserError(f"blk.{i}: what {coupling.name} gives is not finite; the model is damaged.")
+            weights = balance.token_weights(jnp.asarray(sizes), real)
+            best = balance.balance(jnp.asarray(maxima), _energies(coupling, params), weights)
+            scales[coupling.name] = jnp.repeat(jnp.exp(best.logs), balance.GROUP)
+            kept = float(best.after / best.before) if best.before > 0 else 1.0
+            places.append(Place(i, coupling.name, kept))
+        made = jax.device_get(smooth.factors_of(block, scales))
+        factors |= {f"blk.{i}.{tensor}": value for tensor, value in made.items()}
+        progress(i + 1, len(decoder.blocks))
+    factors = team.first(factors)
+    source = ScaledSource(model.source, factors)
+    changed = model._replace(
+        source=source, stored_bytes=model.tensor_bytes, changes=digest_of_arrays(factors)
+    )
+    return Balanced(changed, factors, places)
+
+
+def _has_blocks(coupling: Coupling) -> bool:
+    """Norms alone: what v and up lose, and what their weights lose by the factors, is hardly changed."""
+    return "norm" in coupling.name and coupling.channels % balance.BLOCK == 0
+
+
+def _seen(coupling: Coupling, params: Parameters) -> str:
+    """A consumer that sees all tokens: none of a stack's experts does."""
+    return next(name for name in coupling.consumers if params[name]["weight"].ndim == 2)
+
+
+def _energies(coupling: Coupling, params: Parameters) -> Array:
+    """Σ W² of each group of columns, over all matrices behind the norm that are quantized."""
+    total = jnp.zeros(coupling.channels)
+    for name in smooth.without_routers(coupling.consumers):
+        w = jnp.asarray(params[name]["weight"])
+        total += jnp.sum(jnp.square(w.reshape(-1, coupling.channels)), axis=0)
+    return balance.group_energies(total)
+
+
+def _through(
+    block: Block, names: tuple[str, ...], params: Parameters, x: np.ndarray, angles: Array, batch: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """All samples through the block, in place; of the inputs of these matrices groups' maxima and |x|²."""
+    seen: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in names]
+    for start in range(0, len(x), batch):
+        part = slice(start, min(start + batch, len(x)))
+        rows = (part.stop - start) * x.shape[1]
+        y, inputs = _step(block, names, params, padded(x[part], batch), angles)
+        for so_far, (maxima, sizes) in zip(seen, inputs, strict=True):
+            so_far.append((np.asarray(maxima)[:rows], np.asarray(sizes)[:rows]))
+        x[part] = y[: part.stop - start]
+    return [(np.concatenate([m for m, _ in of]), np.concatenate([s for _, s in of])) for of in seen]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _step(
+    block: Block, names: tuple[str, ...], params: Parameters, x: Array, angles: Array
+) -> tuple[Array, list[tuple[Array, Array]]]:
+    y, shown = block.apply({"params": params}, x, angles, mutable="inputs")
+    inputs = cast(Mapping[str, Mapping[str, Array]], shown["inputs"])
+    rows = (inputs[name]["x"].reshape(-1, x.shape[-1]) for name in names)
+    return cast(Array, y), [(balance.group_maxima(r), jnp.sum(jnp.square(r), axis=-1)) for r in rows]

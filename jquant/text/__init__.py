@@ -1,0 +1,1 @@
+"""From text to samples of tokens: datasets, tokenizers, chat templates."""
