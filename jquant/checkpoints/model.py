@@ -11,7 +11,7 @@ import numpy as np
 from jquant import io, models
 from jquant.checkpoints.compressed_tensors import Decompressed
 from jquant.checkpoints.gptq_awq import Transposed
-from jquant.checkpoints.schemes import METHOD, METHODS, Activations, Scheme, layout_of, scheme_of
+from jquant.checkpoints.schemes import METHOD, METHODS, InputKind, Scheme, layout_of, scheme_of
 from jquant.core import Metadata, Source, UserError
 from jquant.io import GgufSource
 from jquant.io.paths import AnyPath
@@ -19,7 +19,7 @@ from jquant.text import tokenizer
 
 
 class Rounding(NamedTuple):
-    kind: Activations
+    kind: InputKind
     tensors: frozenset[str]  # whose inputs are to be rounded
     scales: Mapping[str, np.ndarray] | None = None  # of these inputs, [] or [experts]; None: each token's own
 

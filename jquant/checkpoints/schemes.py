@@ -26,8 +26,8 @@ from jquant.checkpoints.gptq_awq import Layout
 from jquant.core import ScaledFormat, UserError
 from jquant.formats import SCALED_FORMATS
 
-# How the inputs of matrices are rounded; see `activations`.
-Activations = Literal["int8", "fp8", "int8-asymmetric"]
+# How the inputs of matrices are rounded; see `int8.rounding`.
+InputKind = Literal["int8", "fp8", "int8-asymmetric"]
 
 METHOD = "compressed-tensors"
 TRANSPOSED = ("gptq", "awq")  # methods of `transposed`
@@ -38,7 +38,7 @@ METHODS = (METHOD, *TRANSPOSED)
 class Scheme:
     name: str  # as on the command line
     weights: ScaledFormat
-    activations: Activations | None
+    activations: InputKind | None
     static: bool = False  # inputs by one scale a matrix, which is stored; else each token by its own
     layout: str  # compressed-tensors' name of the format, or another method's
     about: str
