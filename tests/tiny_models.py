@@ -341,7 +341,7 @@ class SpecsOnly:
         self.specs = {name: TensorSpec(name, shape, "F32") for name, shape in shapes.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        raise NotImplementedError
+        return np.ones((self.specs[name].rows, self.specs[name].row_bytes), np.uint8)[start:stop]
 
 
 def open_tiny(folder: Path) -> ArraySource:

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import numpy as np
 
 from jquant import io, models
+from jquant.checkpoints._precedence import check_is_model, check_is_model_folder, own_output
 from jquant.checkpoints.compressed_tensors import Decompressed
 from jquant.checkpoints.gptq_awq import Transposed
 from jquant.checkpoints.schemes import METHOD, METHODS, InputKind, Scheme, layout_of, scheme_of
 from jquant.core import Metadata, Source, UserError
-from jquant.io import GgufSource
+from jquant.io import GgufSource, hub
 from jquant.io.paths import AnyPath
 from jquant.text import tokenizer
 
@@ -56,14 +57,15 @@ def open_model(path: AnyPath, *, name: str | None = None, pre_tokenizer: str | N
     """
     source = io.open_source(path)
     if isinstance(source, GgufSource):
+        check_is_model(path, source.metadata)
         return Model(path, source.files, source, source.metadata)
     folder = path if path.is_dir() else path.parent
     files = [*source.files, folder / "config.json"]  # rope_freqs follows from the configuration
-    config, remarks = read_config(folder), ()
+    config, remarks = read_config(folder), source.remarks
     language = models.language_part(config, source)
     if language is not None:
         config, source = language
-        remarks = ("only the language model is converted: what sees images is a file of its own (mmproj).",)
+        remarks += ("only the language model is converted: what sees images is a file of its own (mmproj).",)
     rounding = stored_bytes = None
     declared = config.get("quantization_config")
     if isinstance(declared, dict) and declared.get("quant_method") in METHODS:
@@ -76,7 +78,9 @@ def open_model(path: AnyPath, *, name: str | None = None, pre_tokenizer: str | N
         else:
             source = Transposed(source, layout_of(declared))
     architecture = models.for_config(config)
-    metadata = architecture.metadata(config, name or folder.resolve().name)
+    config, said = own_output(config, source, architecture)
+    remarks += said + architecture.remarks(config)
+    metadata = architecture.metadata(config, name or hub.folder_name(folder))
     metadata |= tokenizer.metadata(folder, config, pre=pre_tokenizer)
     seen = architecture.as_gguf(source, config)
     return Model(path, files, seen, metadata, rounding, stored_bytes, remarks)
@@ -99,6 +103,8 @@ def _rounding(config: dict, scheme: Scheme, source: Decompressed) -> Rounding | 
 def read_config(folder: AnyPath) -> dict:
     """config.json of a model's folder. Raises UserError where there is none."""
     path = folder / "config.json"
+    if not path.is_file():
+        check_is_model_folder(folder, None)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -107,4 +113,5 @@ def read_config(folder: AnyPath) -> dict:
         raise UserError(f"{path}: not valid JSON ({error}).") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object; got {type(config).__name__}.")
+    check_is_model_folder(folder, config)
     return config

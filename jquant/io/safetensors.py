@@ -48,7 +48,7 @@ class SafetensorsSource:
     def __init__(self, path: AnyPath) -> None:
         """Reads headers only. Raises UserError where one is not sound, or a file or a tensor is missing."""
         self.path = path
-        self.files, index = _files(path)
+        self.files, index, self.remarks = _files(path)
         files = [parse(p) for p in self.files]
         self._specs: dict[str, TensorSpec] = {}
         self._where: dict[str, tuple[AnyPath, int]] = {}
@@ -78,12 +78,16 @@ class SafetensorsSource:
         return read_rows(*self._where[name], self._specs[name], start, stop)
 
 
-def _files(path: AnyPath) -> tuple[list[AnyPath], dict[str, str]]:
-    """Files of the model, and the index (name of a tensor → name of its file; empty without one)."""
+def _files(path: AnyPath) -> tuple[list[AnyPath], dict[str, str], tuple[str, ...]]:
+    """Files of the model, the index (name of a tensor → name of its file; empty without one), and what the
+    user should know. In a folder model.safetensors comes first, as transformers has it."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a folder with {SINGLE} or {INDEX}.")
     folder = path if path.is_dir() else path.parent
     index_path = path if path.name.endswith(".index.json") else folder / INDEX
+    if path.is_dir() and (path / SINGLE).is_file():
+        remark = f"{path}: {SINGLE} is read, as transformers does; {INDEX} beside it is passed over."
+        return [path / SINGLE], {}, (remark,) if _names_others(index_path) else ()
     if index_path.is_file():
         index = _read_index(index_path)
         names = sorted(set(index.values()))
@@ -94,14 +98,12 @@ def _files(path: AnyPath) -> tuple[list[AnyPath], dict[str, str]]:
                     f"{index_path}: {len(missing)} of {len(names)} shards are missing, the first is "
                     f"{missing[0]}; download it."
                 )
-            return [folder / name for name in names], index
+            return [folder / name for name in names], index, ()
     if not path.is_dir():
-        return [path], {}
-    if (path / SINGLE).is_file():
-        return [path / SINGLE], {}
+        return [path], {}, ()
     found = sorted(path.glob("*.safetensors"))
     if len(found) == 1:
-        return found, {}
+        return found, {}, ()
     if found:
         raise UserError(
             f"{path}: has {len(found)} safetensors files but no {INDEX}; download it, or give one file."
@@ -113,6 +115,16 @@ def _files(path: AnyPath) -> tuple[list[AnyPath], dict[str, str]]:
             "(transformers: model.save_pretrained(folder, safe_serialization=True))."
         )
     raise UserError(f"{path}: no safetensors here; expected {SINGLE}, or {INDEX} and its shards.")
+
+
+def _names_others(index_path: AnyPath) -> bool:
+    """Whether an index lies there that is not just of model.safetensors."""
+    if not index_path.is_file():
+        return False
+    try:
+        return set(_read_index(index_path).values()) != {SINGLE}
+    except UserError:
+        return True
 
 
 def _read_index(path: AnyPath) -> dict[str, str]:
@@ -143,7 +155,7 @@ def parse(path: AnyPath) -> File:
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_unique)
-        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
+        metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
         entries = {name: _entry(path, name, value) for name, value in header.items()}
     except UserError:
         raise

@@ -24,6 +24,8 @@ from jquant.text import _pretokenizer
 from jquant.text._vocabulary import BYTE, CONTROL, UNKNOWN, USER_DEFINED
 
 _SPACE = "▁"
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
+_GGUF_NAMES = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # gguf-py's spelling
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class TokenIds:
 
     bos: int | None  # put before every text
     eos: int | None
+    special_texts: dict[str, str] = field(repr=False)  # "bos" → "<s>", of those that the model has
     text_of: list[str] = field(repr=False)  # token → its text
     _special: list[tuple[str, int, bool]] = field(repr=False)  # text, id, only when asked for; longest first
     _encode: Callable[[str, bool], list[int]] = field(
@@ -90,7 +93,11 @@ def from_metadata(metadata: Metadata) -> TokenIds:
     special.sort(key=lambda entry: -len(entry[0].encode("utf-8", "surrogateescape")))
     by_default = kind == "llama" or _pretokenizer.rules(pre).adds_bos
     adds = metadata.get("tokenizer.ggml.add_bos_token", by_default)
-    return TokenIds(_id(metadata, "bos") if adds else None, _id(metadata, "eos"), tokens, special, encode)
+    named = {kind: _id(metadata, _GGUF_NAMES.get(kind, kind)) for kind in _SPECIAL}
+    texts = {kind: tokens[i] for kind, i in named.items() if i is not None and i < len(tokens)}
+    return TokenIds(
+        named["bos"] if adds else None, named["eos"], {"bos": "", "eos": "", **texts}, tokens, special, encode
+    )
 
 
 def _id(metadata: Metadata, kind: str) -> int | None:
