@@ -140,7 +140,10 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     [
         ({"chat_template.json": json.dumps({"chat_template": "J"})}, {"": "J"}),
         ({"chat_template.jinja": "A", "chat_template.json": json.dumps({"chat_template": "J"})}, {"": "A"}),
-        ({"chat_template.jinja": "A", "additional_chat_templates/rag.jinja": "R"}, {"": "A", ".rag": "R", "s": ["rag"]}),
+        (
+            {"chat_template.jinja": "A", "additional_chat_templates/rag.jinja": "R"},
+            {"": "A", ".rag": "R", "s": ["rag"]},
+        ),
     ],
 )
 def test_templates_come_from_all_places_where_a_model_says_them(files, expected, tmp_path):

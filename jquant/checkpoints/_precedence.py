@@ -61,13 +61,15 @@ def _equal(source: Source, one: str, other: str) -> bool:
         return False
     step = max(_SLAB_BYTES // a.row_bytes, 1)
     for start in range(0, a.rows, step):
-        rows = (
-            np.asarray(source.read(spec.name, start, min(start + step, a.rows))).view(FLOAT_DTYPES[spec.type])
-            for spec in (a, b)
-        )
-        if not np.array_equal(*(part.astype(np.float32) for part in rows)):
+        stop = min(start + step, a.rows)
+        if not np.array_equal(_rows(source, one, start, stop), _rows(source, other, start, stop)):
             return False
     return True
+
+
+def _rows(source: Source, name: str, start: int, stop: int) -> np.ndarray:
+    stored = np.asarray(source.read(name, start, stop))
+    return stored.view(FLOAT_DTYPES[source.specs[name].type]).astype(np.float32)
 
 
 def check_is_model(path: AnyPath, metadata: Metadata) -> None:

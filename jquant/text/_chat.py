@@ -39,8 +39,8 @@ def render(messages: list, tokenizer: TokenIds, template: str | None, where: str
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
     """What transformers gives templates (chat_template_utils, _compile_jinja_template): loop controls, the
-    tag {% generation %}, `tojson` that escapes nothing, raise_exception, strftime_now. A sandbox: a template is a
-    program of whoever published the model."""
+    tag {% generation %}, `tojson` that escapes nothing, raise_exception, strftime_now. A sandbox, for a
+    template is a program of whoever published the model."""
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
