@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +18,13 @@ def user_cache_dir() -> Path:
     """Where this user's caches lie: JQUANT_CACHE, XDG_CACHE_HOME, or the platform's usual place."""
     if folder := os.environ.get("JQUANT_CACHE"):
         return Path(folder)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "jquant"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jquant"
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "jquant"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without a home, as in containers
+        return Path(tempfile.gettempdir()) / f"jquant-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "jquant"
 
 
 def start_jax() -> None:
