@@ -65,8 +65,8 @@ def one_line_errors(command: Callable[_Options, None]) -> Callable[_Options, Non
                 raise
             _fail(
                 f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX finds no such device"
-                f"{f' ({error})' if str(error) else ''}; unset it to compute on what there is, or install the "
-                "JAX of this device.",
+                f"{f' ({error})' if str(error) else ''}; unset it to compute on what there is, or install "
+                "the JAX of this device.",
                 INPUT,
             )
         except KeyboardInterrupt:
@@ -83,7 +83,7 @@ def _of_the_platform(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _ending_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM, which schedulers send, ends a run as Ctrl-C does: with a sentence, and with what resumes it."""
+    """SIGTERM, which schedulers send, ends a run as Ctrl-C does: a sentence, and what a later run resumes."""
     try:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     except ValueError:  # not in the main thread: whoever runs us there has handlers of their own
