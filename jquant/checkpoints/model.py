@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from jquant.checkpoints._precedence import check_is_model, check_is_model_folder
 from jquant.checkpoints.compressed_tensors import Decompressed
 from jquant.checkpoints.gptq_awq import Transposed
 from jquant.checkpoints.schemes import METHOD, METHODS, InputKind, Scheme, layout_of, scheme_of
-from jquant.core import Metadata, Source, UserError
+from jquant.core import Metadata, Source, UserError, parse_json
 from jquant.io import GgufSource, hub
 from jquant.io.paths import AnyPath
 from jquant.text import tokenizer
@@ -106,7 +105,7 @@ def read_config(folder: AnyPath) -> dict:
     if not path.is_file():
         check_is_model_folder(folder, None)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{folder}: no config.json; a Hugging Face model folder has one.") from None
     except ValueError as error:

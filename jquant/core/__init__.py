@@ -18,6 +18,7 @@ from jquant.core._files import (
 from jquant.core._format import SCALE_DTYPES, Format, QuantizedTensor, ScaledFormat
 from jquant.core._gpu import on_cuda, result_like
 from jquant.core._grain import ACCELERATOR_GRAIN, CPU_GRAIN, Grain, grain
+from jquant.core._json import parse_json
 from jquant.core._models import Block, BlockwiseModel, Head, block_parameters, output_name
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "grain",
     "on_cuda",
     "output_name",
+    "parse_json",
     "quantize",
     "result_like",
 ]
