@@ -41,6 +41,11 @@ class Model(NamedTuple):
     remarks: tuple[str, ...] = ()  # what the user should know of it
     changes: str = ""  # digest of what `source` makes of the files' tensors beyond their names and order
 
+    def __repr__(self) -> str:
+        """In one line: metadata holds a whole vocabulary."""
+        architecture = self.metadata.get("general.architecture")
+        return f"Model({str(self.path)!r}, {architecture}, {len(self.source.specs)} tensors)"
+
     @property
     def tensor_bytes(self) -> int:
         """Of all tensors, as they are stored."""

@@ -43,7 +43,7 @@ class Imatrix:
     whatever the tensor: use `importance`). A matrix that no token reached has ones.
     """
 
-    entries: Mapping[str, Float32[np.ndarray, "n_mat ne0"]]
+    entries: Mapping[str, Float32[np.ndarray, "n_mat ne0"]] = field(repr=False)
     counts: Mapping[str, Float32[np.ndarray, " n_mat"]] = field(repr=False)
     datasets: list[str]
     chunk_count: int
