@@ -103,6 +103,20 @@ def test_error_feedback_of_a_matrix_is_that_of_a_file():
     np.testing.assert_array_equal(found.parts["blocks"], expected.parts["blocks"])
 
 
+@pytest.mark.parametrize("name", ["UINT4", "INT8"])
+def test_error_feedback_of_a_scaled_format_gives_its_codes_and_scales(name):
+    from jquant.ldlq.ldlq import factor, feedback
+    from jquant.ldlq.scaled import by_groups
+
+    W, x = (jax.random.normal(jax.random.key(i), (n, 256)) for i, n in enumerate((6, 300)))
+    format, H = jquant.SCALED_FORMATS[name], x.T @ x
+    found = jax.jit(lambda W, H: jquant.ldlq.quantize(W, H, name))(W, H)
+    shapes = {part: (a.shape, a.dtype) for part, a in jquant.quantize(W, name).parts.items()}
+    assert {part: (a.shape, a.dtype) for part, a in found.parts.items()} == shapes
+    expected = feedback(W, factor(H, 1), by_groups(format, 256))
+    np.testing.assert_allclose(jquant.dequantize(found), jquant.dequantize(expected), rtol=1e-6)
+
+
 def test_smoothing_scales_are_equation_4_but_for_a_common_factor():
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((2, 20, 8)), rng.standard_normal((5, 8))
@@ -169,7 +183,6 @@ W, ONES = jnp.ones((4, 64)), jnp.ones(64)
         (lambda: jquant.quantize(jnp.ones((4, 256)), "IQ1_S"), "IQ1_S needs importance: pass"),
         (lambda: jquant.quantize(W, "Q4_0", ONES[:5]), r"importance of shape \(5,\) does not fit \(4, 64\)"),
         (lambda: jquant.ldlq.quantize(W, jnp.eye(64), "q40"), "format='q40' is no format; 'Q4_0' is meant"),
-        (lambda: jquant.ldlq.quantize(W, jnp.eye(64), "INT8"), "format: INT8 has scales of their own"),
         (lambda: jquant.ldlq.quantize(W, jnp.eye(64), "Q4_K"), "W: Q4_K needs rows of a multiple of 256"),
         (lambda: jquant.smoothquant.scales(W, W, 1.5), "alpha=1.5: needs to be from 0 to 1"),
         (lambda: jquant.evaluate([]), "files: none are given"),

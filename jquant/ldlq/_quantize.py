@@ -8,15 +8,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from jquant.core import Format, QuantizedTensor
+from jquant.core import Format, QuantizedTensor, ScaledFormat
 from jquant.formats import format_of
 from jquant.ldlq.ldlq import DAMPING, factor, feedback_rows, tiles_of
+from jquant.ldlq.scaled import by_groups, taken_apart
 
 
 def quantize(
     W: Float[Array, "rows cols"],
     H: Float[Array, "cols cols"],
-    format: Format | str,
+    format: Format | ScaledFormat | str,
     *,
     damping: float = DAMPING,
 ) -> QuantizedTensor:
@@ -28,7 +29,7 @@ def quantize(
     Args:
         W: the layer's weights, y = W x.
         H: Σ x xᵀ or E[x xᵀ] of its inputs, symmetric: "xtx" of `jquant.calibration.HESSIAN`.
-        format: of FORMATS, or its name. Importance is not asked for: H has it.
+        format: of FORMATS or SCALED_FORMATS, or its name. Importance is not asked for: H has it.
         damping: of the mean diagonal of H, added to its diagonal.
 
     Raises:
@@ -41,25 +42,27 @@ def quantize(
     >>> lost[0] < 0.9 * lost[1]
     True
     """
-    format = _checked(W, H, format)
-    factors = factor(H.astype(jnp.float32), format.group_size, damping)
-    tiles = tiles_of(W.astype(jnp.float32))
-    data = lax.map(partial(feedback_rows, factors=factors, format=format), tiles)  # [tiles, tile, bytes]
-    return QuantizedTensor({"blocks": data.reshape(-1, data.shape[-1])[: len(W)]}, format)
-
-
-def _checked(W: Array, H: Array, format: Format | str) -> Format:
-    """The format. Raises ValueError, which names the argument, where `quantize` cannot take it."""
     chosen = format_of(format)
-    if not isinstance(chosen, Format):
-        raise ValueError(f"format: {chosen.name} has scales of their own; give one of FORMATS, such as Q4_K.")
-    if not chosen.can_encode:
-        raise ValueError(f"format: {chosen.name} can be decoded but not encoded; choose another format.")
     if W.ndim != 2:
         raise ValueError(f"W: expected a matrix, [rows, cols]; got shape {W.shape}. Use vmap for a stack.")
-    if W.shape[1] % chosen.block_size:
+    blocked = by_groups(chosen, W.shape[1]) if isinstance(chosen, ScaledFormat) else chosen
+    _check(W, H, blocked)
+    factors = factor(H.astype(jnp.float32), blocked.group_size, damping)
+    tiles = tiles_of(W.astype(jnp.float32))
+    data = lax.map(partial(feedback_rows, factors=factors, format=blocked), tiles)  # [tiles, tile, bytes]
+    data = data.reshape(-1, data.shape[-1])[: len(W)]
+    if isinstance(chosen, ScaledFormat):
+        return taken_apart(data, chosen, blocked)
+    return QuantizedTensor({"blocks": data}, chosen)
+
+
+def _check(W: Array, H: Array, format: Format) -> None:
+    """Raises ValueError, which names the argument, where `quantize` cannot take it."""
+    if not format.can_encode:
+        raise ValueError(f"format: {format.name} can be decoded but not encoded; choose another format.")
+    if W.shape[1] % format.block_size:
         raise ValueError(
-            f"W: {chosen.name} needs rows of a multiple of {chosen.block_size} weights; got shape {W.shape}. "
+            f"W: {format.name} needs rows of a multiple of {format.block_size} weights; got shape {W.shape}. "
             "Choose a format with a smaller block, such as Q8_0."
         )
     if H.shape != (W.shape[1], W.shape[1]):
@@ -67,4 +70,3 @@ def _checked(W: Array, H: Array, format: Format | str) -> Format:
             f"H: expected [cols, cols] of W, {(W.shape[1], W.shape[1])}; got shape {H.shape}. "
             "It is x.T @ x of the inputs x [tokens, cols]."
         )
-    return chosen
