@@ -118,8 +118,7 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
         from pyarrow import parquet
     except ImportError:
         raise UserError(
-            f"{name}: parquet is read by pyarrow, which is not installed: pip install 'jquant[parquet]', or "
-            "pip install pyarrow."
+            f"{name}: parquet is read by pyarrow, which is not installed: pip install pyarrow."
         ) from None
     number = 0
     try:

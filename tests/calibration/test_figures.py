@@ -139,4 +139,4 @@ def test_what_stands_in_the_way_of_figures_shows_at_once(model, tmp_path, monkey
     assert "file: cannot be made" in refused.stderr
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused = run("analyze", model, "--figures", tmp_path / "figures", code=3)
-    assert "pip install 'jquant[figures]'" in refused.stderr
+    assert "pip install matplotlib" in refused.stderr

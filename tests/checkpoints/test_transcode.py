@@ -40,12 +40,12 @@ def test_a_weight_that_is_not_finite_is_seen_on_every_device(row):
 
 
 def test_the_compiled_loop_talks_to_no_other_device():
-    from jquant.checkpoints._transcode import _over
+    from jquant.checkpoints._transcode import loop_over
     from jquant.core import CPU_GRAIN
 
     slab = jax.ShapeDtypeStruct((4, CPU_GRAIN.chunk), np.float32)
     steps = jax.ShapeDtypeStruct((2,), np.int32)
-    lowered = _over(TWO, FORMATS["F32"], FORMATS["Q8_0"], False, CPU_GRAIN).lower(slab, None, steps)
+    lowered = loop_over(TWO, FORMATS["F32"], FORMATS["Q8_0"], False, CPU_GRAIN).lower(slab, None, steps)
     text = lowered.compile().as_text()
     assert not any(name in text for name in ("all-reduce", "all-gather", "collective-permute", "all-to-all"))
 

@@ -240,15 +240,15 @@ def test_revision_and_pre_tokenizer_are_passed_on(model, text, monkeypatch):
         asked["revision"] = revision
         return model
 
-    def opened(path, *, name, pre_tokenizer):
-        asked.update(name=name, pre_tokenizer=pre_tokenizer)
+    def metadata(folder, config, *, pre):
+        asked["pre_tokenizer"] = pre
         raise UserError("enough.")
 
     monkeypatch.setattr("jquant.io.hub.resolve", resolve)
-    monkeypatch.setattr("jquant.checkpoints.model.open_model", opened)
+    monkeypatch.setattr("jquant.text.tokenizer.metadata", metadata)
     arguments = ("-c", text, "--revision", "v2", "--pre-tokenizer", "qwen2")
     assert "enough." in run("analyze", "hf:org/tiny:Q8_0", *arguments, code=3).stderr
-    assert asked == {"revision": "v2", "name": "tiny", "pre_tokenizer": "qwen2"}
+    assert asked == {"revision": "v2", "pre_tokenizer": "qwen2"}
 
 
 def test_a_mistyped_model_shows_before_the_default_text_is_downloaded(monkeypatch):

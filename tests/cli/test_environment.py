@@ -74,7 +74,7 @@ def test_sigterm_ends_as_ctrl_c_does(model, tmp_path):
 
 
 def test_without_a_home_the_cache_lies_in_the_folder_for_temporary_files(monkeypatch, tmp_path):
-    from jquant_cli import _runtime
+    from jquant.io import user_cache_dir
 
     for name in ("JQUANT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -83,4 +83,4 @@ def test_without_a_home_the_cache_lies_in_the_folder_for_temporary_files(monkeyp
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr("pathlib.Path.home", homeless)
-    assert "jquant" in str(_runtime.user_cache_dir())
+    assert "jquant" in str(user_cache_dir())

@@ -110,4 +110,4 @@ def test_quantize_check_needs_llama_cpp_before_it_begins(tmp_path, monkeypatch):
     monkeypatch.setattr("jquant.evaluation.engines.has_llama_cpp", lambda: False)
     result = attempt("quantize", tmp_path / "absent", tmp_path / "out.gguf", "--check")
     assert result.exit_code == 3
-    assert "pip install 'jquant[llama]'" in result.stderr
+    assert "pip install llama-cpp-python" in result.stderr

@@ -119,7 +119,7 @@ def test_llama_cpp_is_the_default_for_gguf_files_only(monkeypatch):
         choose("torch", [])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert choose(None, []) == "jax"
-    with pytest.raises(UserError, match=r"not installed: pip install 'jquant\[llama\]'"):
+    with pytest.raises(UserError, match=r"not installed: pip install llama-cpp-python"):
         choose("llama.cpp", [])
 
 

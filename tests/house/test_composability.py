@@ -82,7 +82,7 @@ def test_vmap_over_experts_with_their_own_importance_is_each_on_its_own():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_orbax_restores_a_tree_of_quantized_tensors_to_its_shardings(tmp_path):
-    checkpoint = pytest.importorskip("orbax.checkpoint", reason="needs orbax: pip install 'jquant[orbax]'")
+    checkpoint = pytest.importorskip("orbax.checkpoint", reason="needs orbax: pip install orbax-checkpoint")
     tree = {
         name: quantize(jnp.asarray(specs.gaussian(4, 256, seed)), FORMATS[name])
         for seed, name in enumerate(["Q4_K", "Q8_0"])

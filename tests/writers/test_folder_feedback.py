@@ -22,9 +22,10 @@ from jquant.checkpoints.schemes import SCHEMES
 from jquant.checkpoints.weights import Weights
 from jquant.ldlq import sequential
 from jquant.ldlq.ldlq import factor, feedback
+from jquant.ldlq.scaled import by_groups
 from jquant.text.samples import Samples
 from jquant.writers.folder import Ingredients, write_folder
-from jquant.writers.folder_feedback import by_groups, feed_back
+from jquant.writers.folder_feedback import feed_back
 from jquant.writers.folder_plan import Checkpoint, FolderPlan, open_checkpoint, plan_folder
 from jquant.writers.gguf_feedback import Feedback
 from jquant.writers.w8a8 import smooth_model

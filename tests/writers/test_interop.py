@@ -1,4 +1,4 @@
-"""Folders as transformers and compressed-tensors load them. Needs pip install 'jquant[interop]'.
+"""Folders as transformers and compressed-tensors load them. Needs pip install 'jquant-llm[interop]'.
 
 Rounding inputs amplifies the last bit: a model that differs from itself by 1e-7 in its embedding rounds a few
 numbers otherwise, and after some blocks the two differ as much as rounding makes them differ from the
@@ -17,7 +17,7 @@ from helpers.folders import config_of, read, run
 from helpers.shapes import GROUPED
 from helpers.tiny_models import LINES, write_tiny
 
-torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'jquant[interop]'")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'jquant-llm[interop]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 compressed_tensors = pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
 
