@@ -18,7 +18,7 @@ import numpy as np
 from jquant.core import MetadataValue, Source, TensorSpec, UserError
 from jquant.models import _config
 from jquant.models._config import REQUIRED, Config, Rope
-from jquant.models._decoder import Traits
+from jquant.models._header import Traits
 
 HIDDEN = "hidden_size"
 Q_ROWS = "num_attention_heads * head_dim"
