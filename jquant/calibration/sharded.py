@@ -9,7 +9,6 @@ of all samples, whole, on the host.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 
@@ -26,23 +25,19 @@ from jquant.calibration.activations import Activations
 from jquant.core import Block, BlockwiseModel
 from jquant.distributed.mesh import exchange
 from jquant.distributed.shard_map import shard_map
-
-# Which axis of a parameter lies over `model`. All architectures have the names of GGUF, so one table serves
-# them: what makes the heads or the hidden units is split by them, and what adds them up again by its columns.
-PARTITION = (
-    (r"(attn_(q|k|v)|ffn_(gate|up)(_shexp)?)\.(weight|bias)", 0),  # [out, in]; [out]
-    (r"(attn_output|ffn_down(_shexp)?)\.weight", 1),  # [out, in]
-    (r"ffn_(gate|up)_exps\.weight", 1),  # [experts, out, in]
-    (r"ffn_down_exps\.weight", 2),  # [experts, out, in]
-)
+from jquant.models import matrix
 
 
 def partition(parameter: str, shape: tuple[int, ...], size: int) -> PartitionSpec:
     """How a block's parameter, such as "attn_q.weight", lies over a model axis of `size` devices: by the
-    table where the axis is a multiple of the size, else whole on each."""
-    for pattern, axis in PARTITION:
-        if re.fullmatch(pattern, parameter) and axis < len(shape) and shape[axis] % size == 0:
-            return PartitionSpec(*(None,) * axis, "model")
+    table of its kind where the axis is a multiple of the size, else whole on each."""
+    name, _, part = parameter.rpartition(".")
+    row = matrix(name)
+    if row is None or row.over_model is None or (part == "bias" and row.over_model == "columns"):
+        return PartitionSpec()
+    axis = (row.over_model == "columns") + (row.form == "stack")  # [out, in]; [experts, out, in]; bias [out]
+    if part in ("weight", "bias") and axis < len(shape) and shape[axis] % size == 0:
+        return PartitionSpec(*(None,) * axis, "model")
     return PartitionSpec()
 
 
