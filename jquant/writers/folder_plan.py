@@ -26,11 +26,6 @@ from jquant.io import SafetensorsSource
 from jquant.models import Weight
 from jquant.smoothquant.smoothing import Smoothing
 
-# Matrices that schemes quantize, by GGUF name: linear layers, without routers, embedding and output.
-_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp)?)\.weight")
-# What else transformers builds as a linear layer.
-_OTHER_LINEAR = re.compile(r"output\.weight|blk\.\d+\.ffn_gate_inp(_shexp)?\.weight")
-
 INPUT_SCALE = ".input_scale"
 
 
@@ -77,6 +72,24 @@ def open_checkpoint(path: Path, *, name: str | None = None, pre_tokenizer: str |
     return Checkpoint(folder, config, SafetensorsSource(path), weights, model)
 
 
+def _matrix(name: str) -> models.Matrix | None:
+    """Of a GGUF name, blk.3.attn_q.weight."""
+    part = re.fullmatch(r"blk\.\d+\.(.+)\.weight", name)
+    return models.matrix(part[1]) if part else None
+
+
+def _is_quantized(name: str) -> bool:
+    """Whether schemes quantize it: linear layers of blocks, without routers."""
+    row = _matrix(name)
+    return row is not None and row.is_quantized
+
+
+def _is_other_linear(name: str) -> bool:
+    """What else transformers builds as a linear layer."""
+    row = _matrix(name)
+    return name == "output.weight" or (row is not None and row.form == "router")
+
+
 def plan_folder(checkpoint: Checkpoint, scheme: Scheme, keep: Sequence[str] = ()) -> FolderPlan:
     """What each tensor becomes. keep: regular expressions; weights whose name has a match stay as they are.
 
@@ -84,8 +97,8 @@ def plan_folder(checkpoint: Checkpoint, scheme: Scheme, keep: Sequence[str] = ()
     """
     patterns = [_pattern(text) for text in keep]
     specs = checkpoint.source.specs
-    linear = [part for n, w in checkpoint.weights.items() if _LINEAR.fullmatch(n) for part in w.parts]
-    other = [part for n, w in checkpoint.weights.items() if _OTHER_LINEAR.fullmatch(n) for part in w.parts]
+    linear = [part for n, w in checkpoint.weights.items() if _is_quantized(n) for part in w.parts]
+    other = [part for n, w in checkpoint.weights.items() if _is_other_linear(n) for part in w.parts]
     for pattern in patterns:
         if not any(pattern.search(name) for name in linear):
             raise UserError(
