@@ -32,7 +32,7 @@ from jquant.checkpoints import slab_rows, transcode
 from jquant.checkpoints.weights import Weights
 from jquant.core import Metadata, Source, TensorSpec
 from jquant.formats import FORMATS
-from jquant.models import Decoder, run_block
+from jquant.models import Decoder, matrix, run_block
 
 CACHE_BYTES = 1 << 30  # encoded tensors that are kept for the next candidate
 FIRST_STEP, LAST_STEP = math.log(2.0), math.log(1.1)  # of a group's weight
@@ -159,12 +159,6 @@ def _divergence(base: Array, logits: Array) -> Array:
     return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
 
 
-_TOGETHER = {
-    **dict.fromkeys(("attn_q", "attn_k"), "attn_q and attn_k"),
-    **dict.fromkeys(("ffn_gate", "ffn_up"), "ffn_gate and ffn_up"),
-}
-
-
 def groups(names: Mapping[str, object], layers: int) -> dict[str, list[str]]:
     """Tensors whose weights are searched together: by role, and those of the first and last layers."""
     found: dict[str, list[str]] = {}
@@ -173,8 +167,8 @@ def groups(names: Mapping[str, object], layers: int) -> dict[str, list[str]]:
         if part is None:
             found.setdefault("embeddings and output", []).append(name)
             continue
-        kind = _TOGETHER.get(part[2], part[2])
-        found.setdefault(kind, []).append(name)
+        row = matrix(part[2] + (part[3] or ""))
+        found.setdefault((row and row.searched_with) or part[2], []).append(name)
         third = 3 * int(part[1]) // max(layers, 1)
         if third != 1:
             found.setdefault(("first third", "", "last third")[third], []).append(name)
