@@ -167,7 +167,7 @@ def groups(names: Mapping[str, object], layers: int) -> dict[str, list[str]]:
         if part is None:
             found.setdefault("embeddings and output", []).append(name)
             continue
-        row = matrix(part[2] + (part[3] or ""))
+        row = matrix(part[2] + (part[3] or "")) or matrix(part[2])
         found.setdefault((row and row.searched_with) or part[2], []).append(name)
         third = 3 * int(part[1]) // max(layers, 1)
         if third != 1:

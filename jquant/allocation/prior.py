@@ -32,12 +32,12 @@ def usual_weights(names: Collection[str], layers: int) -> dict[str, float]:
     is_tied = "output.weight" not in names
     found = {}
     for name in names:
-        part = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+        part = re.fullmatch(r"blk\.(\d+)\.(\w+?)(_exps|_shexp)?\.weight", name)
         if part is None:
             is_output = name == "output.weight" or (name == "token_embd.weight" and is_tied)
             found[name] = _OUTPUT if is_output else _EMBEDDING
             continue
-        row = matrix(part[2])
+        row = matrix(part[2] + (part[3] or "")) or matrix(part[2])
         is_mlp = part[2].startswith("ffn_") if row is None else row.role in ("mlp", "expert")
         outer = is_mlp and int(part[1]) in (0, layers - 1)
         weight = _OTHER if row is None else row.sensitivity

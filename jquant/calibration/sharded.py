@@ -33,10 +33,11 @@ def partition(parameter: str, shape: tuple[int, ...], size: int) -> PartitionSpe
     table of its kind where the axis is a multiple of the size, else whole on each."""
     name, _, part = parameter.rpartition(".")
     row = matrix(name)
-    if row is None or row.over_model is None or (part == "bias" and row.over_model == "columns"):
+    if row is None or row.over_model is None:
         return PartitionSpec()
     axis = (row.over_model == "columns") + (row.form == "stack")  # [out, in]; [experts, out, in]; bias [out]
-    if part in ("weight", "bias") and axis < len(shape) and shape[axis] % size == 0:
+    is_split = part == "weight" or (part == "bias" and axis == 0)
+    if is_split and axis < len(shape) and shape[axis] % size == 0:
         return PartitionSpec(*(None,) * axis, "model")
     return PartitionSpec()
 

@@ -34,9 +34,9 @@ class Matrix:
     layer that they leave; "other" is no linear layer, such as the kernel of a convolution.
     over_model: which axis lies over the `model` axis of a mesh: what makes heads or hidden units is split by
     its rows, what adds them up again by its columns; None: the matrix is whole on each device.
-    sensitivity: usual nats a token for a relative error of 1 in the matrices of this name in all layers. Those
-    of attention and MLP were measured on SmolLM2-135M from gradients; medians over layers, so that single odd
-    layers do not count.
+    sensitivity: usual nats a token for a relative error of 1 in the matrices of this name in all layers. The
+    known ones were measured on SmolLM2-135M from gradients; medians over layers, so that single odd layers do
+    not count.
     searched_with: what it is called together with others, where their sensitivities are searched as one.
     """
 

@@ -4,31 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jquant.models._kinds import MLP_IN, MLP_OUT, Coupling, Matrix, coupling
+from jquant.models._kinds import MLP_IN, MLP_OUT, Coupling, Form, Matrix, Role, coupling
 
 _PAIR = "ffn_gate and ffn_up"
-MLP = (
-    *(
+
+
+def _rows(suffix: str, form: Form, role: Role) -> tuple[Matrix, ...]:
+    gate, up = (
         Matrix(
-            name=name + suffix,
-            stage=stage,
-            role="expert" if form == "stack" else "mlp",
+            name=f"ffn_{name}{suffix}",
+            stage=MLP_IN,
+            role=role,
             form=form,
-            over_model=axis,
-            sensitivity=sensitivity,
-            searched_with=together,
+            over_model="rows",
+            sensitivity=3.0,
+            searched_with=_PAIR,
         )
-        for suffix, form in (("", "linear"), ("_exps", "stack"), ("_shexp", "linear"))
-        for name, stage, axis, sensitivity, together in (
-            ("ffn_gate", MLP_IN, "rows", 3.0, _PAIR),
-            ("ffn_up", MLP_IN, "rows", 3.0, _PAIR),
-            ("ffn_down", MLP_OUT, "columns", 2.4, None),
-        )
-    ),
-    *(
-        Matrix(name=name, stage=MLP_IN, role="mlp", form="router")
-        for name in ("ffn_gate_inp", "ffn_gate_inp_shexp")
-    ),
+        for name in ("gate", "up")
+    )
+    down = Matrix(
+        name=f"ffn_down{suffix}", stage=MLP_OUT, role=role, form=form, over_model="columns", sensitivity=2.4
+    )
+    return gate, up, down
+
+
+def _router(name: str) -> Matrix:
+    return Matrix(name=name, stage=MLP_IN, role="mlp", form="router")
+
+
+MLP = (
+    *_rows("", "linear", "mlp"),
+    *_rows("_exps", "stack", "expert"),
+    *_rows("_shexp", "linear", "mlp"),
+    _router("ffn_gate_inp"),
+    _router("ffn_gate_inp_shexp"),
 )
 MLP_NORMS = ("ffn_norm", "post_ffw_norm")
 
