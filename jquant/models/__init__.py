@@ -18,15 +18,16 @@ from jquant.core import Metadata, UserError
 from jquant.models._architecture import Architecture, Weight
 from jquant.models._decoder import Decoder, Parameters, Tensors, matrices, open_decoder, run_block
 from jquant.models._head import WithHead
+from jquant.models._header import Header, Traits
 from jquant.models._kinds import KINDS, Coupling, Kind, Matrix, kind_of, matrix
 from jquant.models._layers import Block, Precision, Rounding
 from jquant.models._multimodal import language_part
 from jquant.models._stages import stage, stages
 
 __all__ = [
-    "ARCHITECTURES", "KINDS", "Architecture", "Block", "Coupling", "Decoder", "Kind", "Matrix", "Parameters",
-    "Precision", "Rounding", "Weight", "WithHead", "decoder", "for_config", "kind_of", "language_part",
-    "matrices", "matrix", "run_block", "stage", "stages",
+    "ARCHITECTURES", "KINDS", "Architecture", "Block", "Coupling", "Decoder", "Header", "Kind", "Matrix",
+    "Parameters", "Precision", "Rounding", "Traits", "Weight", "WithHead", "decoder", "for_config", "kind_of",
+    "language_part", "matrices", "matrix", "run_block", "stage", "stages",
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32, Int
 
 from jquant.core import Metadata, TensorSpec, UserError, block_parameters, output_name
 from jquant.models._header import Header, Traits
-from jquant.models._kinds import kind_of, unknown_of
+from jquant.models._kinds import kind_of, matrix, unknown_of
 from jquant.models._layers import PRECISION, Block, Precision, Rounding, rms_norm
 from jquant.models._rope import Rotary, angles
 
@@ -166,11 +166,15 @@ def run_block(
 
 
 def matrices(params: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
-    """The weights of a block's matrices and stacks, or what has their places; those of norms are none."""
+    """The weights of a block's matrices and stacks, or what has their places; those of norms are none, nor what
+    is no linear layer by the table of its kind."""
     return {
         name: of["weight"]
         for name, of in params.items()
-        if "weight" in of and of["weight"].ndim > 1 and "norm" not in name
+        if "weight" in of
+        and of["weight"].ndim > 1
+        and "norm" not in name
+        and ((row := matrix(name)) is None or row.form != "other")
     }
 
 
