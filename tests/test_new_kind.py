@@ -41,7 +41,7 @@ class Kernel(nn.Module):
 
 
 class ShortConvolution(Block, kw_only=True):
-    """h = x + out(c · conv(b · u)), (b, c, u) = in(rmsnorm(x)); then an MLP. After LFM2's gated convolution."""
+    """h = x + out(c · conv(b · u)), (b, c, u) = in(rmsnorm(x)); then an MLP: LFM2's gated convolution."""
 
     @nn.compact
     def __call__(self, x: jax.Array, angles: jax.Array) -> jax.Array:
@@ -183,4 +183,5 @@ def test_plans_know_it(added):
     assert weights["blk.0.conv_in.weight"] == 7.0 / 2
     assert roles("blk.0.conv_in.weight", is_tied=False) == {"attention"}
     assert groups(dict.fromkeys(CONVOLUTION), 2)["convolutions"] == ["blk.0.conv_in.weight"]
-    assert _is_quantized("blk.0.conv_in.weight") and not _is_quantized("blk.0.conv_kernel.weight")
+    assert _is_quantized("blk.0.conv_in.weight")
+    assert not _is_quantized("blk.0.conv_kernel.weight")

@@ -166,8 +166,8 @@ def run_block(
 
 
 def matrices(params: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
-    """The weights of a block's matrices and stacks, or what has their places; those of norms are none, nor what
-    is no linear layer by the table of its kind."""
+    """The weights of a block's matrices and stacks, or what has their places; those of norms are none, nor is
+    what the table of its kind calls no linear layer."""
     return {
         name: of["weight"]
         for name, of in params.items()
