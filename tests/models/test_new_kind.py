@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import ArraySource
+from helpers.tiny_models import ArraySource
 
 from jquant import FORMATS, models
 from jquant.allocation._search import groups
