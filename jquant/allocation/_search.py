@@ -20,17 +20,15 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jaxtyping import Float, Int
 
 from jquant import models
 from jquant.allocation.attribution import Shares, shares
 from jquant.checkpoints import slab_rows, transcode
 from jquant.checkpoints.weights import Weights
-from jquant.core import Metadata, Source, TensorSpec
+from jquant.core import Metadata, Source, TensorSpec, kl_divergence
 from jquant.formats import FORMATS
 from jquant.models import Decoder, run_block
 
@@ -128,10 +126,10 @@ class Measure:
         quantized = self._quantized(types)
         x = _last(quantized, self._tokens)
         parts = [
-            _divergence(self._original.logits(jnp.asarray(a[None])), quantized.logits(jnp.asarray(b[None])))
+            kl_divergence(self._original.logits(jnp.asarray(a[None])), quantized.logits(jnp.asarray(b[None])))
             for a, b in zip(self._x, x, strict=True)
         ]
-        return float(np.mean([float(part) for part in parts]))
+        return float(np.mean([float(jnp.mean(part)) for part in parts]))
 
     def shares(self, types: Mapping[str, str]) -> Shares:
         """The same, and what each tensor has of it. Takes some four times as long."""
@@ -150,13 +148,6 @@ def _last(model: Decoder, tokens: np.ndarray) -> Float[np.ndarray, "s t width"]:
         for k in range(len(x)):
             x[k] = run_block(block, params, jnp.asarray(x[k : k + 1]), angles)[0]
     return x
-
-
-@jax.jit
-def _divergence(base: Array, logits: Array) -> Array:
-    """Mean over tokens of Σ p log(p / q)."""
-    p, q = jax.nn.log_softmax(base), jax.nn.log_softmax(logits)
-    return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
 
 
 _TOGETHER = {

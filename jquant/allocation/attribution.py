@@ -20,7 +20,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.calibration.activations import Scratch
-from jquant.core import Block
+from jquant.core import Block, kl_divergence, kl_gradient
 from jquant.models import Decoder, matrices, run_block
 
 EMBEDDINGS = "token_embd.weight"
@@ -88,8 +88,9 @@ def _through_output(
     for k in range(len(y)):
         given = jnp.asarray(y[k : k + 1])
         logits, pull = jax.vjp(quantized.logits, given)
-        lost, g = _loss(original.logits(jnp.asarray(x[k : k + 1])), logits)
-        divergence += float(lost) / count
+        wanted = original.logits(jnp.asarray(x[k : k + 1]))
+        divergence += float(jnp.sum(kl_divergence(wanted, logits))) / count
+        g = kl_gradient(wanted, logits)
         back[k] = pull(g / count)[0][0]
         for start, stop in quantized.output_slabs():
             rows = jnp.asarray(quantized.tensors.rows(name, start, stop))
@@ -97,10 +98,3 @@ def _through_output(
             moved = jax.jvp(lambda r, x=given: quantized.project(r, x), (rows,), (change,))[1]
             share += float(jnp.vdot(g[..., start:stop], moved)) / (2 * count)
     return divergence, share, back
-
-
-@jax.jit
-def _loss(base: Array, logits: Array) -> tuple[Array, Array]:
-    """Σ p log(p / q) over all tokens, and its gradient with respect to the logits of q."""
-    p, q = jax.nn.log_softmax(base), jax.nn.log_softmax(logits)
-    return jnp.sum(jnp.exp(p) * (p - q)), jnp.exp(q) - jnp.exp(p)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -20,6 +19,7 @@ from jaxtyping import Float, Int
 
 from jquant.allocation.noise import disturbed
 from jquant.calibration.activations import IN_MEMORY
+from jquant.core import kl_divergence
 from jquant.models import Decoder, run_block
 
 STRIDE = 4  # of so many tokens one is asked for the next: neighbours tell much the same
@@ -74,11 +74,6 @@ def _divergences(model: Decoder, x: np.ndarray, changed: Mapping[str, np.ndarray
     for k in range(len(x)):
         logits = model.logits(jnp.asarray(x[k : k + 1, ::STRIDE]))
         for name, y in changed.items():
-            found[name] += float(_divergence(logits, model.logits(jnp.asarray(y[k : k + 1, ::STRIDE]))))
+            others = model.logits(jnp.asarray(y[k : k + 1, ::STRIDE]))
+            found[name] += float(jnp.mean(kl_divergence(logits, others)))
     return {name: value / len(x) for name, value in found.items()}
-
-
-@jax.jit
-def _divergence(logits: Float[Array, "s t vocab"], others: Float[Array, "s t vocab"]) -> Float[Array, ""]:
-    p, q = jax.nn.log_softmax(logits), jax.nn.log_softmax(others)
-    return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))

@@ -18,6 +18,7 @@ from jquant.core._files import (
 from jquant.core._format import SCALE_DTYPES, Format, QuantizedTensor, ScaledFormat
 from jquant.core._gpu import on_cuda, result_like
 from jquant.core._grain import ACCELERATOR_GRAIN, CPU_GRAIN, Grain, grain
+from jquant.core._kl import kl_divergence, kl_gradient
 from jquant.core._models import Block, BlockwiseModel, Head, block_parameters, output_name
 
 __all__ = [
@@ -51,6 +52,8 @@ __all__ = [
     "dequantize",
     "encode_chunk",
     "grain",
+    "kl_divergence",
+    "kl_gradient",
     "on_cuda",
     "output_name",
     "quantize",

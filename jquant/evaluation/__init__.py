@@ -1,5 +1,6 @@
 """How far a file has moved from its original: perplexity, KL divergence, coherence; engines that run it."""
 
+from jquant.core import kl_divergence
 from jquant.evaluation._compare import Settings, check_file, compare, engine_for, open_file
 
 __all__ = [
@@ -7,5 +8,6 @@ __all__ = [
     "check_file",
     "compare",
     "engine_for",
+    "kl_divergence",
     "open_file",
 ]

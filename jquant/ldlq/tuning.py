@@ -29,7 +29,7 @@ from jaxtyping import Float, Int, UInt8
 
 from jquant.calibration import embed_into, padded, real_tokens, run_through
 from jquant.calibration.activations import IN_MEMORY, scratch
-from jquant.core import Source, UserError
+from jquant.core import Source, UserError, kl_divergence, kl_gradient
 from jquant.ldlq import _tunable as moving
 from jquant.ldlq._tunable import Changes, Formats, Numbers, Stored
 from jquant.models import Decoder
@@ -211,11 +211,8 @@ def _divergence(
     count: Float[Array, ""],
 ) -> tuple[Float[Array, ""], Float[Array, "s t vocab"]]:
     """Σ KL(p ‖ q) over the tokens that count, and the gradient of its mean with respect to q's logits."""
-    log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(logits)
-    p = jnp.exp(log_p)
-    each = jnp.sum(p * (log_p - log_q), axis=-1)
-    g = jnp.where(counted[..., None], (jnp.exp(log_q) - p) / count, 0.0)
-    return jnp.sum(jnp.where(counted, each, 0.0)), g
+    g = jnp.where(counted[..., None], kl_gradient(wanted, logits) / count, 0.0)
+    return jnp.sum(jnp.where(counted, kl_divergence(wanted, logits), 0.0)), g
 
 
 class _Student:
