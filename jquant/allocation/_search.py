@@ -26,11 +26,12 @@ from jaxtyping import Float, Int
 
 from jquant import models
 from jquant.allocation.attribution import Shares, shares
+from jquant.calibration import run_through
 from jquant.checkpoints import slab_rows, transcode
 from jquant.checkpoints.weights import Weights
 from jquant.core import Metadata, Source, TensorSpec, kl_divergence
 from jquant.formats import FORMATS
-from jquant.models import Decoder, run_block
+from jquant.models import Decoder
 
 CACHE_BYTES = 1 << 30  # encoded tensors that are kept for the next candidate
 FIRST_STEP, LAST_STEP = math.log(2.0), math.log(1.1)  # of a group's weight
@@ -143,10 +144,7 @@ class Measure:
 def _last(model: Decoder, tokens: np.ndarray) -> Float[np.ndarray, "s t width"]:
     """The output of the last block; one sample at a time goes through each block."""
     x = model.embed(tokens)
-    for i, block in enumerate(model.blocks):
-        params, angles = model.load_block(i), jnp.asarray(model.angles(i, tokens.shape[1]))
-        for k in range(len(x)):
-            x[k] = run_block(block, params, jnp.asarray(x[k : k + 1]), angles)[0]
+    run_through(model, x)
     return x
 
 

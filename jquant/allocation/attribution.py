@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from jquant.calibration.activations import Scratch
+from jquant.calibration import Turn, batches, forward_back
 from jquant.core import Block, kl_divergence, kl_gradient
 from jquant.models import Decoder, matrices, run_block
 
@@ -38,30 +38,34 @@ def shares(
     tokens: Int[np.ndarray, "s t"],
 ) -> Shares:
     """x: the output of the original's last block. Float32."""
-    samples, length = tokens.shape
-    count = len(quantized.blocks)
-    scratch = Scratch().activations(0, (count + 1, samples, length, quantized.width))
-    scratch[0] = quantized.embed(tokens)
-    for i in range(count):
-        params, angles = quantized.load_block(i), jnp.asarray(quantized.angles(i, length))
-        for k in range(samples):
-            given = jnp.asarray(scratch[i, k : k + 1])
-            scratch[i + 1, k] = run_block(quantized.blocks[i], params, given, angles)[0]
-    divergence, of_output, back = _through_output(original, quantized, x, scratch[count])
-    found = {quantized.output_name: of_output}
-    for i in range(count - 1, -1, -1):
-        params, angles = quantized.load_block(i), jnp.asarray(quantized.angles(i, length))
-        changes = _changes(params, original.load_block(i))
-        for k in range(samples):
-            given = jnp.asarray(scratch[i, k : k + 1]), jnp.asarray(back[k : k + 1])
-            new, g = _back(quantized.blocks[i], params, changes, given[0], angles, given[1])
-            back[k] = g[0]
-            for name, value in new.items():
-                full = f"blk.{i}.{name}.weight"
-                found[full] = found.get(full, 0.0) + float(value) / 2
+    totals = dict[str, float]()
+
+    def into_head(y: np.ndarray, g: np.ndarray) -> None:
+        totals["divergence"], totals[quantized.output_name] = _through_output(original, quantized, x, y, g)
+
+    back, into_embeddings = partial(_back_through_block, original), np.empty(x.shape, np.float32)
+    blocks = list(forward_back(quantized, tokens, into_head, back, embeddings=into_embeddings))
+    divergence = totals.pop("divergence")
     moved = quantized.embed(tokens) - original.embed(tokens)
-    found[EMBEDDINGS] = found.get(EMBEDDINGS, 0.0) + float((back * moved).sum(dtype=np.float64)) / 2
-    return Shares(divergence, found)
+    of_embeddings = float((into_embeddings * moved).sum(dtype=np.float64)) / 2
+    totals[EMBEDDINGS] = totals.get(EMBEDDINGS, 0.0) + of_embeddings
+    return Shares(divergence, {name: share for found in (totals, *blocks) for name, share in found.items()})
+
+
+def _back_through_block(
+    original: Decoder, at: Turn, x: np.ndarray, behind: np.ndarray, before: np.ndarray | None
+) -> dict[str, float]:
+    """Shares of a block's matrices."""
+    changes, found = _changes(at.params, original.load_block(at.i)), dict[str, float]()
+    for part in batches(len(x), 1):
+        given = jnp.asarray(x[part]), at.angles, jnp.asarray(behind[part])
+        new, g = _back(at.block, at.params, changes, *given)
+        if before is not None:
+            before[part] = g
+        for name, value in new.items():
+            full = f"blk.{at.i}.{name}.weight"
+            found[full] = found.get(full, 0.0) + float(value) / 2
+    return found
 
 
 def _changes(new: Mapping, old: Mapping) -> dict[str, Array]:
@@ -80,10 +84,10 @@ def _back(
 
 
 def _through_output(
-    original: Decoder, quantized: Decoder, x: np.ndarray, y: np.ndarray
-) -> tuple[float, float, np.ndarray]:
-    """The divergence, the share of the output matrix, and the gradients [s, t, width] of its input y."""
-    back, divergence, share = np.empty_like(y), 0.0, 0.0
+    original: Decoder, quantized: Decoder, x: np.ndarray, y: np.ndarray, back: np.ndarray
+) -> tuple[float, float]:
+    """The divergence, and the share of the output matrix; the gradients of its input y go into `back`."""
+    divergence = share = 0.0
     name, count = quantized.output_name, y.shape[0] * y.shape[1]
     for k in range(len(y)):
         given = jnp.asarray(y[k : k + 1])
@@ -97,4 +101,4 @@ def _through_output(
             change = rows - jnp.asarray(original.tensors.rows(name, start, stop))
             moved = jax.jvp(lambda r, x=given: quantized.project(r, x), (rows,), (change,))[1]
             share += float(jnp.vdot(g[..., start:stop], moved)) / (2 * count)
-    return divergence, share, back
+    return divergence, share

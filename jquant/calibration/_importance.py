@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 
 from jquant import models
 from jquant.calibration._calibrators import SECOND_MOMENTS, Stats
-from jquant.calibration._collect import Progress, Through, collect
+from jquant.calibration._collect import Through, collect
+from jquant.calibration._walk import Progress
 from jquant.calibration.activations import Store
 from jquant.calibration.resume import SharedCheckpoint
 from jquant.calibration.sharded import over

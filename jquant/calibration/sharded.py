@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jquant.calibration._calibrators import Calibrator, Stats
 from jquant.calibration._collect import Through, shared_inputs, within_block
 from jquant.calibration._statistics import add_inputs, check_finite, finite, init_all
+from jquant.calibration._walk import batches, pad
 from jquant.calibration.activations import Activations
 from jquant.core import Block, BlockwiseModel
 from jquant.distributed.mesh import exchange
@@ -70,9 +71,8 @@ def over(mesh: Mesh, first: int = 0) -> Through:
         by_sample = NamedSharding(local, PartitionSpec("data"))
         step = _step_over(block, calibrator, names, local)
         stats = _nothing(block, calibrator, names, local)
-        for start in range(0, len(x), batch * ways):
-            part = slice(start, min(start + batch * ways, len(x)))
-            given, real = (jax.device_put(_padded(a[part], batch * ways), by_sample) for a in (x, lengths))
+        for part in batches(len(x), batch * ways):
+            given, real = (jax.device_put(pad(a[part], batch * ways), by_sample) for a in (x, lengths))
             out, stats = step(params, stats, given, angles, real)
 
             def alone(k: int, given: Array = given, real: Array = real) -> dict[str, Stats]:
@@ -80,9 +80,9 @@ def over(mesh: Mesh, first: int = 0) -> Through:
                 x, count = jnp.where(one[:, None, None], given, 0.0), jnp.where(one, real, 0)
                 return step(params, _nothing(block, calibrator, names, local), x, angles, count)[1]
 
-            check_finite(finite(stats), alone, "input", i, range(first + start, first + part.stop))
+            check_finite(finite(stats), alone, "input", i, range(first + part.start, first + part.stop))
             if y is not None:
-                y[part] = np.asarray(out)[: part.stop - start]
+                y[part] = np.asarray(out)[: part.stop - part.start]
         exchange()  # who failed says so here, before the others wait for its statistics
         merged = _merge_over(block, calibrator, names, mesh)(jax.tree.map(partial(_global, mesh), stats))
         return {f"blk.{i}.{name}.weight": jax.tree.map(_on_host, s) for name, s in merged.items()}
@@ -100,11 +100,6 @@ def _placed(model: BlockwiseModel, i: int, local: Mesh) -> dict[str, dict[str, A
         return jax.device_put(value, NamedSharding(local, spec))
 
     return {m: {k: put(m, k, value) for k, value in kinds.items()} for m, kinds in params.items()}
-
-
-def _padded(part: np.ndarray, count: int) -> np.ndarray:
-    """`count` samples, the missing ones of length 0."""
-    return np.pad(part, [(0, count - len(part))] + [(0, 0)] * (part.ndim - 1))
 
 
 def _nothing(block: Block, calibrator: Calibrator, names: frozenset[str], local: Mesh) -> dict[str, Stats]:

@@ -141,9 +141,7 @@ def _outputs(model: Decoder, tokens: np.ndarray, batch: int, folder: Path | None
     """What the last block makes of all samples."""
     x = scratch((*tokens.shape, model.width), folder, IN_MEMORY)
     embed_into(x, model, tokens)
-    for i, block in enumerate(model.blocks):
-        angles = jnp.asarray(model.angles(i, tokens.shape[1]))
-        run_through(block, model.load_block(i), angles, x, x, min(batch, len(tokens)))
+    run_through(model, x, batch=min(batch, len(tokens)))
     return x
 
 

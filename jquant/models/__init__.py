@@ -11,15 +11,17 @@ import gguf
 
 from jquant.core import Metadata, UserError
 from jquant.models._architecture import Architecture, Weight
-from jquant.models._decoder import Decoder, Parameters, Tensors, matrices, open_decoder, run_block
+from jquant.models._decoder import Decoder, Parameters, Tensors, matrices, open_decoder
 from jquant.models._head import WithHead
 from jquant.models._layers import Block, Precision, Rounding
 from jquant.models._multimodal import language_part
+from jquant.models._run import inputs_of, run_and_show, run_block
 from jquant.models._stages import stage, stages
 
 __all__ = [
     "ARCHITECTURES", "Architecture", "Block", "Decoder", "Parameters", "Precision", "Rounding", "Weight",
-    "WithHead", "decoder", "for_config", "language_part", "matrices", "run_block", "stage", "stages",
+    "WithHead", "decoder", "for_config", "inputs_of", "language_part", "matrices", "run_and_show",
+    "run_block", "stage", "stages",
 ]  # fmt: skip
 
 
