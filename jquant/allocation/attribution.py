@@ -9,19 +9,17 @@ forward and one back through the quantized model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jaxtyping import Float, Int
 
-from jquant.calibration import Turn, batches, forward_back
-from jquant.core import Block, kl_divergence, kl_gradient
-from jquant.models import Decoder, matrices, run_block
+from jquant.calibration import Turn, forward_back, matrix_gradients
+from jquant.core import kl_divergence, kl_gradient
+from jquant.models import Decoder, matrices
 
 EMBEDDINGS = "token_embd.weight"
 
@@ -56,31 +54,13 @@ def _back_through_block(
     original: Decoder, at: Turn, x: np.ndarray, behind: np.ndarray, before: np.ndarray | None
 ) -> dict[str, float]:
     """Shares of a block's matrices."""
-    changes, found = _changes(at.params, original.load_block(at.i)), dict[str, float]()
-    for part in batches(len(x), 1):
-        given = jnp.asarray(x[part]), at.angles, jnp.asarray(behind[part])
-        new, g = _back(at.block, at.params, changes, *given)
-        if before is not None:
-            before[part] = g
-        for name, value in new.items():
-            full = f"blk.{at.i}.{name}.weight"
-            found[full] = found.get(full, 0.0) + float(value) / 2
-    return found
-
-
-def _changes(new: Mapping, old: Mapping) -> dict[str, Array]:
-    """What quantization added to the matrices of a block."""
-    return {name: weight - old[name]["weight"] for name, weight in matrices(new).items()}
-
-
-@partial(jax.jit, static_argnums=0)
-def _back(
-    block: Block, params: Mapping, changes: Mapping[str, Array], x: Array, angles: Array, g: Array
-) -> tuple[dict[str, Array], Array]:
-    """⟨gradient, change⟩ of a block's matrices, and the gradient of its input."""
-    _, pull = jax.vjp(lambda p, x: run_block(block, p, x, angles), params, x)
-    of_params, of_x = pull(g)
-    return {name: jnp.vdot(of_params[name]["weight"], change) for name, change in changes.items()}, of_x
+    old, changed = matrices(original.load_block(at.i)), matrices(at.params)
+    changes = {name: weight - old[name] for name, weight in changed.items()}
+    of_block = dict.fromkeys(changes, 0.0)
+    for of_sample in matrix_gradients(at, x, behind, before):
+        for name, g in of_sample.items():
+            of_block[name] += float(jnp.vdot(g, changes[name])) / 2
+    return {f"blk.{at.i}.{name}.weight": share for name, share in of_block.items()}
 
 
 def _through_output(

@@ -12,9 +12,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.allocation.noise import local_squares, relative_error
-from jquant.calibration import Progress, Turn, batches, forward_back
-from jquant.core import Block
-from jquant.models import Decoder, matrices, run_block
+from jquant.calibration import Progress, Turn, forward_back, matrix_gradients
+from jquant.models import Decoder
 
 EMBEDDINGS = "token_embd.weight"
 
@@ -59,25 +58,13 @@ def _back_through_block(
     before: np.ndarray | None,
 ) -> dict[str, float]:
     """The weights of a block's matrices."""
-    squares: dict[str, Array] = {}
-    for part in batches(len(x), 1):
-        new, g = _back(at.block, at.params, jnp.asarray(x[part]), at.angles, jnp.asarray(behind[part]))
-        if before is not None:
-            before[part] = g
-        squares = {name: new[name] + squares.get(name, 0.0) for name in new}
-    weights = {}
+    weights, squares = dict[str, float](), dict[str, Array]()
+    for of_sample in matrix_gradients(at, x, behind, before):
+        squares = {name: g**2 + squares.get(name, 0.0) for name, g in of_sample.items()}
     for name, square in squares.items():
         full = f"blk.{at.i}.{name}.weight"
         weights[full] = weigh(full, np.asarray(square), np.asarray(at.params[name]["weight"]))
     return weights
-
-
-@partial(jax.jit, static_argnums=0)
-def _back(block: Block, params: Mapping, x: Array, angles: Array, g: Array) -> tuple[dict[str, Array], Array]:
-    """Squares of the gradients of a block's matrices, and the gradient of its input."""
-    _, pull = jax.vjp(lambda p, x: run_block(block, p, x, angles), params, x)
-    of_params, of_x = pull(g)
-    return {name: g**2 for name, g in matrices(of_params).items()}, of_x
 
 
 def _through_output(model: Decoder, x: np.ndarray, back: np.ndarray, key: Array) -> np.ndarray:

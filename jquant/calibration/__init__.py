@@ -19,7 +19,7 @@ from jquant.calibration._calibrators import (
     merge,
 )
 from jquant.calibration._collect import collect, shared_inputs, within_block
-from jquant.calibration._forward_back import forward_back
+from jquant.calibration._forward_back import forward_back, matrix_gradients
 from jquant.calibration._importance import imatrix_of, importance, load_samples, unreached
 from jquant.calibration._spikes import Found, SuperWeight, loss, with_loss_changes
 from jquant.calibration._statistics import add_rows, init_all, weights_of
@@ -60,6 +60,7 @@ __all__ = [
     "init_all",
     "load_samples",
     "loss",
+    "matrix_gradients",
     "merge",
     "padded",
     "real_tokens",

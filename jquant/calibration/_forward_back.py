@@ -7,16 +7,21 @@ float32, lie in memory or in a file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jaxtyping import Int
 
-from jquant.calibration._walk import Progress, Turn, embed_into, shape_of, turn, walk
+from jquant.calibration._walk import Progress, Turn, batches, embed_into, shape_of, turn, walk
 from jquant.calibration.activations import IN_MEMORY, scratch
-from jquant.core import BlockwiseModel
+from jquant.core import Block, BlockwiseModel
+from jquant.models import matrices, run_block
 
 _T = TypeVar("_T")
 
@@ -145,3 +150,25 @@ def _forward(
         at.through(tape.activations(at.i, shape), tape.activations(at.i + 1, shape), batch)
         tape.keep(at.i + 1)
         progress(at.i + 1, 2 * n)
+
+
+def matrix_gradients(
+    at: Turn, x: np.ndarray, behind: np.ndarray, before: np.ndarray | None
+) -> Iterator[dict[str, Array]]:
+    """Of sample after sample, the gradient of the loss with respect to each matrix of a block: a `Back`."""
+    for part in batches(len(x), 1):
+        given = jnp.asarray(x[part]), at.angles, jnp.asarray(behind[part])
+        of_matrices, of_x = _gradients(at.block, at.params, *given)
+        if before is not None:
+            before[part] = of_x
+        yield of_matrices
+
+
+@partial(jax.jit, static_argnums=0)
+def _gradients(
+    block: Block, params: Mapping, x: Array, angles: Array, g: Array
+) -> tuple[dict[str, Array], Array]:
+    """Those with respect to a block's matrices, and to its input."""
+    _, pull = jax.vjp(lambda params, x: run_block(block, params, x, angles), params, x)
+    of_params, of_x = pull(g)
+    return matrices(of_params), of_x
