@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from jquant import io, models
+from jquant import io
 from jquant.allocation._search import Found, Measure, groups, search
 from jquant.allocation._search import Progress as SearchProgress
 from jquant.allocation._shortlist import shortlist as plan_shortlist
@@ -24,7 +24,6 @@ from jquant.allocation.errors import Progress, damages, grid_bits, relative_erro
 from jquant.allocation.prior import usual_errors, usual_weights
 from jquant.allocation.record import Record
 from jquant.checkpoints.model import Model
-from jquant.checkpoints.weights import Weights
 from jquant.core import UserError, bits_per_weight
 from jquant.core.human import human_size
 from jquant.io.imatrix import Imatrix
@@ -93,7 +92,7 @@ def tensor_weights(
     if any(name not in record.weights for name in (found.within if weighting == "gradients" else blocks)):
         if tokens is None:
             raise UserError(f"weights by {weighting} need calibration text.")
-        decoder = models.decoder(Weights(model.source), model.metadata)
+        decoder = model.decoder()
         importance = importance_of(model, imatrix)
         if weighting == "outputs":
             record.add_weights(output_weights(decoder, tokens, importance, weights, progress=progress))

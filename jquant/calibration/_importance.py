@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jquant import models
 from jquant.calibration._calibrators import SECOND_MOMENTS, Stats
 from jquant.calibration._collect import Through, collect
 from jquant.calibration._walk import Progress
@@ -25,7 +24,6 @@ from jquant.calibration.activations import Store
 from jquant.calibration.resume import SharedCheckpoint
 from jquant.calibration.sharded import over
 from jquant.checkpoints.model import Model
-from jquant.checkpoints.weights import Weights
 from jquant.distributed.mesh import agree
 from jquant.distributed.team import ALONE, everyone, shares
 from jquant.io.imatrix import Imatrix
@@ -106,7 +104,7 @@ def importance(
 def decoder_for(model: Model, precision: Precision | None) -> Decoder:
     """The model to calibrate with. precision: of products; default: what the device has matrix units for,
     bfloat16 on accelerators, float32 on a CPU."""
-    decoder = models.decoder(Weights(model.source), model.metadata)
+    decoder = model.decoder()
     return decoder.at(precision or _usual_precision())
 
 

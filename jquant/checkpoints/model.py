@@ -13,9 +13,11 @@ from jquant.checkpoints._precedence import check_is_model, check_is_model_folder
 from jquant.checkpoints.compressed_tensors import Decompressed
 from jquant.checkpoints.gptq_awq import Transposed
 from jquant.checkpoints.schemes import METHOD, METHODS, InputKind, Scheme, layout_of, scheme_of
+from jquant.checkpoints.weights import Weights
 from jquant.core import Metadata, Source, UserError
 from jquant.io import GgufSource, hub
 from jquant.io.paths import AnyPath
+from jquant.models import Decoder
 from jquant.text import tokenizer
 
 
@@ -43,6 +45,10 @@ class Model(NamedTuple):
         if self.stored_bytes is not None:
             return self.stored_bytes
         return sum(spec.nbytes for spec in self.source.specs.values())
+
+    def decoder(self) -> Decoder:
+        """The model to compute with, float32. Raises UserError where its forward pass is not known."""
+        return models.decoder(Weights(self.source), self.metadata)
 
 
 def open_model(path: AnyPath, *, name: str | None = None, pre_tokenizer: str | None = None) -> Model:

@@ -21,7 +21,6 @@ from jquant import models
 from jquant.calibration import embed_into, run_through
 from jquant.calibration.activations import Scratch
 from jquant.checkpoints.model import open_model
-from jquant.checkpoints.weights import Weights
 from jquant.core import UserError
 from jquant.evaluation.engine import Progress
 from jquant.int8.rounding import ROUNDINGS, STATIC_ROUNDINGS
@@ -42,7 +41,7 @@ class FlaxEngine:
                 f"{path}: architecture {architecture!r} is not known to the engine jax; install "
                 "llama-cpp-python (pip install 'jquant[llama]') and use --engine llama.cpp."
             )
-        self._decoder = models.decoder(Weights(model.source), model.metadata)
+        self._decoder = model.decoder()
         if model.rounding is not None:
             kind, tensors, scales = model.rounding
             rounding = ROUNDINGS[kind] if scales is None else STATIC_ROUNDINGS[kind]

@@ -18,12 +18,10 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jquant import models
 from jquant.calibration import Progress, Turn, batches, padded, real_tokens, walk, weights_of
 from jquant.checkpoints.fingerprint import digest_of_arrays
 from jquant.checkpoints.model import Model
 from jquant.checkpoints.rescaled import Factors, ScaledSource
-from jquant.checkpoints.weights import Weights
 from jquant.core import UserError
 from jquant.distributed.team import ALONE, Team
 from jquant.io.imatrix import Imatrix
@@ -85,7 +83,7 @@ def balance_model(
     team: processes that all call this; they get the factors of the first.
     Raises UserError for inputs that are not finite, and for an architecture that we do not know.
     """
-    decoder = models.decoder(Weights(model.source), model.metadata)
+    decoder = model.decoder()
     few = sorted({int(at) for at in np.linspace(0, len(samples.tokens) - 1, SAMPLES)})
     tokens = samples.tokens[few][:, :TOKENS]
     lengths = np.minimum(real_tokens(samples.tokens, samples.lengths)[few], TOKENS)
