@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 from jquant import models
 from jquant.calibration import real_tokens
 from jquant.checkpoints.rescaled import Factors
-from jquant.core import SCALE_DTYPES, Format, QuantizedTensor, ScaledFormat
+from jquant.core import FLOAT_DTYPES, Format, QuantizedTensor, ScaledFormat
 from jquant.distributed.team import ALONE, Team, shares
 from jquant.io.findings import Findings
 from jquant.ldlq import sequential
@@ -122,7 +122,7 @@ def _by_blocks(format: ScaledFormat, size: int) -> Format:
 
 def _fit(format: ScaledFormat, blocks: Array, importance: Array | None = None) -> PyTree:
     scales = format.fit(blocks.T, None if importance is None else importance.T)
-    dtype = SCALE_DTYPES[format.scale_type]
+    dtype = FLOAT_DTYPES[format.scale_type]
     return jax.tree.map(lambda a: a.astype(dtype).astype(jnp.float32), scales)
 
 
@@ -152,7 +152,7 @@ def _taken_apart(rows: np.ndarray, format: ScaledFormat, block_bytes: int) -> Qu
     blocks = jnp.asarray(rows.reshape(-1, block_bytes).T)
     codes, scales = jax.device_get(_unpack(format, blocks))
     packed = format.pack(jnp.asarray(codes.T.reshape(len(rows), -1)))
-    dtype = SCALE_DTYPES[format.scale_type]
+    dtype = FLOAT_DTYPES[format.scale_type]
     stored = [jnp.asarray(a.reshape(len(rows), -1), dtype) for a in jax.tree.leaves(scales)]
     by_name = zip(format.scale_parts, stored, strict=True)
     return QuantizedTensor({format.part: packed, **dict(by_name)}, format)
