@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +21,7 @@ from jquant.allocation.candidates import Candidates, TooSmallError, allocated, f
 from jquant.allocation.errors import Progress, damages, grid_bits, relative_errors
 from jquant.allocation.prior import usual_errors, usual_weights
 from jquant.allocation.record import Record
+from jquant.checkpoints.fingerprint import common_facts, digest_of_arrays, times_of
 from jquant.checkpoints.model import Model
 from jquant.core import UserError, bits_per_weight
 from jquant.core.human import human_size
@@ -327,14 +326,11 @@ def _run(
     model: Model, imatrix: Imatrix | None, weighting: Weighting, tokens: np.ndarray | None
 ) -> dict[str, object]:
     """What a record's numbers depend on."""
-    of_tokens = None
-    if weighting != "usual" and tokens is not None:
-        of_tokens = hashlib.sha256(np.ascontiguousarray(tokens, np.int64).tobytes()).hexdigest()
+    of_text = weighting != "usual" and tokens is not None
     return {
-        "jquant sensitivity": version("jquant"),
-        "model": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in model.files],
+        **common_facts(model),
+        "times of files": times_of(model),
         "imatrix": imatrix and digest(imatrix),
         "weighting": weighting,
-        "calibration": of_tokens,
-        **({"changes": model.changes} if model.changes else {}),
+        "calibration": digest_of_arrays(tokens) if of_text else None,
     }
