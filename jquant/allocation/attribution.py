@@ -47,7 +47,7 @@ def shares(
     moved = quantized.embed(tokens) - original.embed(tokens)
     of_embeddings = float((into_embeddings * moved).sum(dtype=np.float64)) / 2
     totals[EMBEDDINGS] = totals.get(EMBEDDINGS, 0.0) + of_embeddings
-    return Shares(divergence, {name: share for found in (totals, *blocks) for name, share in found.items()})
+    return Shares(divergence, {name: share for part in (totals, *blocks) for name, share in part.items()})
 
 
 def _back_through_block(
@@ -70,8 +70,8 @@ def _through_output(
     divergence = share = 0.0
     name, count = quantized.output_name, y.shape[0] * y.shape[1]
     for k in range(len(y)):
-        given = jnp.asarray(y[k : k + 1])
-        logits, pull = jax.vjp(quantized.logits, given)
+        one = jnp.asarray(y[k : k + 1])
+        logits, pull = jax.vjp(quantized.logits, one)
         wanted = original.logits(jnp.asarray(x[k : k + 1]))
         divergence += float(jnp.sum(kl_divergence(wanted, logits))) / count
         g = kl_gradient(wanted, logits)
@@ -79,6 +79,6 @@ def _through_output(
         for start, stop in quantized.output_slabs():
             rows = jnp.asarray(quantized.tensors.rows(name, start, stop))
             change = rows - jnp.asarray(original.tensors.rows(name, start, stop))
-            moved = jax.jvp(lambda r, x=given: quantized.project(r, x), (rows,), (change,))[1]
+            moved = jax.jvp(lambda r, x=one: quantized.project(r, x), (rows,), (change,))[1]
             share += float(jnp.vdot(g[..., start:stop], moved)) / (2 * count)
     return divergence, share

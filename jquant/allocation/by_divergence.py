@@ -62,10 +62,10 @@ def measured_weights(
 
 def _divergences(model: Decoder, x: np.ndarray, changed: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Mean KL divergence of the predictions from what they are after x."""
-    found = dict.fromkeys(changed, 0.0)
+    divergences = dict.fromkeys(changed, 0.0)
     for k in range(len(x)):
         logits = model.logits(jnp.asarray(x[k : k + 1, ::STRIDE]))
         for name, y in changed.items():
             others = model.logits(jnp.asarray(y[k : k + 1, ::STRIDE]))
-            found[name] += float(jnp.mean(kl_divergence(logits, others)))
-    return {name: value / len(x) for name, value in found.items()}
+            divergences[name] += float(jnp.mean(kl_divergence(logits, others)))
+    return {name: value / len(x) for name, value in divergences.items()}

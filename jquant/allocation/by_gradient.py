@@ -72,14 +72,14 @@ def _through_output(model: Decoder, x: np.ndarray, back: np.ndarray, key: Array)
     slabs = model.output_slabs()
     parts = [jnp.zeros((stop - start, model.width), jnp.float32) for start, stop in slabs]
     for k in range(len(x)):
-        given = jnp.asarray(x[k : k + 1])
-        logits, pull = jax.vjp(model.logits, given)
+        one = jnp.asarray(x[k : k + 1])
+        logits, pull = jax.vjp(model.logits, one)
         labels = jax.random.categorical(jax.random.fold_in(key, k), logits)
         g = jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
         back[k] = pull(g)[0][0]
         for i, (start, stop) in enumerate(slabs):
             rows = jnp.asarray(model.output_rows(start, stop))
-            of_rows = jax.vjp(lambda rows, x=given: model.project(rows, x), rows)[1](g[..., start:stop])[0]
+            of_rows = jax.vjp(lambda rows, x=one: model.project(rows, x), rows)[1](g[..., start:stop])[0]
             parts[i] = parts[i] + of_rows**2
     return np.concatenate([np.asarray(part) for part in parts])
 

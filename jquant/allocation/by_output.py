@@ -36,18 +36,18 @@ def output_weights(
     weights that are usual, by name, in nats a token; those found have the same sum, since changes of outputs
     have no such unit. Takes one pass over the tokens for each matrix of a block, and one more.
     """
-    x, found = model.embed(tokens), dict[str, float]()
+    x, weights = model.embed(tokens), dict[str, float]()
     for at in walk(model, tokens.shape[1]):
         y = at.outputs(x)
         for name, noisy, error in disturbed(at.params, at.i, importance, seed=seed):
             changed = at.outputs(x, noisy)
             changes = [_change(changed[part], y[part]) for part in batches(len(x), 1)]
-            found[name] = float(np.mean(changes)) / error if error > 0 else 0.0
+            weights[name] = float(np.mean(changes)) / error if error > 0 else 0.0
         x = y
         progress(at.i + 1, len(model.blocks))
-    total = sum(found.values())
-    unit = sum(usual[name] for name in found if name in usual) / total if total > 0 else 0.0
-    return {name: unit * value for name, value in found.items()}
+    total = sum(weights.values())
+    unit = sum(usual[name] for name in weights if name in usual) / total if total > 0 else 0.0
+    return {name: unit * value for name, value in weights.items()}
 
 
 @jax.jit

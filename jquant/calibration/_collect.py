@@ -40,7 +40,7 @@ def collect(
 
     Arguments and errors are those of `stream`.
     """
-    found: dict[str, Stats] = {}
+    statistics: dict[str, Stats] = {}
     blocks = stream(
         model,
         tokens,
@@ -52,8 +52,8 @@ def collect(
         progress=progress,
     )
     for i, block in enumerate(blocks):
-        found |= {name: block[first] for name, first in shared_inputs(model, i).items()}
-    return found
+        statistics |= {name: block[first] for name, first in shared_inputs(model, i).items()}
+    return statistics
 
 
 def stream(
@@ -105,25 +105,25 @@ def shared_inputs(model: BlockwiseModel, i: int) -> dict[str, str]:
     Full GGUF tensor names; that first one maps to itself.
     """
     width, pairs = model.embed(np.zeros((0, 1), np.int64)).shape[-1], model.angles(i, 1).shape[-1]
-    found = _shared(model.blocks[i], width, pairs)
-    return {f"blk.{i}.{name}.weight": f"blk.{i}.{first}.weight" for name, first in found}
+    pairs_of_names = _shared(model.blocks[i], width, pairs)
+    return {f"blk.{i}.{name}.weight": f"blk.{i}.{first}.weight" for name, first in pairs_of_names}
 
 
 @cache
 def _shared(block: Block, width: int, pairs: int) -> tuple[tuple[str, str], ...]:
-    found: dict[str, str] = {}
+    first_of: dict[str, str] = {}
 
     def trace(params: Mapping, x: Array, angles: Array) -> None:
         shown = block.apply({"params": params}, x, angles, mutable="inputs")[1]["inputs"]
         # While a block is traced, one value is one object, however many matrices it is given to.
         first: dict[int, str] = {}
         for name in sorted(shown):
-            found[name] = first.setdefault(id(shown[name]["x"]), name)
+            first_of[name] = first.setdefault(id(shown[name]["x"]), name)
 
     params = block_parameters(block.shapes, lambda _, shape: jax.ShapeDtypeStruct(shape, jnp.float32))
     x = jax.ShapeDtypeStruct((1, 1, width), jnp.float32)
     jax.eval_shape(trace, params, x, jax.ShapeDtypeStruct((1, pairs), jnp.float32))
-    return tuple(found.items())
+    return tuple(first_of.items())
 
 
 def through_block(
@@ -143,16 +143,16 @@ def through_block(
     distinct = {within_block(first) for first in shared_inputs(model, i).values()}
 
     def nothing() -> dict[str, Stats]:
-        made = init_all(block, lambda shape: calibrator.init(shape[-1]))
-        return {name: jax.tree.map(jnp.copy, made[name]) for name in made if name in distinct}
+        every = init_all(block, lambda shape: calibrator.init(shape[-1]))
+        return {name: jax.tree.map(jnp.copy, every[name]) for name in every if name in distinct}
 
     stats, check = nothing(), lambda: None
     for part in batches(len(x), batch):
-        given, real = padded(x[part], batch), padded(lengths[part], batch)
-        out, stats = _step(block, calibrator, params, stats, given, angles, real)
+        inputs, real = padded(x[part], batch), padded(lengths[part], batch)
+        out, stats = _step(block, calibrator, params, stats, inputs, angles, real)
 
-        def alone(k: int, given: Array = given, real: Array = real) -> dict[str, Stats]:
-            return _step(block, calibrator, params, nothing(), given[k : k + 1], angles, real[k : k + 1])[1]
+        def alone(k: int, inputs: Array = inputs, real: Array = real) -> dict[str, Stats]:
+            return _step(block, calibrator, params, nothing(), inputs[k : k + 1], angles, real[k : k + 1])[1]
 
         # The flags of a batch are looked at when the next one is under way: the device need not wait.
         check()

@@ -157,8 +157,8 @@ def matrix_gradients(
 ) -> Iterator[dict[str, Array]]:
     """Of sample after sample, the gradient of the loss with respect to each matrix of a block: a `Back`."""
     for part in batches(len(x), 1):
-        given = jnp.asarray(x[part]), at.angles, jnp.asarray(behind[part])
-        of_matrices, of_x = _gradients(at.block, at.params, *given)
+        arguments = jnp.asarray(x[part]), at.angles, jnp.asarray(behind[part])
+        of_matrices, of_x = _gradients(at.block, at.params, *arguments)
         if before is not None:
             before[part] = of_x
         yield of_matrices

@@ -190,23 +190,24 @@ def _without(at: Turn, removed: Sequence[Place | tuple[int, int]]) -> Turn:
 
 
 def _search(model: BlockwiseModel, tokens: np.ndarray, removed: Removed) -> list[SuperWeight]:
-    x, found = jnp.asarray(model.embed(tokens)), []
+    x, spikes = jnp.asarray(model.embed(tokens)), []
     for at in walk(model, tokens.shape[1]):
         i, block, params, angles = _without(at, removed.get(at.i, ()))
         x, inputs = run_and_show(block, params, x, angles, tuple(name for name in DOWN if name in params))
         for name, shown in inputs.items():
-            given, weight = (np.asarray(a) for a in (shown["x"], params[name]["weight"]))
+            inputs, weight = (np.asarray(a) for a in (shown["x"], params[name]["weight"]))
             if name == STACK:
-                found += _spikes_of_experts(
-                    i, given, np.asarray(shown["expert"]), np.asarray(shown["token"]), weight
+                spikes += _spikes_of_experts(
+                    i, inputs, np.asarray(shown["expert"]), np.asarray(shown["token"]), weight
                 )
             else:
-                one = given.reshape(-1, given.shape[-1])
-                made = one @ weight.T
-                found += [
-                    replace(w, tensor=name) for w in _spikes(i, one, made, weight, _usual(one), _usual(made))
+                rows = inputs.reshape(-1, inputs.shape[-1])
+                outputs = rows @ weight.T
+                spikes += [
+                    replace(w, tensor=name)
+                    for w in _spikes(i, rows, outputs, weight, _usual(rows), _usual(outputs))
                 ]
-    return found
+    return spikes
 
 
 def _spikes_of_experts(
@@ -216,14 +217,14 @@ def _spikes_of_experts(
     token: Int[np.ndarray, "tiles tile"],
     weight: Float[np.ndarray, "experts out in"],
 ) -> list[SuperWeight]:
-    given = {int(e): x[expert == e][token[expert == e] >= 0] for e in np.unique(expert)}
-    given = {e: rows for e, rows in given.items() if len(rows)}
-    made = {e: rows @ weight[e].T for e, rows in given.items()}
-    usual_x, usual_y = (_usual(np.concatenate(list(parts.values()))) for parts in (given, made))
+    inputs = {int(e): x[expert == e][token[expert == e] >= 0] for e in np.unique(expert)}
+    inputs = {e: rows for e, rows in inputs.items() if len(rows)}
+    outputs = {e: rows @ weight[e].T for e, rows in inputs.items()}
+    usual_x, usual_y = (_usual(np.concatenate(list(parts.values()))) for parts in (inputs, outputs))
     return [
         replace(w, tensor=STACK, expert=e)
-        for e, rows in given.items()
-        for w in _spikes(block, rows, made[e], weight[e], usual_x, usual_y)
+        for e, rows in inputs.items()
+        for w in _spikes(block, rows, outputs[e], weight[e], usual_x, usual_y)
     ]
 
 
@@ -238,13 +239,13 @@ def _spikes(
     """The weight behind the largest output of a matrix, if that is a spike; else nothing."""
     token, row = np.unravel_index(np.abs(y).argmax(), y.shape)
     column = int(np.abs(x[token]).argmax())
-    value, given, made = float(weight[row, column]), float(x[token, column]), float(y[token, row])
-    spike = abs(made) / usual_y
+    value, into, out = float(weight[row, column]), float(x[token, column]), float(y[token, row])
+    spike = abs(out) / usual_y
     others = max(float(np.median(np.abs(y[token]))), float(np.finfo(np.float32).tiny))
-    stands_out = min(spike, abs(made) / others, abs(given) / usual_x) >= SPIKE
-    if not stands_out or given * value / made < SHARE:
+    stands_out = min(spike, abs(out) / others, abs(into) / usual_x) >= SPIKE
+    if not stands_out or into * value / out < SHARE:
         return []
-    return [SuperWeight(block, int(row), column, value, given, made, spike)]
+    return [SuperWeight(block, int(row), column, value, into, out, spike)]
 
 
 def _usual(a: Float[np.ndarray, "t width"]) -> float:

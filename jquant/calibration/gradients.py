@@ -91,11 +91,11 @@ def together(*calibrators: GradientCalibrator) -> GradientCalibrator:
         return {name: value for c in calibrators for name, value in c.init(out, in_).items()}
 
     def update(stats: Stats, x: Array, g: Array, weight: Array) -> Stats:
-        found: Stats = {}
+        updated: Stats = {}
         for c in calibrators:
-            own = {name: stats[name] for name in c.init(g.shape[1], x.shape[1])}
-            found |= c.update(own, x, g, weight)
-        return found
+            of_one = {name: stats[name] for name in c.init(g.shape[1], x.shape[1])}
+            updated |= c.update(of_one, x, g, weight)
+        return updated
 
     return GradientCalibrator(init, update, add)
 
@@ -183,15 +183,15 @@ def _into_head(
         logits, pull = jax.vjp(model.logits, jnp.asarray(y[part]))
         counted = np.arange(shape[1])[None] < real[part, None] - 1  # the last token has no next one
         grads = _loss_gradient(logits, labels(logits, tokens[part]), jnp.asarray(counted))
-        (found,) = pull(grads)
-        finite = np.isfinite(np.asarray(jnp.sum(found, axis=(1, 2))))
+        (of_inputs,) = pull(grads)
+        finite = np.isfinite(np.asarray(jnp.sum(of_inputs, axis=(1, 2))))
         if not finite.all():
             sample = part.start + int(finite.argmin())
             raise UserError(
                 f"output_norm.weight: its gradient is not finite in sample {sample} (from 0); the "
                 "model is damaged, or float32 is too small for it."
             )
-        g[part] = found
+        g[part] = of_inputs
 
 
 @jax.jit
@@ -218,12 +218,12 @@ def _back_through_block(
     stats = empty = init_all(block, lambda shape: calibrator.init(shape[-2], shape[-1]))
     step = partial(_step, block, calibrator, params)
     for part in batches(len(x), batch):
-        given, g, real = (padded(a[part], batch) for a in (x, behind, lengths))
-        out, stats = step(stats, given, g, angles, real)
+        inputs, g, real = (padded(a[part], batch) for a in (x, behind, lengths))
+        out, stats = step(stats, inputs, g, angles, real)
 
-        def alone(k: int, given: Array = given, g: Array = g, real: Array = real) -> dict[str, Stats]:
+        def alone(k: int, inputs: Array = inputs, g: Array = g, real: Array = real) -> dict[str, Stats]:
             one = slice(k, k + 1)
-            return step(empty, given[one], g[one], angles, real[one])[1]
+            return step(empty, inputs[one], g[one], angles, real[one])[1]
 
         check_finite(finite(stats), alone, "gradient", i, range(part.start, part.stop))
         if before is not None:

@@ -72,12 +72,12 @@ def over(mesh: Mesh, first: int = 0) -> Through:
         step = _step_over(block, calibrator, names, local)
         stats = _nothing(block, calibrator, names, local)
         for part in batches(len(x), batch * ways):
-            given, real = (jax.device_put(pad(a[part], batch * ways), by_sample) for a in (x, lengths))
-            out, stats = step(params, stats, given, angles, real)
+            inputs, real = (jax.device_put(pad(a[part], batch * ways), by_sample) for a in (x, lengths))
+            out, stats = step(params, stats, inputs, angles, real)
 
-            def alone(k: int, given: Array = given, real: Array = real) -> dict[str, Stats]:
-                one = jnp.arange(len(given)) == k  # an infinity times a weight of 0 is no number
-                x, count = jnp.where(one[:, None, None], given, 0.0), jnp.where(one, real, 0)
+            def alone(k: int, inputs: Array = inputs, real: Array = real) -> dict[str, Stats]:
+                one = jnp.arange(len(inputs)) == k  # an infinity times a weight of 0 is no number
+                x, count = jnp.where(one[:, None, None], inputs, 0.0), jnp.where(one, real, 0)
                 return step(params, _nothing(block, calibrator, names, local), x, angles, count)[1]
 
             check_finite(finite(stats), alone, "input", i, range(first + part.start, first + part.stop))
@@ -141,8 +141,8 @@ def _step_over(block: Block, calibrator: Calibrator, names: frozenset[str], loca
         return y, jax.tree.map(lambda a: a[None], mine)
 
     data, whole = PartitionSpec("data"), PartitionSpec()
-    given = (whole, data, data, whole, data)
-    mapped = shard_map(on_one, local, given, (data, data), axes=frozenset({"data"}))
+    specs = (whole, data, data, whole, data)
+    mapped = shard_map(on_one, local, specs, (data, data), axes=frozenset({"data"}))
     # Or the compiler might split others over `model`.
     kept = jax.tree.map(partial(NamedSharding, local), _layout(block, calibrator, names, local))
     return jax.jit(mapped, out_shardings=(NamedSharding(local, data), kept))
@@ -188,6 +188,6 @@ def _merge_over(block: Block, calibrator: Calibrator, names: frozenset[str], mes
             step *= 2
         return jax.tree.map(lambda a: lax.psum(jnp.where(index == 0, a, jnp.zeros_like(a)), "data"), mine)
 
-    given = _layout(block, calibrator, names, mesh)
-    made = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), given)
-    return jax.jit(shard_map(on_one, mesh, (given,), made))
+    layout = _layout(block, calibrator, names, mesh)
+    merged = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), layout)
+    return jax.jit(shard_map(on_one, mesh, (layout,), merged))

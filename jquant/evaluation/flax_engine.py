@@ -77,10 +77,10 @@ class FlaxEngine:
             decoder, x, batch=batch, progress=lambda done, count: progress(sum(per_block[:done]) / total)
         )
         done = sum(per_block)
-        for found in self._project(x, rows):
-            done += per_row * len(found)
+        for logits in self._project(x, rows):
+            done += per_row * len(logits)
             progress(done / total)
-            yield found
+            yield logits
 
     def close(self) -> None:
         pass
@@ -103,11 +103,11 @@ class FlaxEngine:
         wanted, held = iter(map(len, rows)), 0
         need = next(wanted)
         for start in range(0, len(sequence), most):
-            given = x[sequence[start : start + most], position[start : start + most]]
-            padded = np.pad(given, ((0, most - len(given)), (0, 0)))[None]
-            made = np.asarray(decoder.logits(jnp.asarray(padded)))[0, : len(given)]
-            parts.append(made)
-            held += len(made)
+            inputs = x[sequence[start : start + most], position[start : start + most]]
+            padded = np.pad(inputs, ((0, most - len(inputs)), (0, 0)))[None]
+            logits = np.asarray(decoder.logits(jnp.asarray(padded)))[0, : len(inputs)]
+            parts.append(logits)
+            held += len(logits)
             while need is not None and held >= need:
                 whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
                 yield whole[:need]
@@ -118,8 +118,8 @@ class FlaxEngine:
 def _active(decoder: Decoder, i: int) -> list[int]:
     """Weights of block i's matrices that a token is multiplied by."""
     block = decoder.blocks[i]
-    found = []
+    active = []
     for _, shape in block.shapes:
         share = getattr(block, "experts_used", 0) / shape[0] if len(shape) == 3 else 1
-        found.append(int(np.prod(shape) * share))
-    return found
+        active.append(int(np.prod(shape) * share))
+    return active

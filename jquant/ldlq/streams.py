@@ -166,9 +166,9 @@ class Streams:
             shown = self._shown(part, inputs)
             halves[number % 2] = _add_batch(halves[number % 2], *shown, counted)
             stacks = _add_batch(stacks, *shown, counted)
-        found = Gathered(*self.team.sum((halves[0], halves[1], stacks)))
-        found.check_finite(f"blk.{self.i}.")
-        return found
+        gathered = Gathered(*self.team.sum((halves[0], halves[1], stacks)))
+        gathered.check_finite(f"blk.{self.i}.")
+        return gathered
 
     def _nothing(self, inputs: tuple[str, ...]) -> dict[str, Stats]:
         """Statistics of no tokens."""
@@ -205,8 +205,8 @@ class Streams:
 
     def _given(self, stream: int, part: slice, but: tuple[str, ...] = ()) -> Shown:
         """What is known of the inputs of a batch, by every matrix that has them."""
-        known = {name: values for name, values in self.kept[stream].items() if name not in but}
-        kept = {name: padded(values[part], self.batch) for name, values in known.items()}
+        values_of = {name: values for name, values in self.kept[stream].items() if name not in but}
+        kept = {name: padded(values[part], self.batch) for name, values in values_of.items()}
         return {name: {"x": kept[one]} for name, one in self.first.items() if one in kept}
 
 
@@ -220,15 +220,15 @@ def gather_head(
         given0, given, count = (padded(a[part], batch) for a in (x0, x, real))
         shown0, shown = ({name: {"x": head.output_inputs(a)}} for a in (given0, given))
         halves[number % 2] = _add_batch(halves[number % 2], shown0, shown, weights_of(given, count))
-    found = Gathered(*team.sum((halves[0], halves[1], {})))
-    found.check_finite("")
-    return found.of(name)
+    gathered = Gathered(*team.sum((halves[0], halves[1], {})))
+    gathered.check_finite("")
+    return gathered.of(name)
 
 
 def _none(width: int, experts: tuple[int, ...] = ()) -> Stats:
     """Statistics of no tokens."""
-    made = {"H": jnp.zeros((*experts, width, width)), "count": jnp.zeros(experts, jnp.int32)}
-    return made if experts else {**made, "C": jnp.zeros((width, width))}
+    stats = {"H": jnp.zeros((*experts, width, width)), "count": jnp.zeros(experts, jnp.int32)}
+    return stats if experts else {**stats, "C": jnp.zeros((width, width))}
 
 
 @jax.jit

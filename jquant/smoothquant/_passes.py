@@ -49,7 +49,7 @@ def through_blocks(
     samples, so many tokens of each. fisher: of each part, where it is known."""
     x, real = zip(*(embedded(decoder, samples, part, tokens) for part in parts), strict=True)
     for at in walk(decoder, x[0].shape[1]):
-        felt = [None if known is None else jnp.asarray(known[at.i]) for known in fisher]
+        felt = [None if costs is None else jnp.asarray(costs[at.i]) for costs in fisher]
         block = decoder.blocks[at.i]
         passed = [through(block, at.params, *one, at.angles) for one in zip(x, real, felt, strict=True)]
         yield at.i, block, at.params, at.angles, passed

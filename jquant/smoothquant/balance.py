@@ -104,8 +104,8 @@ def balance_model(
             scales[coupling.name] = jnp.repeat(jnp.exp(best.logs), balance.GROUP)
             kept = float(best.after / best.before) if best.before > 0 else 1.0
             places.append(Place(i, coupling.name, kept))
-        made = jax.device_get(smooth.factors_of(block, scales))
-        factors |= {f"blk.{i}.{tensor}": value for tensor, value in made.items()}
+        of_block = jax.device_get(smooth.factors_of(block, scales))
+        factors |= {f"blk.{i}.{tensor}": value for tensor, value in of_block.items()}
         progress(i + 1, len(decoder.blocks))
     factors = team.first(factors)
     source = ScaledSource(model.source, factors)
