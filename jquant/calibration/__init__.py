@@ -21,6 +21,7 @@ from jquant.calibration._calibrators import (
 from jquant.calibration._collect import collect, shared_inputs, within_block
 from jquant.calibration._forward_back import forward_back, matrix_gradients
 from jquant.calibration._importance import imatrix_of, importance, load_samples, unreached
+from jquant.calibration._measure import STATISTICS, measure
 from jquant.calibration._spikes import Found, SuperWeight, loss, with_loss_changes
 from jquant.calibration._statistics import add_rows, init_all, weights_of
 from jquant.calibration._token_fisher import token_fisher
@@ -42,6 +43,7 @@ __all__ = [
     "HESSIAN",
     "MEANS",
     "SECOND_MOMENTS",
+    "STATISTICS",
     "Calibrator",
     "Found",
     "Progress",
@@ -61,6 +63,7 @@ __all__ = [
     "load_samples",
     "loss",
     "matrix_gradients",
+    "measure",
     "merge",
     "padded",
     "real_tokens",

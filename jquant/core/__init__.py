@@ -20,8 +20,11 @@ from jquant.core._files import (
 from jquant.core._format import Format, QuantizedTensor, ScaledFormat
 from jquant.core._gpu import on_cuda, result_like
 from jquant.core._grain import ACCELERATOR_GRAIN, CPU_GRAIN, Grain, grain
+from jquant.core._json import parse_json
 from jquant.core._kl import kl_divergence, kl_gradient
 from jquant.core._models import Block, BlockwiseModel, Head, block_parameters, output_name
+from jquant.core._threads import default_threads
+from jquant.core._versions import VERSION, versions
 
 __all__ = [
     "ACCELERATOR_GRAIN",
@@ -29,6 +32,7 @@ __all__ = [
     "FLOAT_DTYPES",
     "GGML_TYPES",
     "TRAINED",
+    "VERSION",
     "Block",
     "BlockwiseModel",
     "Effort",
@@ -52,6 +56,7 @@ __all__ = [
     "block_parameters",
     "chunk_blocks",
     "decode_chunk",
+    "default_threads",
     "dequantize",
     "encode_chunk",
     "grain",
@@ -59,6 +64,8 @@ __all__ = [
     "kl_gradient",
     "on_cuda",
     "output_name",
+    "parse_json",
     "quantize",
     "result_like",
+    "versions",
 ]

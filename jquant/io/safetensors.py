@@ -9,7 +9,6 @@ safetensors package gives whole arrays of a framework; quantizing needs the stor
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from jquant.core import TensorSpec, UserError, block_and_bytes
+from jquant.core import TensorSpec, UserError, block_and_bytes, parse_json
 from jquant.io._rows import read_rows
 from jquant.io.paths import AnyPath
 
@@ -129,17 +128,22 @@ def _names_others(index_path: AnyPath) -> bool:
 
 def _read_index(path: AnyPath) -> dict[str, str]:
     try:
-        index = json.loads(path.read_bytes())["weight_map"]
+        told = parse_json(path.read_bytes())
+        index = told["weight_map"] if isinstance(told, dict) else None
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{path}: not an index of safetensors (no weight_map in JSON); download it again."
         ) from None
-    inside = isinstance(index, dict) and all(isinstance(v, str) and Path(v).name == v for v in index.values())
-    if not inside:
+    if not isinstance(index, dict) or not all(map(_names_a_file, index.values())):
         raise UserError(
             f"{path}: weight_map must map tensors to names of files in this folder; download it again."
         )
     return index
+
+
+def _names_a_file(value: object) -> bool:
+    """Whether it is a name that a file of this folder can have: no path out of it, no more than 255 bytes."""
+    return isinstance(value, str) and Path(value).name == value and len(value.encode(errors="replace")) < 256
 
 
 def parse(path: AnyPath) -> File:
@@ -154,7 +158,9 @@ def parse(path: AnyPath) -> File:
             )
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = parse_json(text, _unique)
+        if not isinstance(header, dict):
+            raise TypeError(f"no table but {type(header).__name__}")
         metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
         entries = {name: _entry(path, name, value) for name, value in header.items()}
     except UserError:

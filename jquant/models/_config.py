@@ -9,6 +9,8 @@ from types import MappingProxyType
 
 from jquant.core import UserError
 
+_LARGEST = 3.4e38  # a float32, as headers have it
+_TOO_LARGE = 1 << 31  # for what llama.cpp reads of a header
 REQUIRED = "required"  # in place of a default: the key must be there
 
 # Keys that say nothing about the function the model computes: training, generation, bookkeeping. Special
@@ -335,19 +337,14 @@ def _yarn_attention(factor: float, scaling: Mapping[str, object]) -> float:
 
 def _integer(values: Mapping[str, object], key: str) -> int:
     value = values[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise _bad(key, value, "a positive whole number")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _TOO_LARGE:
+        raise _bad(key, value, f"a positive whole number below {_TOO_LARGE}")
     return value
 
 
 def _number(values: Mapping[str, object], key: str) -> float:
     value = values[key]
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value <= 0
-    ):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
         raise _bad(key, value, "a positive number")
     return float(value)
 

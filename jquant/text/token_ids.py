@@ -24,6 +24,7 @@ from jquant.text import _pretokenizer
 from jquant.text._vocabulary import BYTE, CONTROL, UNKNOWN, USER_DEFINED
 
 _SPACE = "▁"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _GGUF_NAMES = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # gguf-py's spelling
 
@@ -120,7 +121,9 @@ def _byte_level(metadata: Metadata, tokens: list[str], pre: str) -> Callable[[st
     if not isinstance(merges, list):
         raise UserError("tokenizer.ggml.merges is missing; the model's header is damaged.")
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    vocabulary = {text: i for i, text in reversed(list(enumerate(tokens)))}
+    # Old vocabularies have halves of characters, which no text has.
+    whole = [(text, i) for i, text in enumerate(tokens) if not _SURROGATE.search(text)]
+    vocabulary = dict(reversed(whole))
     # A merge of tokens that are not in the vocabulary could never be applied, and is refused by the library.
     pairs = [(a, b) for a, b in pairs if a in vocabulary and b in vocabulary and a + b in vocabulary]
     model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=rules.whole_words)
