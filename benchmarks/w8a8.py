@@ -92,7 +92,7 @@ def main() -> None:
         start = time.monotonic()
         stats = smoothing.measure(checkpoint.model, samples)
         print(f"measured in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-        decoder = smoothing.open_decoder(checkpoint.model)
+        decoder = checkpoint.model.decoder()
         made = {"no smoothing": None}
         made |= {f"alpha {alpha:g}": smoothing.fixed(decoder, stats, alpha) for alpha in args.alphas}
         if not args.no_search:

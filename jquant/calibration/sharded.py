@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jquant.calibration._calibrators import Calibrator, Stats
 from jquant.calibration._collect import Through, shared_inputs, within_block
 from jquant.calibration._statistics import add_inputs, check_finite, finite, init_all
+from jquant.calibration._walk import batches, pad
 from jquant.calibration.activations import Activations
 from jquant.core import Block, BlockwiseModel
 from jquant.distributed.mesh import exchange
@@ -66,19 +67,18 @@ def over(mesh: Mesh, first: int = 0) -> Through:
         by_sample = NamedSharding(local, PartitionSpec("data"))
         step = _step_over(block, calibrator, names, local)
         stats = _nothing(block, calibrator, names, local)
-        for start in range(0, len(x), batch * ways):
-            part = slice(start, min(start + batch * ways, len(x)))
-            given, real = (jax.device_put(_padded(a[part], batch * ways), by_sample) for a in (x, lengths))
-            out, stats = step(params, stats, given, angles, real)
+        for part in batches(len(x), batch * ways):
+            inputs, real = (jax.device_put(pad(a[part], batch * ways), by_sample) for a in (x, lengths))
+            out, stats = step(params, stats, inputs, angles, real)
 
-            def alone(k: int, given: Array = given, real: Array = real) -> dict[str, Stats]:
-                one = jnp.arange(len(given)) == k  # an infinity times a weight of 0 is no number
-                x, count = jnp.where(one[:, None, None], given, 0.0), jnp.where(one, real, 0)
+            def alone(k: int, inputs: Array = inputs, real: Array = real) -> dict[str, Stats]:
+                one = jnp.arange(len(inputs)) == k  # an infinity times a weight of 0 is no number
+                x, count = jnp.where(one[:, None, None], inputs, 0.0), jnp.where(one, real, 0)
                 return step(params, _nothing(block, calibrator, names, local), x, angles, count)[1]
 
-            check_finite(finite(stats), alone, "input", i, range(first + start, first + part.stop))
+            check_finite(finite(stats), alone, "input", i, range(first + part.start, first + part.stop))
             if y is not None:
-                y[part] = np.asarray(out)[: part.stop - start]
+                y[part] = np.asarray(out)[: part.stop - part.start]
         exchange()  # who failed says so here, before the others wait for its statistics
         merged = _merge_over(block, calibrator, names, mesh)(jax.tree.map(partial(_global, mesh), stats))
         return {f"blk.{i}.{name}.weight": jax.tree.map(_on_host, s) for name, s in merged.items()}
@@ -96,11 +96,6 @@ def _placed(model: BlockwiseModel, i: int, local: Mesh) -> dict[str, dict[str, A
         return jax.device_put(value, NamedSharding(local, spec))
 
     return {m: {k: put(m, k, value) for k, value in kinds.items()} for m, kinds in params.items()}
-
-
-def _padded(part: np.ndarray, count: int) -> np.ndarray:
-    """`count` samples, the missing ones of length 0."""
-    return np.pad(part, [(0, count - len(part))] + [(0, 0)] * (part.ndim - 1))
 
 
 def _nothing(block: Block, calibrator: Calibrator, names: frozenset[str], local: Mesh) -> dict[str, Stats]:
@@ -142,8 +137,8 @@ def _step_over(block: Block, calibrator: Calibrator, names: frozenset[str], loca
         return y, jax.tree.map(lambda a: a[None], mine)
 
     data, whole = PartitionSpec("data"), PartitionSpec()
-    given = (whole, data, data, whole, data)
-    mapped = shard_map(on_one, local, given, (data, data), axes=frozenset({"data"}))
+    specs = (whole, data, data, whole, data)
+    mapped = shard_map(on_one, local, specs, (data, data), axes=frozenset({"data"}))
     # Or the compiler might split others over `model`.
     kept = jax.tree.map(partial(NamedSharding, local), _layout(block, calibrator, names, local))
     return jax.jit(mapped, out_shardings=(NamedSharding(local, data), kept))
@@ -189,6 +184,6 @@ def _merge_over(block: Block, calibrator: Calibrator, names: frozenset[str], mes
             step *= 2
         return jax.tree.map(lambda a: lax.psum(jnp.where(index == 0, a, jnp.zeros_like(a)), "data"), mine)
 
-    given = _layout(block, calibrator, names, mesh)
-    made = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), given)
-    return jax.jit(shard_map(on_one, mesh, (given,), made))
+    layout = _layout(block, calibrator, names, mesh)
+    merged = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), layout)
+    return jax.jit(shard_map(on_one, mesh, (layout,), merged))

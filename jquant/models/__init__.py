@@ -16,18 +16,20 @@ import gguf
 
 from jquant.core import Metadata, UserError
 from jquant.models._architecture import Architecture, Weight
-from jquant.models._decoder import Decoder, Parameters, Tensors, matrices, open_decoder, run_block
+from jquant.models._decoder import Decoder, Parameters, Tensors, matrices, open_decoder
 from jquant.models._head import WithHead
 from jquant.models._header import Header, Traits
 from jquant.models._kinds import KINDS, Coupling, Kind, Matrix, kind_of, matrix
 from jquant.models._layers import Block, Precision, Rounding
 from jquant.models._multimodal import language_part
+from jquant.models._run import inputs_of, run_and_show, run_block
 from jquant.models._stages import stage, stages
 
 __all__ = [
     "ARCHITECTURES", "KINDS", "Architecture", "Block", "Coupling", "Decoder", "Header", "Kind", "Matrix",
-    "Parameters", "Precision", "Rounding", "Traits", "Weight", "WithHead", "decoder", "for_config", "kind_of",
-    "language_part", "matrices", "matrix", "run_block", "stage", "stages",
+    "Parameters", "Precision", "Rounding", "Traits", "Weight", "WithHead", "decoder", "for_config",
+    "inputs_of", "kind_of", "language_part", "matrices", "matrix", "run_and_show", "run_block", "stage",
+    "stages",
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -155,14 +155,6 @@ _normed = jax.jit(rms_norm, static_argnames="eps")
 def _project(norm: Array, output: Array, x: Array, eps: float, softcap: float) -> Array:
     logits = jnp.matmul(rms_norm(x, norm, eps), output.T, precision=PRECISION)
     return softcap * jnp.tanh(logits / softcap) if softcap else logits
-
-
-@partial(jax.jit, static_argnames="block")
-def run_block(
-    block: Block, params: Parameters, x: Float[Array, "s t width"], angles: Float[Array, "t pairs"]
-) -> Float[Array, "s t width"]:
-    """The output of a block: compiled once for all blocks of a kind."""
-    return cast(Array, block.apply({"params": params}, x, angles))
 
 
 def matrices(params: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:

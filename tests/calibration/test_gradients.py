@@ -16,13 +16,13 @@ from scipy.stats import chisquare
 
 from jquant import models
 from jquant.calibration import SECOND_MOMENTS, collect, merge
+from jquant.calibration._forward_back import ScratchTape
 from jquant.calibration.gradients import (
     FISHER,
     FISHER_COLUMNS,
     FISHER_ROWS,
     GRADIENT,
     OUTPUT_PRODUCTS,
-    ScratchTape,
     collect_gradients,
     sampled_labels,
     text_labels,

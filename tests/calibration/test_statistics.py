@@ -214,7 +214,7 @@ def test_a_run_that_stops_anywhere_continues_to_the_same_bytes(method, llama, te
     """Killed at each step that is left, again and again, until it is done."""
     steps = [("jquant.calibration._collect", "_step")]
     if method == "fisher":
-        steps = [("jquant.calibration.gradients", "_step"), ("jquant.calibration._collect", "_output")]
+        steps = [("jquant.calibration.gradients", "_step"), ("jquant.calibration._walk", "run_block")]
     whole, out, folder = (tmp_path / f"{name}.{METHODS[method]}" for name in ("whole", "out", "checkpoint"))
     monkeypatch.setattr("jquant_cli._runtime.mesh", lambda asked: None)  # one device, whose steps are counted
     run("analyze", llama, "-c", text, "-o", whole, "-m", method, *SMALL)

@@ -29,7 +29,6 @@ from jquant.models import ARCHITECTURES
 from jquant.smoothquant import _balance as balance
 from jquant.smoothquant import _smooth as smooth
 from jquant.smoothquant import balance as balancing
-from jquant.smoothquant.smoothing import open_decoder
 
 TOKENS = np.random.default_rng(7).integers(3, 350, (1, 40)).astype(np.int32)
 FEW = ("--samples", 6, "--sequence-length", 48)
@@ -37,7 +36,7 @@ FEW = ("--samples", 6, "--sequence-length", 48)
 
 def at_random(model: Model) -> dict[str, Factors]:
     """Factors of all places, those of norms too."""
-    decoder, rng = open_decoder(model), np.random.default_rng(0)
+    decoder, rng = model.decoder(), np.random.default_rng(0)
     found = {}
     for i, block in enumerate(decoder.blocks):
         scales = {
@@ -52,7 +51,7 @@ def at_random(model: Model) -> dict[str, Factors]:
 def test_any_factors_leave_the_function_as_it_was(architecture, tmp_path):
     model = open_model(write_tiny(tmp_path, architecture))
     changed = model._replace(source=ScaledSource(model.source, at_random(model)))
-    wanted, found = (logits(open_decoder(m), TOKENS) for m in (model, changed))
+    wanted, found = (logits(m.decoder(), TOKENS) for m in (model, changed))
     np.testing.assert_allclose(found, wanted, atol=2e-3, rtol=2e-3)
     values = ([Weights(m.source).tensor(name) for m in (model, changed)] for name in model.source.specs)
     assert sum(not np.array_equal(*pair) for pair in values) >= 0.6 * len(model.source.specs)
