@@ -28,10 +28,11 @@ from jquant.calibration._collect import (
     shared_inputs,
     within_block,
 )
-from jquant.calibration._importance import imatrix_of, importance, load_samples, unreached
+from jquant.calibration._importance import imatrix_of, importance, load_samples, unreached, unreached_notes
 from jquant.calibration._measure import STATISTICS, measure
 from jquant.calibration._spikes import Found, SuperWeight, loss, with_loss_changes
 from jquant.calibration._statistics import add_rows, init_all, weights_of
+from jquant.calibration._texts import Texts
 from jquant.calibration._token_fisher import token_fisher
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Progress",
     "Stats",
     "SuperWeight",
+    "Texts",
     "add",
     "add_rows",
     "collect",
@@ -63,6 +65,7 @@ __all__ = [
     "shared_inputs",
     "token_fisher",
     "unreached",
+    "unreached_notes",
     "weights_of",
     "with_loss_changes",
     "within_block",

@@ -20,6 +20,7 @@ from jquant.core._gpu import on_cuda, result_like
 from jquant.core._grain import ACCELERATOR_GRAIN, CPU_GRAIN, Grain, grain
 from jquant.core._json import parse_json
 from jquant.core._models import Block, BlockwiseModel, Head, block_parameters, output_name
+from jquant.core._reporter import SILENT, Progress, Reporter
 from jquant.core._threads import default_threads
 from jquant.core._versions import VERSION, versions
 
@@ -28,6 +29,7 @@ __all__ = [
     "CPU_GRAIN",
     "GGML_TYPES",
     "SCALE_DTYPES",
+    "SILENT",
     "VERSION",
     "Block",
     "BlockwiseModel",
@@ -38,7 +40,9 @@ __all__ = [
     "Metadata",
     "MetadataValue",
     "OutputError",
+    "Progress",
     "QuantizedTensor",
+    "Reporter",
     "Rows",
     "ScaledFormat",
     "Sink",
