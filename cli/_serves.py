@@ -22,7 +22,8 @@ _GGUF, _BOTH = frozenset({GGUF}), frozenset({GGUF, *SCHEMES})
 
 _SIZES = ("target_size", "target_bpw")
 _TARGETS = (*_SIZES, "target_kld")
-_OWN_TYPES = dict.fromkeys(_TARGETS, "a target chooses the types itself")
+_OWN_TYPES: dict[str, str] = dict.fromkeys(_TARGETS, "a target chooses the types itself")
+_FITTING: dict[str, str] = dict.fromkeys(_TARGETS, "a target takes only types that fit")
 _MEASURED = {SMOOTHING: "is measured anyway where W8A8 is smoothed"}
 # What runs a model on text.
 _RUNS = ("analyze", "feedback", "balance_inputs", "static_activations", SMOOTHING)
@@ -78,7 +79,7 @@ TABLE: Mapping[str, Use] = {
     "pure": Use(_GGUF, excludes=_OWN_TYPES | {"like": "--like says what each type is"}),
     "output_type": Use(_GGUF),
     "embedding_type": Use(_GGUF),
-    "no_fallback": Use(_GGUF, excludes=dict.fromkeys(_TARGETS, "a target takes only types that fit")),
+    "no_fallback": Use(_GGUF, excludes=_FITTING),
     "protect_super_weights": Use(_GGUF),
     "protection_type": Use(_GGUF, needs=("protect_super_weights", "profile")),
     "protection_coverage": Use(_GGUF, needs=("protect_super_weights",)),
@@ -186,8 +187,9 @@ class Once(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(ctx).parse_args(args=[*args])
         for option in order:
-            is_single = isinstance(option, TyperOption) and not option.multiple
-            if is_single and (not option.is_flag or option.secondary_opts) and order.count(option) > 1:
+            if not isinstance(option, TyperOption) or option.multiple or order.count(option) == 1:
+                continue
+            if not option.is_flag or option.secondary_opts:
                 hint = max(option.opts, key=len)
                 raise typer.BadParameter("is given more than once", ctx=ctx, param_hint=hint)
         return super().parse_args(ctx, args)

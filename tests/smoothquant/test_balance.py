@@ -155,7 +155,9 @@ def test_llama_cpp_loses_less(loud, text, feedback, tmp_path):
     lost, reports, sizes, recipes = [], [], [], []
     for name, more in {"plain": [], "balanced": ["--balance-inputs"]}.items():
         file = tmp_path / f"{name}.gguf"
-        done = attempt("quantize", loud, file, *options, *more, *(reading if feedback or more else []), "--json")
+        done = attempt(
+            "quantize", loud, file, *options, *more, *(reading if feedback or more else []), "--json"
+        )
         assert done.exit_code == 0, done.output
         reports.append(json.loads(done.stdout))
         lost.append(divergence(wanted, by_llama_cpp(file)))
