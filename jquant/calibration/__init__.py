@@ -20,10 +20,11 @@ from jquant.calibration._calibrators import (
 )
 from jquant.calibration._collect import collect, shared_inputs, within_block
 from jquant.calibration._forward_back import forward_back, matrix_gradients
-from jquant.calibration._importance import imatrix_of, importance, load_samples, unreached
+from jquant.calibration._importance import imatrix_of, importance, load_samples, unreached, unreached_notes
 from jquant.calibration._measure import STATISTICS, measure
 from jquant.calibration._spikes import Found, SuperWeight, loss, with_loss_changes
 from jquant.calibration._statistics import add_rows, init_all, weights_of
+from jquant.calibration._texts import Texts
 from jquant.calibration._token_fisher import token_fisher
 from jquant.calibration._walk import (
     Progress,
@@ -49,6 +50,7 @@ __all__ = [
     "Progress",
     "Stats",
     "SuperWeight",
+    "Texts",
     "Turn",
     "add",
     "add_rows",
@@ -73,6 +75,7 @@ __all__ = [
     "token_fisher",
     "turn",
     "unreached",
+    "unreached_notes",
     "walk",
     "weights_of",
     "with_loss_changes",

@@ -27,6 +27,7 @@ from jquant.models import Decoder, Precision, WithHead
 from jquant.text.samples import Samples, Table, Text, read_texts, sample
 from jquant.text.token_ids import from_metadata
 
+_NAMED = 8  # experts in a note
 # A file, a name or a dataset of the hub, or what was read of one.
 Calibration: TypeAlias = str | os.PathLike[str] | Text | Table
 
@@ -224,3 +225,16 @@ def unreached(imatrix: Imatrix) -> dict[str, list[int]]:
         for name, count in imatrix.counts.items()
         if len(count) > 1 and (count <= 1).any()
     }
+
+
+def unreached_notes(guessed: Mapping[str, Sequence[int]]) -> list[str]:
+    """What the user should know of the experts of `unreached`."""
+    return [
+        f"{tensor}: no or one token for experts {_few(experts)}; they have their stack's mean."
+        for tensor, experts in guessed.items()
+    ]
+
+
+def _few(experts: Sequence[int]) -> str:
+    more = f" and {len(experts) - _NAMED} more" if len(experts) > _NAMED else ""
+    return f"{list(experts[:_NAMED])}{more}"

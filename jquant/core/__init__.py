@@ -23,6 +23,7 @@ from jquant.core._grain import ACCELERATOR_GRAIN, CPU_GRAIN, Grain, grain
 from jquant.core._json import parse_json
 from jquant.core._kl import kl_divergence, kl_gradient
 from jquant.core._models import Block, BlockwiseModel, Head, block_parameters, output_name
+from jquant.core._reporter import SILENT, Progress, Reporter
 from jquant.core._threads import default_threads
 from jquant.core._versions import VERSION, versions
 
@@ -31,6 +32,7 @@ __all__ = [
     "CPU_GRAIN",
     "FLOAT_DTYPES",
     "GGML_TYPES",
+    "SILENT",
     "TRAINED",
     "VERSION",
     "Block",
@@ -42,7 +44,9 @@ __all__ = [
     "Metadata",
     "MetadataValue",
     "OutputError",
+    "Progress",
     "QuantizedTensor",
+    "Reporter",
     "Rows",
     "ScaledFormat",
     "Sink",

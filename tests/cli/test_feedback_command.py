@@ -24,7 +24,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def quantize(folder: Path, out: Path, *options: str, model: str = "model", code: int = 0):
-    text = ["-c", str(folder / "text.txt"), "--samples", "9", "--sequence-length", "64"]
+    reads = {"--analyze", "--feedback"} & {*options}
+    text = ["-c", str(folder / "text.txt"), "--samples", "9", "--sequence-length", "64"] if reads else []
     command = ["quantize", str(folder / model), str(out), *text, "--json", *options]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == code, done.output

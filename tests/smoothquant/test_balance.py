@@ -148,13 +148,15 @@ def test_an_imatrix_becomes_that_of_the_balanced_model(architecture, tmp_path):
 @pytest.mark.parametrize("feedback", [(), pytest.param(("--feedback",), marks=pytest.mark.slow)], ids=str)
 def test_llama_cpp_loses_less(loud, text, feedback, tmp_path):
     """Both files run in llama.cpp, which rounds inputs; the original is in float32."""
-    options = ["--type", "Q6_K", "--pure", "-q", "-c", text, *FEW, *feedback]
+    options, reading = ["--type", "Q6_K", "--pure", "-q", *feedback], ["-c", text, *FEW]
     model = open_model(loud)
     wanted = by_llama_cpp(write_gguf(tmp_path / "original.gguf", model.metadata, model.source))
     lost, reports, sizes, recipes = [], [], [], []
     for name, more in {"plain": [], "balanced": ["--balance-inputs"]}.items():
         file = tmp_path / f"{name}.gguf"
-        done = attempt("quantize", loud, file, *options, *more, "--json")
+        done = attempt(
+            "quantize", loud, file, *options, *more, *(reading if feedback or more else []), "--json"
+        )
         assert done.exit_code == 0, done.output
         reports.append(json.loads(done.stdout))
         lost.append(divergence(wanted, by_llama_cpp(file)))
@@ -178,9 +180,10 @@ def test_a_run_with_other_factors_does_not_continue_one(loud, text, tmp_path):
     model, out, kept = open_model(loud), tmp_path / "out.gguf", tmp_path / "kept.json"
     balanced = balancing.balance_model(model, calibration(model)).model
     assert common_facts(model) != common_facts(balanced)
-    options = ["--target-bpw", 5, "-q", "-c", text, *FEW, "--sensitivity", kept, "--force"]
-    assert attempt("quantize", loud, out, *options, "--balance-inputs").exit_code == 0
-    assert attempt("quantize", loud, out, *options, "--balance-inputs").exit_code == 0
+    options = ["--target-bpw", 5, "-q", "--sensitivity", kept, "--force"]
+    balance = ["--balance-inputs", "-c", text, *FEW]
+    assert attempt("quantize", loud, out, *options, *balance).exit_code == 0
+    assert attempt("quantize", loud, out, *options, *balance).exit_code == 0
     refused = attempt("quantize", loud, out, *options)
     assert refused.exit_code == 3
     assert kept.name in refused.output
