@@ -16,8 +16,6 @@ from typer.testing import CliRunner
 import jquant
 from jquant_cli.main import app
 
-DATA = Path(jquant.__file__).resolve().parents[2] / "shared" / "data"
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
@@ -58,10 +56,8 @@ def test_the_job_is_a_page_of_python(folder, text, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_job_is_a_page_of_python_on_a_real_model(tmp_path):
-    model, text = DATA / "models/stories15M", DATA / "text/tinystories-130kB.txt"
-    if not (model.exists() and text.exists()):
-        pytest.skip("needs ../shared/data/models/stories15M")
+def test_the_job_is_a_page_of_python_on_a_real_model(shared, tmp_path):
+    model, text = shared("data/models/stories15M"), shared("data/text/tinystories-130kB.txt")
     check_page(the_page(model, text, tmp_path, 256))
 
 
@@ -196,6 +192,7 @@ def test_a_mistake_names_the_argument(call, message):
         call()
 
 
+@pytest.mark.processes
 def test_mistakes_in_shapes_name_the_argument():
     """In a process of its own: here jaxtyping would answer, before the function does."""
     code = """
