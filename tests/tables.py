@@ -9,6 +9,9 @@ import pytest
 # One format of each kind of search.
 FORMATS = {"Q4_0", "Q4_K", "Q6_K", "IQ4_NL", "IQ2_XXS", "IQ1_S", "TQ1_0", "MXFP4"}
 
+# One architecture of each kind of block.
+ARCHITECTURES = {"LlamaForCausalLM", "Phi3ForCausalLM", "Gemma2ForCausalLM", "Qwen2MoeForCausalLM"}
+
 
 def rows(names: Iterable[str], quick: Container[str] = FORMATS) -> list:
     """The table's names as parameters."""
