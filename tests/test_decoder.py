@@ -144,15 +144,10 @@ def test_the_parameters_of_a_block_are_those_that_flax_would_initialise(tmp_path
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize(
-    ("t", "window"),
-    [
-        pytest.param(
-            t, w, marks=() if (t, w) in {(1, 1), (7, None), (300, None), (300, 5)} else pytest.mark.every
-        )
-        for t, w in product([1, 7, 128, 300], [None, 1, 5, 128, 200])
-    ],
-)
+LENGTHS = {f"{t}-{window}": (t, window) for t in (1, 7, 128, 300) for window in (None, 1, 5, 128, 200)}
+
+
+@pytest.mark.parametrize("case", tables.rows(LENGTHS, {"1-1", "7-None", "300-None", "300-5"}))
 def test_attention_in_tiles_equals_attention_with_one_mask(case):
     t, window = LENGTHS[case]
     rng = np.random.default_rng(0)
