@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache, partial
 
 import ggml
@@ -12,6 +11,7 @@ import k_blocks
 import numpy as np
 import pytest
 import specs
+import tables
 from real_weights import smollm2
 
 from jquant.core import Format, quantize
@@ -24,12 +24,8 @@ UNIT = {"IQ2_XXS": 1 / 8, "IQ2_XS": 1 / 8, "IQ2_S": 1 / 8, "IQ3_XXS": 1 / 4}  # 
 HAS_EVEN_SIGNS = {"IQ2_XXS", "IQ2_XS", "IQ3_XXS"}
 
 
-def quick(names: Iterable[str], chosen: str) -> list:
-    """Parameters: compiling a search takes seconds, so that one type is in every run."""
-    return [pytest.param(FORMATS[n], id=n, marks=() if n == chosen else pytest.mark.every) for n in names]
-
-
-every_format = pytest.mark.parametrize("format", quick(RUNS, "IQ3_S"))
+# Compiling a search takes seconds, so that one type is in every run.
+every_format = pytest.mark.parametrize("format", tables.formats(RUNS, {"IQ3_S"}))
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "IQ1_M"])
@@ -189,7 +185,7 @@ BEST = ["Q4_0", "IQ4_NL", "TQ1_0", "Q4_K"]
 
 
 @pytest.mark.parametrize("weighted", [True, pytest.param(False, marks=pytest.mark.every)])
-@pytest.mark.parametrize("format", quick(BEST, "IQ4_NL"))
+@pytest.mark.parametrize("format", tables.formats(BEST, {"IQ4_NL"}))
 def test_the_best_effort_is_never_worse_in_any_block(format, weighted):
     x = specs.student_t(32, 1024)
     w = specs.importance(1024) if weighted else np.ones(1024, np.float32)
@@ -211,7 +207,7 @@ def test_the_best_effort_searches_where_fast_keeps_ggmls_bytes():
     assert best < 0.95 * fast
 
 
-@pytest.mark.parametrize("format", quick(BEST, "IQ4_NL"))
+@pytest.mark.parametrize("format", tables.formats(BEST, {"IQ4_NL"}))
 def test_the_best_effort_bears_the_largest_importance(format):
     x, w = specs.student_t(4, 256), specs.importance(256)
     w[7] = 3e38

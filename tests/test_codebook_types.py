@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
 from functools import cache, partial
 
 import ggml
@@ -30,12 +29,7 @@ SPECIAL_HIGH_BYTES = (0x00, 0x03, 0x04, 0x3C, 0x7B, 0x7C, 0x7F, 0x80, 0xFC)  # o
 SLOW_TO_START = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"}
 
 
-def quick(names: Iterable[str], chosen: Container[str] = tables.FORMATS) -> list:
-    """Parameters: representatives of the table are in every run."""
-    return [pytest.param(FORMATS[one.id], id=one.id, marks=one.marks) for one in tables.rows(names, chosen)]
-
-
-every_format = pytest.mark.parametrize("format", quick(NAMES))
+every_format = pytest.mark.parametrize("format", tables.formats(NAMES))
 
 
 def edge_blocks(format: Format) -> np.ndarray:
@@ -110,7 +104,7 @@ def test_every_scale_decodes_to_ggmls_bits(format):
     assert_same_bits(format, decode(format, data), by_ggml(format, data))
 
 
-@pytest.mark.parametrize("format", quick(n for n in NAMES if n not in ONLY_IN_GGML))
+@pytest.mark.parametrize("format", tables.formats(n for n in NAMES if n not in ONLY_IN_GGML))
 def test_every_scale_decodes_to_gguf_pys_bits(format):
     data = edge_blocks(format)
     assert_same_bits(format, decode(format, data), by_gguf_py(format, data))
@@ -129,7 +123,7 @@ def real_rows() -> np.ndarray:
     return smollm2(rows=8)
 
 
-@pytest.mark.parametrize("format", quick(NAMES, tables.FORMATS - SLOW_TO_START))
+@pytest.mark.parametrize("format", tables.formats(NAMES, tables.FORMATS - SLOW_TO_START))
 def test_rows_that_ggml_encoded_decode_to_its_bits_and_pack_to_its_bytes(format):
     x = real_rows()
     importance = np.random.default_rng(2).exponential(size=x.shape[1]).astype(np.float32)

@@ -7,17 +7,19 @@ from pathlib import Path
 
 import ggml
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import specs
+import tables
 from real_weights import SMOLLM2
 
 from jquant.core import Format, QuantizedTensor, dequantize, quantize
 from jquant.formats import FORMATS
 
 FORMATS_HERE = [FORMATS[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")]
-every_format = pytest.mark.parametrize("format", FORMATS_HERE, ids=str)
+every_format = pytest.mark.parametrize("format", tables.formats(map(str, FORMATS_HERE), {"Q4_0"}))
 STORIES = Path(__file__).resolve().parents[2] / "shared/data/models/stories15M/model.safetensors"
 
 
@@ -125,7 +127,8 @@ def test_decoding_any_bytes_gives_ggmls_bits(format):
 def test_packing_is_the_inverse_of_unpacking(format):
     data = np.random.default_rng(0).integers(0, 256, (format.block_bytes, 1000), dtype=np.uint8)
     data[[1, 3]] &= 0x3F  # d and m finite: a NaN's bits need not survive
-    assert (np.asarray(format.pack(*format.unpack(jnp.asarray(data)))) == data).all()
+    again = jax.jit(lambda data: format.pack(*format.unpack(data)))(data)
+    assert (np.asarray(again) == data).all()
 
 
 WEIGHED = {name: make(64, 1024) for name, make in specs.DISTRIBUTIONS.items()}
