@@ -26,7 +26,7 @@ import peers  # noqa: F401 — makes the tests' oracles importable
 import specs
 from record import record
 
-import ggml  # isort: skip
+from helpers import ggml  # isort: skip
 from jquant import FORMATS, Format, quantize
 from jquant.checkpoints import slab_rows, transcode
 

@@ -19,7 +19,7 @@ import numpy as np
 import peers  # noqa: F401 — makes the tests' oracles importable
 import specs
 
-import ggml  # isort: skip
+from helpers import ggml  # isort: skip
 from record import record
 
 from jquant import FORMATS, Format

@@ -33,10 +33,8 @@ from shapes import MODELS, Headers, block_shapes, write_folder
 from jquant import SCALED_FORMATS, core, models, quantize
 from jquant import calibration as calibrate
 from jquant.calibration import HESSIAN, SECOND_MOMENTS
-from jquant.core import _grain
 from jquant.formats import FORMATS
-from jquant.int8 import _matmul as int8_matmul
-from jquant.int8 import int8_rows
+from jquant.int8 import int8_rows, matmul, xla_dot
 from jquant.int8 import rounding as activations
 from jquant.ldlq import ldlq as feedback
 
@@ -166,7 +164,7 @@ def int8(args: argparse.Namespace) -> Iterator[Row]:
         work = {
             "bfloat16": partial(jax.jit(lambda x, W: x @ W.T), x, W),
             "int8 layer": partial(jax.jit(_as_bfloat16), x, w),
-            "int8 product and scales": partial(jax.jit(int8_matmul.xla_dot), codes, *others),
+            "int8 product and scales": partial(jax.jit(xla_dot), codes, *others),
             "int8 product": partial(jax.jit(_integers), codes, w.parts["weight"]),
             "inputs rounded": partial(jax.jit(int8_rows), x),
             "inputs rounded by XLA": partial(jax.jit(activations.int8), x),
@@ -188,7 +186,7 @@ def _rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _as_bfloat16(x: jax.Array, w: core.QuantizedTensor) -> jax.Array:
-    return int8_matmul.matmul(x, w).astype(jnp.bfloat16)
+    return matmul(x, w).astype(jnp.bfloat16)
 
 
 def _integers(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -248,7 +246,6 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--types", nargs="+", default=TYPES)
     parser.add_argument("--feedback-types", nargs="+", default=["Q4_K", "IQ2_XXS"])
-    parser.add_argument("--grain", type=int, help="log2 of the weights of a step, in place of our own choice")
     parser.add_argument("--budget", type=float, default=3600, help="seconds after which no encoder is begun")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="sizes for a CPU: does it run at all?")
@@ -261,8 +258,6 @@ def main() -> None:
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="options of jquant quantize")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.grain:
-        _grain.ACCELERATOR_GRAIN = core.Grain(1 << args.grain, 1 << args.grain)
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
     found = []

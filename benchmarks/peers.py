@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from llama_quantize import params, write
+from helpers.llama_quantize import params, write
 
 from jquant.io import imatrix as imatrix_file
 from jquant.plan import FILE_TYPES

@@ -23,7 +23,7 @@ from record import record
 from shapes import MODELS, Headers
 
 from jquant.calibration import HESSIAN, SECOND_MOMENTS
-from jquant.checkpoints import _transcode as transcode
+from jquant.checkpoints import loop_over, slab_steps
 from jquant.core import ACCELERATOR_GRAIN
 from jquant.distributed.mesh import make_mesh
 from jquant.formats import FORMATS
@@ -44,9 +44,9 @@ def blocks(devices: list[jax.Device], headers: Headers) -> Iterator[Compiled]:
 def encoders(devices: list[jax.Device], types: list[str]) -> Iterator[Compiled]:
     """A slab of rows for each device, of whose steps the compiler counts one."""
     rows = Mesh(np.array(devices), ("rows",), axis_types=(AxisType.Auto,))
-    slab = (transcode.slab_steps(ACCELERATOR_GRAIN) * len(devices), ACCELERATOR_GRAIN.chunk)
+    slab = (slab_steps(ACCELERATOR_GRAIN) * len(devices), ACCELERATOR_GRAIN.chunk)
     for name in types:
-        encode = transcode._over(rows, FORMATS["BF16"], FORMATS[name], True, ACCELERATOR_GRAIN)
+        encode = loop_over(rows, FORMATS["BF16"], FORMATS[name], True, ACCELERATOR_GRAIN)
         given = Shape(slab, jnp.bfloat16), Shape(slab, jnp.float32), Shape((len(devices),), jnp.int32)
         yield compiled(f"encode {name}, a step each", encode, *given, collectives=True)
 

@@ -10,15 +10,16 @@ from pathlib import Path
 
 from record import record
 
-from jquant.evaluation import Settings, compare, open_file
-from jquant.evaluation.report import record as figures
+import jquant
+from jquant.evaluation import Evaluation
 from jquant.evaluation.report import table
 from jquant.text.samples import Text
 
 CONTEXT = 512
 
 
-def _progress(name: str, task: str, share: float) -> None:
+def progress(name: str, task: str, share: float) -> None:
+    """The file that is done."""
     if share == 1:
         print(name, file=sys.stderr, flush=True)
 
@@ -31,9 +32,22 @@ def score(args: argparse.Namespace, files: Mapping[Path, str]) -> None:
     # Line ends as Python reads them, so that figures stay comparable with earlier ones.
     text = Text(args.text.name, args.text.read_text(encoding="utf-8").encode())
     context = getattr(args, "context", CONTEXT)
-    settings = Settings(engine="llama.cpp", chunks=args.chunks, threads=args.threads, context=context)
-    found = compare([open_file(path) for path in files], settings, text=text, progress=_progress)
+    found = jquant.evaluate(
+        list(files),
+        text=text,
+        chunks=args.chunks,
+        context=context,
+        engine="llama.cpp",
+        threads=args.threads,
+        cache=False,
+        progress=progress,
+    )
+    show(args, found, files)
+
+
+def show(args: argparse.Namespace, found: Evaluation, files: Mapping[Path, str]) -> None:
+    """Print the table, with these names, and write the figures down where args.json says."""
     rows = [replace(row, name=files[path]) for path, row in zip(files, found.rows, strict=True)]
     print(table(rows))
     if args.json:
-        record(args, [figures(row) for row in rows])
+        record(args, replace(found, rows=tuple(rows)).records())

@@ -33,11 +33,11 @@ from record import record
 from shapes import MODELS, Headers
 
 from jquant.calibration import HESSIAN, SECOND_MOMENTS
-from jquant.checkpoints import _transcode as transcode
+from jquant.checkpoints import loop_over, slab_steps
 from jquant.core import ACCELERATOR_GRAIN
 from jquant.distributed.mesh import make_mesh
 from jquant.formats import FORMATS
-from jquant.int8 import _matmul as int8_matmul
+from jquant.int8 import pallas_dot, xla_dot
 from jquant.ldlq import ldlq as feedback
 
 PASSES = 6  # of bfloat16 products for one of float32 with Precision.HIGHEST
@@ -66,9 +66,9 @@ def least(one: Compiled, chip: Chip) -> float:
 def encoders(device: jax.Device, types: list[str]) -> Iterator[Compiled]:
     """A slab of rows to each type, on one chip."""
     rows = Mesh(np.array([device]), ("rows",), axis_types=(AxisType.Auto,))
-    slab = (transcode.slab_steps(ACCELERATOR_GRAIN), ACCELERATOR_GRAIN.chunk)
+    slab = (slab_steps(ACCELERATOR_GRAIN), ACCELERATOR_GRAIN.chunk)
     for name in types:
-        encode = transcode._over(rows, FORMATS["BF16"], FORMATS[name], True, ACCELERATOR_GRAIN)
+        encode = loop_over(rows, FORMATS["BF16"], FORMATS[name], True, ACCELERATOR_GRAIN)
         given = Shape(slab, jnp.bfloat16), Shape(slab, jnp.float32), Shape((1,), jnp.int32)
         yield compiled(f"encode {name}", encode, *given)
 
@@ -107,9 +107,9 @@ def int8(device: jax.Device, width: int) -> Iterator[Compiled]:
     qx, qw = (Shape((size, width), jnp.int8, sharding=place) for size in sizes)
     sx, sw = (Shape((size, 1), jnp.float32, sharding=place) for size in sizes)
     given = qx, sx, qw, sw
-    by_xla = compiled(f"INT8 product of {width}, XLA", jax.jit(int8_matmul.xla_dot), *given, passes=0.5)
+    by_xla = compiled(f"INT8 product of {width}, XLA", jax.jit(xla_dot), *given, passes=0.5)
     yield by_xla
-    by_kernel = compiled(f"INT8 product of {width}, Pallas", jax.jit(int8_matmul.pallas_dot), *given)
+    by_kernel = compiled(f"INT8 product of {width}, Pallas", jax.jit(pallas_dot), *given)
     yield by_kernel._replace(flops=by_xla.flops, bytes=by_xla.bytes, passes=by_xla.passes)
 
 

@@ -14,19 +14,16 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
-from record import record
 from safetensors.numpy import load_file, save_file
+from scores import progress, show
 
+import jquant
 from jquant.calibration import load_samples
 from jquant.checkpoints.schemes import SCHEMES, asymmetric
-from jquant.evaluation import Settings, compare, open_file
-from jquant.evaluation.report import record as figures
-from jquant.evaluation.report import table
 from jquant.io.model_folder import files_beside
 from jquant.smoothquant import by_range, by_token, fisher_of, search, smoothing
 from jquant.text.samples import Text
@@ -122,16 +119,10 @@ def main() -> None:
             )
             files[out] = name
         text = Text(args.text.name, args.text.read_bytes())
-        found = compare(
-            [open_file(path) for path in files],
-            Settings(engine="jax", chunks=args.chunks),
-            text=text,
-            progress=lambda name, task, share: share == 1 and print(name, file=sys.stderr, flush=True),
+        found = jquant.evaluate(
+            list(files), text=text, chunks=args.chunks, engine="jax", cache=False, progress=progress
         )
-        rows = [replace(row, name=files[path]) for path, row in zip(files, found.rows, strict=True)]
-        print(table(rows))
-        if args.json:
-            record(args, [figures(row) for row in rows])
+        show(args, found, files)
 
 
 if __name__ == "__main__":

@@ -40,19 +40,19 @@ def read(model: Model, texts: _options.Texts, *, quiet: bool) -> Samples:
 
 def importance(model: Model, data: Samples, *, batch: int, quiet: bool) -> Imatrix:
     """The importance matrix, measured on all devices."""
-    from jquant.calibration import _importance as analyze
+    from jquant import calibration
 
     shown = progress(data, quiet=quiet)
-    found = analyze.importance(model, data, batch=batch, mesh=_runtime.mesh(None), progress=shown)
+    found = calibration.importance(model, data, batch=batch, mesh=_runtime.mesh(None), progress=shown)
     unreached(found, quiet=quiet)
     return found
 
 
 def unreached(found: Imatrix, *, quiet: bool) -> dict[str, list[int]]:
     """Experts whose importance is a guess, by tensor; they are named."""
-    from jquant.calibration import _importance as analyze
+    from jquant import calibration
 
-    guessed = analyze.unreached(found)
+    guessed = calibration.unreached(found)
     if not quiet:
         for tensor, experts in guessed.items():
             more = f" and {len(experts) - _NAMED} more" if len(experts) > _NAMED else ""

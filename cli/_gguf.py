@@ -295,7 +295,7 @@ def _rules(options: Sequence[str], file: Path | None) -> list[Rule]:
     found = [parse_rule(text) for text in options]
     if file is not None:
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--rules {file}: cannot be read ({error}).") from None
         found += parse_rules_file(text, str(file))

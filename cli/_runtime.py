@@ -6,20 +6,10 @@ import os
 import resource
 import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
-
-
-def user_cache_dir() -> Path:
-    """Where this user's caches lie: JQUANT_CACHE, XDG_CACHE_HOME, or the platform's usual place."""
-    if folder := os.environ.get("JQUANT_CACHE"):
-        return Path(folder)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "jquant"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jquant"
 
 
 def start_jax() -> None:
@@ -28,6 +18,8 @@ def start_jax() -> None:
     In JAX_COMPILATION_CACHE_DIR, where the user has one.
     """
     import jax
+
+    from jquant.io import user_cache_dir
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(user_cache_dir() / "xla"))
@@ -62,7 +54,9 @@ def mesh(asked: str | None) -> Mesh | None:
 
 def default_threads() -> int:
     """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from jquant import core
+
+    return core.default_threads()
 
 
 def peak_memory() -> int:

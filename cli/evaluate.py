@@ -124,64 +124,45 @@ def evaluate(
     start = time.monotonic()
     _runtime.start_jax()
 
+    from jquant import evaluation
     from jquant.core.human import human_size
-    from jquant.evaluation import Settings, compare, engine_for, open_file
     from jquant.evaluation import page as evaluate_html
     from jquant.evaluation import report as evaluate_report
-    from jquant.evaluation.engines import versions
-    from jquant.io import check_target, hub
-    from jquant.io.paths import local
-    from jquant.text import questions as questions_file
+    from jquant.io import check_target
     from jquant.text.held_out import read_held_out
 
     # Slips of the command line show before a download.
     for target in filter(None, (csv, markdown, html)):
         check_target(target, force=force)
     held_out = None if no_text else read_held_out(text)
-    asked = questions_file.read(choices)[: questions or None] if choices else []
-    paths = [hub.resolve(model, revision=revision) for model in (original, *(candidates or []))]
-    files = [open_file(local(path, "evaluate"), pre_tokenizer=pre_tokenizer) for path in paths]
-    chosen = engine_for(files, engine, check=check)
     if not quiet and held_out is not None:
         for remark in held_out.remarks:
             _show.remark(f"warning: {remark}")
-    settings = Settings(
-        engine=chosen,
-        context=context,
-        chunks=chunks or None,
-        cache=None if no_cache else cache_dir or _runtime.user_cache_dir() / "predictions",
-        threads=threads or _runtime.default_threads(),
-    )
-    found = compare(
-        files,
-        settings,
+    found = evaluation.evaluate(
+        [original, *(candidates or [])],
         text=held_out,
-        questions=asked,
+        chunks=chunks or None,
+        context=context,
+        choices=choices,
+        questions=questions or None,
         check=check,
+        no_text=no_text,
+        engine=engine,
+        threads=threads,
+        cache=False if no_cache else cache_dir or True,
+        pre_tokenizer=pre_tokenizer,
+        revision=revision,
         progress=TaskProgress(shown=not quiet),
     )
     rows = found.rows
-    if not quiet and settings.cache is not None and held_out is not None:
-        kept = f"{human_size(found.predictions_bytes)} in {settings.cache}"
+    if not quiet and found.cache is not None:
+        kept = f"{human_size(found.predictions_bytes)} in {found.cache}"
         _show.remark(f"note: the original's predictions are kept for later runs, {kept}.")
-    about: dict[str, object] = {"engine": chosen, "versions": versions(), "threads": settings.threads}
-    if held_out is not None:
-        about |= {
-            "text": held_out.name,
-            "sha256": held_out.digest,
-            "context": context,
-            "chunks": found.chunks,
-            "chunks_in_text": found.chunks_in_text,
-        }
-    if choices is not None:
-        about |= {"choices": choices.name, "questions": len(asked)}
-    about["seconds"] = round(time.monotonic() - start, 3)
-    about["peak_memory_bytes"] = _runtime.peak_memory()
-
-    caption = evaluate_report.caption(about)
+    cost = {"seconds": round(time.monotonic() - start, 3), "peak_memory_bytes": _runtime.peak_memory()}
+    about = {**found.about, **cost}
     made = {
         csv: lambda: evaluate_report.as_csv(rows),
-        markdown: lambda: evaluate_report.markdown(rows, caption),
+        markdown: lambda: evaluate_report.markdown(rows, found.caption),
         html: lambda: evaluate_html.page(rows, about),
     }
     for target, content in made.items():
@@ -190,7 +171,7 @@ def evaluate(
     if json:
         _show.result_json({**about, "files": [evaluate_report.as_json(row) for row in rows]})
     else:
-        _show.result(f"{evaluate_report.table(rows)}\n\n{caption}")
+        _show.result(str(found))
     failed = [row for row in rows[1:] or rows if row.coherence and not row.coherence.passed]
     for row in failed:
         if row.coherence:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import sys
-from importlib.metadata import version
 
 import typer
+
+from jquant import __version__
 
 from . import _errors, analyze, demo, evaluate, inspect, profile, quantize
 
@@ -22,7 +23,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"jquant {version('jquant')}")
+        print(f"jquant {__version__}")
         raise typer.Exit
 
 

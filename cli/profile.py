@@ -118,7 +118,7 @@ def _text(name: str) -> tuple[str, str]:
     if path.suffix != ".toml" and not path.is_file():
         return preset_text(name), name
     try:
-        return path.read_text(encoding="utf-8"), name
+        return path.read_text(encoding="utf-8-sig"), name
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"profile {name}: cannot be read ({error}).") from None
 

@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,6 +27,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import jax
 import pytest
 
+# Before the helpers are imported: their asserts speak as those of tests do.
+pytest.register_assert_rewrite("helpers")
+pytest_plugins = ["helpers.budget"]
+
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -41,3 +46,16 @@ def _forget_compiled():
     only: where they end, the compiler crashes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """`shared("data/models/stories15M")`: that path in ../shared, or the test is skipped."""
+    from helpers.places import if_shared
+
+    def found(name: str) -> Path:
+        if (path := if_shared(name)) is None:
+            pytest.skip(f"needs ../shared/{name}, which the repository does not hold")
+        return path
+
+    return found

@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +24,7 @@ from jquant.allocation.prior import usual_errors, usual_weights
 from jquant.allocation.record import Record
 from jquant.checkpoints.model import Model
 from jquant.checkpoints.weights import Weights
-from jquant.core import UserError, bits_per_weight
+from jquant.core import VERSION, UserError, bits_per_weight
 from jquant.core.human import human_size
 from jquant.io.imatrix import Imatrix
 from jquant.plan import Plan, Settled
@@ -332,7 +331,7 @@ def _run(
     if weighting != "usual" and tokens is not None:
         of_tokens = hashlib.sha256(np.ascontiguousarray(tokens, np.int64).tobytes()).hexdigest()
     return {
-        "jquant sensitivity": version("jquant"),
+        "jquant sensitivity": VERSION,
         "model": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in model.files],
         "imatrix": imatrix and digest(imatrix),
         "weighting": weighting,

@@ -29,6 +29,7 @@ from jquant.calibration._collect import (
     within_block,
 )
 from jquant.calibration._importance import imatrix_of, importance, load_samples, unreached
+from jquant.calibration._measure import STATISTICS, measure
 from jquant.calibration._spikes import Found, SuperWeight, loss, with_loss_changes
 from jquant.calibration._statistics import add_rows, init_all, weights_of
 from jquant.calibration._token_fisher import token_fisher
@@ -38,6 +39,7 @@ __all__ = [
     "HESSIAN",
     "MEANS",
     "SECOND_MOMENTS",
+    "STATISTICS",
     "Calibrator",
     "Found",
     "Progress",
@@ -53,6 +55,7 @@ __all__ = [
     "init_all",
     "load_samples",
     "loss",
+    "measure",
     "merge",
     "padded",
     "real_tokens",

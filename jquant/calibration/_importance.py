@@ -1,30 +1,25 @@
-"""From a model and samples of text to an importance matrix, and what it says of each layer.
-
-model = open_model(Path("SmolLM2-135M"))
-samples = load_samples(model, "train.txt", samples=512, sequence_length=512)
-imatrix = importance(model, samples)
-"""
+"""From a model and samples of text to an importance matrix, and what it says of each layer."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
+from typing import TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jquant import models
 from jquant.calibration._calibrators import SECOND_MOMENTS, Stats
 from jquant.calibration._collect import Progress, Through, collect
 from jquant.calibration.activations import Store
 from jquant.calibration.resume import SharedCheckpoint
 from jquant.calibration.sharded import over
-from jquant.checkpoints.model import Model
-from jquant.checkpoints.weights import Weights
+from jquant.checkpoints.model import AnyModel, Model, opened
+from jquant.core import versions
 from jquant.distributed.mesh import agree
 from jquant.distributed.team import ALONE, everyone, shares
 from jquant.io.imatrix import Imatrix
@@ -32,24 +27,38 @@ from jquant.models import Decoder, Precision, WithHead
 from jquant.text.samples import Samples, Table, Text, read_texts, sample
 from jquant.text.token_ids import from_metadata
 
+# A file, a name or a dataset of the hub, or what was read of one.
+Calibration: TypeAlias = str | os.PathLike[str] | Text | Table
+
 
 def load_samples(
-    model: Model,
-    calibration: str | Text | Table | Sequence[str] | None,
+    model: AnyModel,
+    calibration: Calibration | Sequence[Calibration] | None = None,
     *,
-    samples: int,
-    sequence_length: int,
+    samples: int = 512,
+    sequence_length: int = 512,
     seed: int | None = None,
     parse_special: bool = False,
 ) -> Samples:
-    """Samples of a text, tokenized as the model's own tokenizer does it.
+    """Samples of a text, tokenized as the model's own tokenizer does it: tokens [samples, sequence_length].
 
-    calibration: a text, a table, what `read_text` takes, or several of these for equal shares of each.
-    Raises UserError for bad data.
+    calibration: a file of text, JSON lines or parquet; a dataset on the hub, "org/name:config:split";
+    "wikitext2", "pydoc", "python" (source code); or several of these for equal shares of each. None: python,
+    and wikitext2 or else pydoc. samples: at most so many, the first ones, or with a seed ones chosen at
+    random. sequence_length: tokens of each. parse_special: texts of special tokens are read as these.
+    What is to be said of the text is in `remarks`. Raises UserError for bad data.
+
+    >>> samples = jquant.load_samples(model, text, samples=4, sequence_length=32)
+    >>> samples.tokens.shape
+    (4, 32)
     """
+    for name, value, least in (("samples", samples, 1), ("sequence_length", sequence_length, 2)):
+        if value < least:
+            raise ValueError(f"{name}={value}: needs to be {least} or more.")
+    model = opened(model)
     template = model.metadata.get("tokenizer.chat_template")
     found = sample(
-        calibration if isinstance(calibration, Text | Table) else read_texts(calibration),
+        _texts(calibration),
         from_metadata(model.metadata),
         samples=samples,
         sequence_length=sequence_length,
@@ -64,8 +73,18 @@ def load_samples(
     return found
 
 
+def _texts(calibration: Calibration | Sequence[Calibration] | None) -> list[Text | Table]:
+    if calibration is None:
+        return read_texts(None)
+    several = [calibration] if isinstance(calibration, str | os.PathLike | Text | Table) else calibration
+    found: list[Text | Table] = []
+    for one in several:
+        found += [one] if isinstance(one, Text | Table) else read_texts(os.fspath(one))
+    return found or read_texts(None)
+
+
 def importance(
-    model: Model,
+    model: AnyModel,
     samples: Samples,
     *,
     batch: int = 4,
@@ -82,7 +101,13 @@ def importance(
     batch: samples on a device at a time. store: where activations lie between blocks; `open_checkpoint`
     makes one that continues an interrupted run. precision: see `decoder_for`.
     Raises UserError for a model whose forward pass is not known, and for inputs that are not finite.
+
+    >>> imatrix = jquant.importance(model, samples)
+    >>> imatrix.entries["blk.0.ffn_down.weight"].shape  # [matrices, columns]
+    (1, 96)
+    >>> imatrix.write(out / "importance.gguf")
     """
+    model = opened(model)
     decoder = decoder_for(model, precision)
     if mesh is not None:
         agree_on(model, samples, batch=batch, method="imatrix", precision=precision)
@@ -105,8 +130,7 @@ def importance(
 def decoder_for(model: Model, precision: Precision | None) -> Decoder:
     """The model to calibrate with. precision: of products; default: what the device has matrix units for,
     bfloat16 on accelerators, float32 on a CPU."""
-    decoder = models.decoder(Weights(model.source), model.metadata)
-    return decoder.at(precision or _usual_precision())
+    return model.decoder().at(precision or _usual_precision())
 
 
 def _usual_precision() -> Precision:
@@ -159,7 +183,7 @@ def run_of(
         "batch": batch,
         "method": method,
         "precision": precision or _usual_precision(),
-        "versions": {name: version(name) for name in ("jquant", "jax", "jaxlib")},
+        "versions": versions("jax", "jaxlib"),
         "device": jax.devices()[0].device_kind,
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -27,7 +26,7 @@ from jquant.calibration.activations import Store
 from jquant.calibration.gradients import FISHER_COLUMNS, Tape, collect_gradients, sampled_labels
 from jquant.calibration.ranges import RANGES
 from jquant.checkpoints.model import Model
-from jquant.core import TensorSpec, UserError
+from jquant.core import VERSION, TensorSpec, UserError
 from jquant.distributed.mesh import is_first
 from jquant.io.imatrix import Imatrix
 from jquant.io.resume_backward import GradientCheckpoint
@@ -185,7 +184,7 @@ def write_statistics(
         "sha256": samples.digest,
         "samples": str(len(samples.tokens)),
         "sequence_length": str(samples.tokens.shape[1]),
-        "jquant": version("jquant"),
+        "jquant": VERSION,
     }
     others = {name: first for name, first in shared.items() if name != first}
     squares: dict[str, dict[str, jax.Array]] = {}

@@ -95,8 +95,7 @@ def check_figures(folder: Path, *, force: bool) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError(
-            "--figures: figures are drawn by matplotlib, which is not installed: pip install "
-            "'jquant[figures]', or pip install matplotlib."
+            "--figures: figures are drawn by matplotlib, which is not installed: pip install matplotlib."
         ) from None
     try:
         folder.mkdir(parents=True, exist_ok=True)

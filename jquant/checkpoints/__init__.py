@@ -1,10 +1,17 @@
 """A model on disk as tensors to compute with: whatever type, scheme or layout they are stored in."""
 
-from jquant.checkpoints._transcode import FLOAT_DTYPES, LOW_BPW, slab_rows, transcode
+from jquant.checkpoints._transcode import FLOAT_DTYPES, LOW_BPW, loop_over, slab_rows, slab_steps, transcode
+from jquant.checkpoints.model import AnyModel, Model, open_model, opened
 
 __all__ = [
     "FLOAT_DTYPES",
     "LOW_BPW",
+    "AnyModel",
+    "Model",
+    "loop_over",
+    "open_model",
+    "opened",
     "slab_rows",
+    "slab_steps",
     "transcode",
 ]

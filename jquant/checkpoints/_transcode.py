@@ -82,7 +82,7 @@ def transcode(
     if devices is None:
         out, *found = _on_one(source, target, own)(slab, weights, counts)
     else:
-        out, *found = _over(devices, source, target, weights is not None, own)(slab, weights, counts)
+        out, *found = loop_over(devices, source, target, weights is not None, own)(slab, weights, counts)
     row_bytes = cols // target.block_size * target.block_bytes
     data = np.asarray(out).reshape(shares, capacity, -1)[:, :each].reshape(-1)
     data = data[: rows * row_bytes].reshape(rows, row_bytes)
@@ -142,7 +142,7 @@ def _on_one(source: Format, target: Format, grain: Grain) -> Callable[..., tuple
 
 
 @cache
-def _over(
+def loop_over(
     devices: Mesh, source: Format, target: Format, weighted: bool, grain: Grain
 ) -> Callable[..., tuple[Array, ...]]:
     """The loop on each device: it talks to no other."""

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jquant.checkpoints.model import Model
+from jquant.core import VERSION
 from jquant.io.paths import AnyPath
 
 _END_BYTES = 1 << 16
@@ -20,7 +21,7 @@ _END_BYTES = 1 << 16
 def common_facts(model: Model) -> dict[str, str]:
     """What any output of this model depends on."""
     found = {
-        "jquant": version("jquant"),
+        "jquant": VERSION,
         "jax": f"{version('jax')} with jaxlib {version('jaxlib')} on {jax.default_backend()}",
         "model": digest(part for file in model.files for part in _ends(file)),
     }

@@ -26,8 +26,8 @@ from jquant.checkpoints.gptq_awq import Layout
 from jquant.core import ScaledFormat, UserError
 from jquant.formats import SCALED_FORMATS
 
-# How the inputs of matrices are rounded; see `activations`.
-Activations = Literal["int8", "fp8", "int8-asymmetric"]
+# How the inputs of matrices are rounded; see `int8.rounding`.
+InputKind = Literal["int8", "fp8", "int8-asymmetric"]
 
 METHOD = "compressed-tensors"
 TRANSPOSED = ("gptq", "awq")  # methods of `transposed`
@@ -38,7 +38,7 @@ METHODS = (METHOD, *TRANSPOSED)
 class Scheme:
     name: str  # as on the command line
     weights: ScaledFormat
-    activations: Activations | None
+    activations: InputKind | None
     static: bool = False  # inputs by one scale a matrix, which is stored; else each token by its own
     layout: str  # compressed-tensors' name of the format, or another method's
     about: str
@@ -188,6 +188,14 @@ def scheme_of(config: Mapping[str, object]) -> Scheme:
 
     Raises UserError for one that is none of ours.
     """
+    transforms = _path(config, "transform_config", "config_groups")
+    if transforms:
+        named = ", ".join(transforms) if isinstance(transforms, Mapping) else repr(transforms)
+        raise UserError(
+            f"config.json: 'transform_config' of 'quantization_config' ({named}) rotates the inputs of "
+            "matrices while the model runs, and weights without that are those of no model; use the 16-bit "
+            "original."
+        )
     layout = config.get("format")
     for scheme in SCHEMES.values():
         if scheme.layout != layout:
@@ -221,9 +229,15 @@ def _facts(groups: object) -> object:
     if not isinstance(groups, Mapping):
         return None
     return [
-        (_path(group, "targets"), *(_path(group, kind, key) for kind in _KINDS for key in _COUNT))
+        (_path(group, "targets"), *(_fact(group, kind, key) for kind in _KINDS for key in _COUNT))
         for group in groups.values()
     ]
+
+
+def _fact(group: object, kind: str, key: str) -> object:
+    value = _path(group, kind, key)
+    # In which order a rounding went over the columns; the layout is that of none.
+    return None if key == "actorder" and value in ("static", "weight") else value
 
 
 _KINDS = ("weights", "input_activations", "output_activations")

@@ -18,13 +18,17 @@ from jquant.core._files import (
 from jquant.core._format import SCALE_DTYPES, Format, QuantizedTensor, ScaledFormat
 from jquant.core._gpu import on_cuda, result_like
 from jquant.core._grain import ACCELERATOR_GRAIN, CPU_GRAIN, Grain, grain
+from jquant.core._json import parse_json
 from jquant.core._models import Block, BlockwiseModel, Head, block_parameters, output_name
+from jquant.core._threads import default_threads
+from jquant.core._versions import VERSION, versions
 
 __all__ = [
     "ACCELERATOR_GRAIN",
     "CPU_GRAIN",
     "GGML_TYPES",
     "SCALE_DTYPES",
+    "VERSION",
     "Block",
     "BlockwiseModel",
     "Effort",
@@ -48,11 +52,14 @@ __all__ = [
     "block_parameters",
     "chunk_blocks",
     "decode_chunk",
+    "default_threads",
     "dequantize",
     "encode_chunk",
     "grain",
     "on_cuda",
     "output_name",
+    "parse_json",
     "quantize",
     "result_like",
+    "versions",
 ]

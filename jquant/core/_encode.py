@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -154,33 +155,55 @@ def quantize(
 
     Raises ValueError where the format cannot be encoded or the shapes do not fit.
     """
-    scaled = isinstance(format, ScaledFormat)
-    if not scaled and not format.can_encode:
-        raise ValueError(f"{format.name} can be decoded but not encoded; choose another format.")
-    block = format.group_size or 1 if scaled else format.block_size
-    if x.ndim == 0 or x.shape[-1] % block:
-        raise ValueError(
-            f"{format.name} needs rows of a multiple of {block} weights; got shape {x.shape}. "
-            "Choose a format with a smaller block for this tensor, such as Q8_0, or F16."
-        )
-    if importance is None and not scaled and format.needs_importance:
-        raise ValueError(f"{format.name} needs importance: pass the layer's imatrix, one value a column.")
-    if importance is not None:
-        try:
-            fits = np.broadcast_shapes(importance.shape, x.shape) == x.shape
-        except ValueError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"importance of shape {importance.shape} does not fit {x.shape}; pass one value a column."
-            )
-    if scaled:
+    _check(x, format, importance, effort)
+    if isinstance(format, ScaledFormat):
         return QuantizedTensor(_encode_scaled(x, importance, format), format)
     return QuantizedTensor({"blocks": _encode(x, importance, at_effort(format, effort))}, format)
 
 
+def _check(x: Array, format: Format | ScaledFormat, importance: Array | None, effort: str) -> None:
+    """Raises ValueError, which names the argument, where `quantize` cannot take it."""
+    scaled = isinstance(format, ScaledFormat)
+    if not scaled and not format.can_encode:
+        raise ValueError(f"format: {format.name} can be decoded but not encoded; choose another format.")
+    block = format.group_size or 1 if scaled else format.block_size
+    if x.ndim == 0 or x.shape[-1] % block:
+        raise ValueError(
+            f"x: {format.name} needs rows of a multiple of {block} weights; got shape {x.shape}. "
+            "Choose a format with a smaller block for this tensor, such as Q8_0, or F16."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x: weights are real numbers; got {x.dtype}. Convert it, x.astype('float32').")
+    if effort not in get_args(Effort):
+        raise ValueError(f"effort={effort!r}: not known; choose from {', '.join(get_args(Effort))}.")
+    if importance is None:
+        if not scaled and format.needs_importance:
+            raise ValueError(f"{format.name} needs importance: pass the layer's imatrix, one value a column.")
+        return
+    try:
+        fits = np.broadcast_shapes(importance.shape, x.shape) == x.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"importance of shape {importance.shape} does not fit {x.shape}; pass one value a column."
+        )
+
+
 def dequantize(q: QuantizedTensor) -> Float[Array, "*rows cols"]:
-    """The float32 weights that a runtime sees, of GGUF's formats bit for bit what ggml computes."""
+    """The weights, float32 [*rows, cols], that a runtime sees; of GGUF's formats bit for bit ggml's.
+
+    Raises ValueError where the bytes of a row are no whole number of blocks.
+
+    >>> q = jquant.quantize(jnp.ones((2, 64)), "Q8_0")
+    >>> jquant.dequantize(q).shape
+    (2, 64)
+    """
+    if not isinstance(q, QuantizedTensor):
+        raise ValueError(f"q: expected what quantize returned; got {type(q).__name__}.")
     if isinstance(q.format, ScaledFormat):
         return _decode_scaled(q.parts, q.format)
+    shape, block = q.parts["blocks"].shape, q.format.block_bytes
+    if not shape or shape[-1] % block:
+        raise ValueError(f"q: {q.format.name} has rows of a multiple of {block} bytes; got shape {shape}.")
     return _decode(q.parts["blocks"], q.format)

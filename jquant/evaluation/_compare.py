@@ -1,9 +1,5 @@
 """Files beside their original: what `jquant evaluate` computes, and what `quantize --check` asks.
 
-files = [open_file(path) for path in paths]  # the original first
-rows = compare(files, text=read_held_out("wikitext2"), settings=Settings(engine="llama.cpp"))
-print(table(rows))
-
 One model is open at a time. The original's predictions are kept on the disk, for later candidates too.
 """
 
@@ -19,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from jquant.checkpoints.model import Model, open_model
+from jquant.checkpoints import AnyModel, Model, open_model
 from jquant.core import TensorSpec, UserError
 from jquant.evaluation import coherence
 from jquant.evaluation import metrics as evaluate
@@ -70,9 +66,18 @@ class File:
     bpw: float = 0.0  # bits per weight, headers not counted
 
 
-def open_file(path: Path, *, pre_tokenizer: str | None = None) -> File:
-    """pre_tokenizer: as in `open_model`. Raises UserError where it is no model that can be read."""
-    model = open_model(path, pre_tokenizer=pre_tokenizer)
+def open_file(file: AnyModel, *, pre_tokenizer: str | None = None, revision: str | None = None) -> File:
+    """What `open_model` takes, or a model that is open.
+
+    Raises UserError where it is no model of this machine that can be read, ValueError for an open one that is
+    no longer what its files are: engines read files.
+    """
+    model = file
+    if not isinstance(model, Model):
+        model = open_model(model, pre_tokenizer=pre_tokenizer, revision=revision)
+    if model.changes:
+        raise ValueError(f"{model.path}: this model was rescaled since it was opened; write it first.")
+    path = local(model.path, "evaluate")
     stats = [(file.name, file.stat()) for file in model.files]
     weights = [stat.st_size for name, stat in stats if name != "config.json"]
     identity = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)

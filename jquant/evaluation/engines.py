@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
+from jquant import core
 from jquant.core import UserError
 from jquant.evaluation.engine import Engine, Progress
 from jquant.evaluation.flax_engine import FlaxEngine
@@ -56,7 +56,7 @@ def choose(name: str | None, folders: Sequence[Path]) -> str:
 def require_llama_cpp() -> None:
     """Raises UserError, with the command that installs it, where llama.cpp is missing."""
     if not has_llama_cpp():
-        raise UserError("llama-cpp-python is not installed: pip install 'jquant[llama]'.")
+        raise UserError("llama-cpp-python is not installed: pip install llama-cpp-python.")
 
 
 def open_engine(name: str, path: Path, *, threads: int, pre_tokenizer: str | None = None) -> Engine:
@@ -70,5 +70,4 @@ def open_engine(name: str, path: Path, *, threads: int, pre_tokenizer: str | Non
 
 def versions() -> dict[str, str]:
     """Of what figures depend on; llama.cpp's where it is installed."""
-    wanted = ["jquant", "jax", "jaxlib", *(["llama-cpp-python"] if has_llama_cpp() else [])]
-    return {name: version(name) for name in wanted}
+    return core.versions("jax", "jaxlib", *(["llama-cpp-python"] if has_llama_cpp() else []))

@@ -8,7 +8,6 @@ memory or, where they are large, in a temporary file.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import gguf
@@ -21,7 +20,7 @@ from jquant import models
 from jquant.calibration.activations import Scratch
 from jquant.checkpoints.model import open_model
 from jquant.checkpoints.weights import Weights
-from jquant.core import UserError
+from jquant.core import UserError, versions
 from jquant.evaluation.engine import Progress
 from jquant.int8.rounding import ROUNDINGS, STATIC_ROUNDINGS
 from jquant.models import Decoder, run_block
@@ -39,7 +38,7 @@ class FlaxEngine:
         if architecture not in {gguf.MODEL_ARCH_NAMES[a.gguf] for a in models.ARCHITECTURES.values()}:
             raise UserError(
                 f"{path}: architecture {architecture!r} is not known to the engine jax; install "
-                "llama-cpp-python (pip install 'jquant[llama]') and use --engine llama.cpp."
+                "llama-cpp-python (pip install llama-cpp-python) and use --engine llama.cpp."
             )
         self._decoder = models.decoder(Weights(model.source), model.metadata)
         if model.rounding is not None:
@@ -52,8 +51,8 @@ class FlaxEngine:
 
     @property
     def facts(self) -> dict[str, object]:
-        versions = {name: version(name) for name in ("jquant", "jax", "jaxlib")}
-        return {"engine": "jax", "versions": versions, "device": jax.devices()[0].device_kind}
+        made_by = versions("jax", "jaxlib")
+        return {"engine": "jax", "versions": made_by, "device": jax.devices()[0].device_kind}
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         return self._tokenizer.encode(text, add_bos=add_bos)

@@ -93,6 +93,10 @@ def matmul(x: Float[Array, "*n in"], w: QuantizedTensor, *, dot: Dot = xla_dot) 
     Its gradients are those of the product with the decoded weights, by x as if it were not rounded
     (straight-through), and by the scales of W; codes have none.
     Raises ValueError for another format, or shapes that do not fit.
+
+    >>> w = jquant.quantize(jnp.eye(3, 8), "INT8")
+    >>> jquant.int8.matmul(jnp.ones((2, 8)), w).shape
+    (2, 3)
     """
     if w.format.name != "INT8":
         raise ValueError(

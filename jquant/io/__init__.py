@@ -3,7 +3,9 @@
 from jquant.io._shards import file_bytes
 from jquant.io.gguf import GgufSource
 from jquant.io.gguf_sink import GgufPart, GgufSink, check_target, headers_digest
+from jquant.io.imatrix import Imatrix
 from jquant.io.model_folder import FolderPart, ModelFolder, check_folder
+from jquant.io.paths import user_cache_dir
 from jquant.io.safetensors import SafetensorsSource
 from jquant.io.sources import open_source
 
@@ -12,6 +14,7 @@ __all__ = [
     "GgufPart",
     "GgufSink",
     "GgufSource",
+    "Imatrix",
     "ModelFolder",
     "SafetensorsSource",
     "check_folder",
@@ -19,4 +22,5 @@ __all__ = [
     "file_bytes",
     "headers_digest",
     "open_source",
+    "user_cache_dir",
 ]

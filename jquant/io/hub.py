@@ -106,6 +106,16 @@ def name_of(model: str) -> str | None:
     return re.split(r"[/:]", model.removeprefix("hf:"))[1]
 
 
+def folder_name(folder: AnyPath) -> str:
+    """What people call the model in a folder: its name, or of a snapshot in the hub's cache
+    (models--ORG--NAME/snapshots/COMMIT) the repository's."""
+    place = folder.resolve()
+    repository = place.parent.parent.name
+    if place.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.split("--")[-1]
+    return place.name
+
+
 def select(names: Sequence[str], tag: str | None, repo: str) -> Wanted:
     """Which of a repository's files to download.
 

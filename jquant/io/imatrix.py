@@ -15,6 +15,7 @@ Source: tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp and tools/quantize/
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from jaxtyping import Float32
 from jquant.core import Metadata, MetadataValue, OutputError, TensorSpec, UserError
 from jquant.io._gguf_header import MAGIC
 from jquant.io.gguf import GgufSource
-from jquant.io.gguf_sink import GgufSink
+from jquant.io.gguf_sink import GgufSink, check_target
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _METHOD = "jquant.method"
@@ -42,12 +43,30 @@ class Imatrix:
     whatever the tensor: use `importance`). A matrix that no token reached has ones.
     """
 
-    entries: Mapping[str, Float32[np.ndarray, "n_mat ne0"]]
+    entries: Mapping[str, Float32[np.ndarray, "n_mat ne0"]] = field(repr=False)
     counts: Mapping[str, Float32[np.ndarray, " n_mat"]] = field(repr=False)
     datasets: list[str]
     chunk_count: int
     chunk_size: int  # tokens; 0 where the file does not say
     method: str = IMATRIX  # what made it: mean squares of inputs, or another importance ("fisher")
+
+    @staticmethod
+    def read(path: str | os.PathLike[str]) -> Imatrix:
+        """What `write`, or llama-imatrix, wrote, in either form. Errors are those of `read` below."""
+        return read(Path(path))
+
+    def write(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write the GGUF form, or the older one where the name ends in .dat.
+
+        force: replace a file that is there. Raises OutputError where it is there and may not be replaced or
+        cannot be written, UserError for another importance than mean squares of inputs in a .dat file.
+        """
+        target = Path(path)
+        check_target(target, force=force)
+        if target.suffix == ".dat":
+            write_dat(target, self)
+        else:
+            write_gguf(target, self, force=force)
 
     def importance(self, spec: TensorSpec) -> Float32[np.ndarray, "n_mat ne0"] | None:
         """The entry of a tensor, one row a matrix: a stack [experts, rows, cols] gets [experts, cols].

@@ -5,7 +5,10 @@ Of a URL only what is asked for is read, by byte range: headers, then the rows t
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+import tempfile
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,6 +20,19 @@ from jquant.core import UserError
 AnyPath: TypeAlias = Path | UPath
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def user_cache_dir() -> Path:
+    """Where this user's caches lie: JQUANT_CACHE, XDG_CACHE_HOME, or the platform's usual place."""
+    if folder := os.environ.get("JQUANT_CACHE"):
+        return Path(folder)
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "jquant"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without a home, as in containers
+        return Path(tempfile.gettempdir()) / f"jquant-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "jquant"
 
 
 def is_url(text: str) -> bool:

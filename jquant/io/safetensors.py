@@ -9,7 +9,6 @@ safetensors package gives whole arrays of a framework; quantizing needs the stor
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from jquant.core import TensorSpec, UserError, block_and_bytes
+from jquant.core import TensorSpec, UserError, block_and_bytes, parse_json
 from jquant.io._rows import read_rows
 from jquant.io.paths import AnyPath
 
@@ -48,7 +47,7 @@ class SafetensorsSource:
     def __init__(self, path: AnyPath) -> None:
         """Reads headers only. Raises UserError where one is not sound, or a file or a tensor is missing."""
         self.path = path
-        self.files, index = _files(path)
+        self.files, index, self.remarks = _files(path)
         files = [parse(p) for p in self.files]
         self._specs: dict[str, TensorSpec] = {}
         self._where: dict[str, tuple[AnyPath, int]] = {}
@@ -78,12 +77,16 @@ class SafetensorsSource:
         return read_rows(*self._where[name], self._specs[name], start, stop)
 
 
-def _files(path: AnyPath) -> tuple[list[AnyPath], dict[str, str]]:
-    """Files of the model, and the index (name of a tensor → name of its file; empty without one)."""
+def _files(path: AnyPath) -> tuple[list[AnyPath], dict[str, str], tuple[str, ...]]:
+    """Files of the model, the index (name of a tensor → name of its file; empty without one), and what the
+    user should know. In a folder model.safetensors comes first, as transformers has it."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a folder with {SINGLE} or {INDEX}.")
     folder = path if path.is_dir() else path.parent
     index_path = path if path.name.endswith(".index.json") else folder / INDEX
+    if path.is_dir() and (path / SINGLE).is_file():
+        remark = f"{path}: {SINGLE} is read, as transformers does; {INDEX} beside it is passed over."
+        return [path / SINGLE], {}, (remark,) if _names_others(index_path) else ()
     if index_path.is_file():
         index = _read_index(index_path)
         names = sorted(set(index.values()))
@@ -94,14 +97,12 @@ def _files(path: AnyPath) -> tuple[list[AnyPath], dict[str, str]]:
                     f"{index_path}: {len(missing)} of {len(names)} shards are missing, the first is "
                     f"{missing[0]}; download it."
                 )
-            return [folder / name for name in names], index
+            return [folder / name for name in names], index, ()
     if not path.is_dir():
-        return [path], {}
-    if (path / SINGLE).is_file():
-        return [path / SINGLE], {}
+        return [path], {}, ()
     found = sorted(path.glob("*.safetensors"))
     if len(found) == 1:
-        return found, {}
+        return found, {}, ()
     if found:
         raise UserError(
             f"{path}: has {len(found)} safetensors files but no {INDEX}; download it, or give one file."
@@ -115,19 +116,34 @@ def _files(path: AnyPath) -> tuple[list[AnyPath], dict[str, str]]:
     raise UserError(f"{path}: no safetensors here; expected {SINGLE}, or {INDEX} and its shards.")
 
 
+def _names_others(index_path: AnyPath) -> bool:
+    """Whether an index lies there that is not just of model.safetensors."""
+    if not index_path.is_file():
+        return False
+    try:
+        return set(_read_index(index_path).values()) != {SINGLE}
+    except UserError:
+        return True
+
+
 def _read_index(path: AnyPath) -> dict[str, str]:
     try:
-        index = json.loads(path.read_bytes())["weight_map"]
+        told = parse_json(path.read_bytes())
+        index = told["weight_map"] if isinstance(told, dict) else None
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{path}: not an index of safetensors (no weight_map in JSON); download it again."
         ) from None
-    inside = isinstance(index, dict) and all(isinstance(v, str) and Path(v).name == v for v in index.values())
-    if not inside:
+    if not isinstance(index, dict) or not all(map(_names_a_file, index.values())):
         raise UserError(
             f"{path}: weight_map must map tensors to names of files in this folder; download it again."
         )
     return index
+
+
+def _names_a_file(value: object) -> bool:
+    """Whether it is a name that a file of this folder can have: no path out of it, no more than 255 bytes."""
+    return isinstance(value, str) and Path(value).name == value and len(value.encode(errors="replace")) < 256
 
 
 def parse(path: AnyPath) -> File:
@@ -142,8 +158,10 @@ def parse(path: AnyPath) -> File:
             )
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
-        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
+        header = parse_json(text, _unique)
+        if not isinstance(header, dict):
+            raise TypeError(f"no table but {type(header).__name__}")
+        metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
         entries = {name: _entry(path, name, value) for name, value in header.items()}
     except UserError:
         raise

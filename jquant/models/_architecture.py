@@ -162,9 +162,11 @@ class Architecture:
     weights: Callable[[Config], Iterator[Weight]] = field(repr=False)
     keys: Mapping[str, object] = field(repr=False)  # config keys read, with their defaults
     only: Mapping[str, tuple[object, ...]] = field(repr=False, default_factory=dict)
+    aliases: Mapping[str, str] = field(repr=False, default_factory=dict)  # of keys, other name → the one read
     rope_types: frozenset[str] = frozenset({"default", "linear", "yarn"})
     header: Callable[[Config], Mapping[str, MetadataValue]] = field(repr=False, default=lambda config: {})
     traits: Traits = field(repr=False, default=Traits())
+    ignores_window: bool = False  # llama.cpp attends to everything, whatever window the header has
 
     def read_config(self, config: Mapping[str, object]) -> Config:
         """Raises UserError for a key that is unknown, or whose value llama.cpp cannot honour."""
@@ -175,7 +177,20 @@ class Architecture:
             only=self.only,
             rope_types=self.rope_types,
             window_period=self.traits.window_period,
+            aliases=self.aliases,
         )
+
+    def remarks(self, config: Mapping[str, object]) -> tuple[str, ...]:
+        """What llama.cpp computes otherwise than transformers, where the two can be told apart."""
+        checked = self.read_config(config)
+        window = checked.values.get("sliding_window")
+        context = checked.size("max_position_embeddings")
+        if self.ignores_window and isinstance(window, int) and window < context:
+            return (
+                f"the model attends to the last {window} tokens; llama.cpp attends to all, so texts of more "
+                f"than {window} tokens (it was made for {context}) are continued otherwise than intended.",
+            )
+        return ()
 
     def as_gguf(self, source: Source, config: Mapping[str, object]) -> Source:
         """The checkpoint with llama.cpp's names, row order and stacked experts; nothing is read yet.
@@ -289,13 +304,20 @@ def _check_names(architecture: str, source: Source, weights: Collection[Weight],
         )
     spare = {"lm_head.weight"} if tied else set()  # transformers does not read it either
     unexpected = [
-        n for n in source.specs if n not in expected and n not in spare and not n.endswith(_DERIVED)
+        name
+        for name in source.specs
+        if not (name in expected or name in spare or name.endswith(_DERIVED) or _adds_nothing(name, source))
     ]
     if unexpected:
         raise UserError(
             f"{unexpected[0]}{_and_more(unexpected)} in the checkpoint but unknown to {architecture} with "
             "this config.json; converting without it would change the model."
         )
+
+
+def _adds_nothing(name: str, source: Source) -> bool:
+    """Whether it is a bias of zeros, as AutoGPTQ writes one beside every matrix."""
+    return name.endswith(".bias") and not source.read(name).any()
 
 
 def _and_more(names: list[str]) -> str:

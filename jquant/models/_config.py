@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from jquant.core import UserError
 
+_LARGEST = 3.4e38  # a float32, as headers have it
+_TOO_LARGE = 1 << 31  # for what llama.cpp reads of a header
 REQUIRED = "required"  # in place of a default: the key must be there
 
 # Keys that say nothing about the function the model computes: training, generation, bookkeeping. Special
@@ -21,7 +24,8 @@ IGNORABLE = frozenset({
     "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
     "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "hidden_dropout", "id2label",
     "initializer_range", "is_llama_config", "label2id", "length_penalty", "mask_token_id",
-    "max_length", "min_length", "model_type", "neftune_noise_alpha", "no_repeat_ngram_size",
+    "max_length", "max_sequence_length", "min_length", "model_type", "neftune_noise_alpha",
+    "no_repeat_ngram_size",
     "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
     "output_hidden_states", "output_router_logits", "output_scores", "pad_token_id", "prefix",
     "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty",
@@ -52,7 +56,9 @@ _ROPE_KEYS: Mapping[str, Collection[str]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "longrope": ("short_factor", "long_factor", "factor", "original_max_position_embeddings"),
+    "longrope": (
+        *("short_factor", "long_factor", "factor", "original_max_position_embeddings", "attention_factor"),
+    ),
     "yarn": (
         *("factor", "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim"),
         *("beta_fast", "beta_slow", "truncate", "extrapolation_factor", "finetuned"),
@@ -110,15 +116,18 @@ def read(
     only: Mapping[str, tuple[object, ...]],
     rope_types: Collection[str],
     window_period: int = 0,
+    aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> Config:
     """Check `config` and fill in defaults.
 
     keys: what the architecture reads, with the default of its class or REQUIRED. only: keys for which
     llama.cpp computes one thing, with the values that ask for it. window_period: one block in so many attends
-    to everything, the others to a sliding window; 0: all to everything.
+    to everything, the others to a sliding window; 0: all to everything. aliases: names that some version of
+    transformers writes in place of a key, that name → the key.
 
     Raises UserError naming the key, its value and, where there is one, the remedy.
     """
+    config = _under_one_name(config, aliases)
     only = {**{key: allowed for key, allowed in NEUTRAL.items() if key not in keys}, **only}
     values = {key: default if config.get(key) is None else config[key] for key, default in keys.items()}
     for key, value in values.items():
@@ -135,6 +144,18 @@ def read(
     return Config(values, _read_rope(config, values, rope_types))
 
 
+def _under_one_name(config: Mapping[str, object], aliases: Mapping[str, str]) -> Mapping[str, object]:
+    renamed = dict(config)
+    for other, key in aliases.items():
+        value = renamed.pop(other, None)
+        if value is not None and renamed.setdefault(key, value) != value:
+            raise UserError(
+                f"config.json: {other!r} is {_short(value)}, but {key!r} is {_short(renamed[key])}; "
+                "they name one thing, so delete the one that is wrong."
+            )
+    return renamed
+
+
 def _check_layer_types(config: Mapping[str, object], architecture: str, period: int) -> None:
     layer_types = config.get("layer_types") or []
     if not isinstance(layer_types, list):
@@ -146,7 +167,12 @@ def _check_layer_types(config: Mapping[str, object], architecture: str, period: 
 
 
 def _refuse_unknown(config: Mapping[str, object], architecture: str, known: set[str]) -> None:
-    unknown = sorted(key for key in config if key not in known and key not in IGNORABLE)
+    """Keys that no one knows. One that is null, off or private ("_flash_attn_2_enabled") asks for nothing."""
+    unknown = sorted(
+        key
+        for key, value in config.items()
+        if not (key in known or key in IGNORABLE or value is None or value is False or key[0] == "_")
+    )
     if unknown:
         listed = ", ".join(f"{key!r} = {_short(config[key])}" for key in unknown)
         raise UserError(
@@ -213,7 +239,12 @@ def _read_rope(
         if not isinstance(given, Mapping):
             raise _bad(key, given, "a table or null")
         given = _of_full_attention(given)
-        scaling |= {str(name): value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            if value is not None and scaling.setdefault(str(name), value) != value:
+                raise UserError(
+                    f"config.json: 'rope_scaling' and 'rope_parameters' differ in {name!r}: "
+                    f"{_short(scaling[str(name)])} and {_short(value)}; delete the one that is wrong."
+                )
     default = values.get("rope_theta") if config.get("rope_theta") is None else config["rope_theta"]
     base = _number({"rope_theta": scaling.pop("rope_theta", default)}, "rope_theta")
     old_type = scaling.pop("type", "default")
@@ -271,7 +302,7 @@ def _read_longrope(base: float, scaling: Mapping[str, object], values: Mapping[s
     name = "original_max_position_embeddings"
     first = scaling.get(name, values.get(name))
     original = longest if first is None else _integer({name: first}, name)
-    ratio = longest / original
+    factor = _number(scaling, "factor") if "factor" in scaling else longest / original
     pairs = _integer(values, "rotary_dims") // 2
     factors = {}
     for key in ("short_factor", "long_factor"):
@@ -279,11 +310,12 @@ def _read_longrope(base: float, scaling: Mapping[str, object], values: Mapping[s
         if not isinstance(given, list) or len(given) != pairs:
             raise _bad(key, given, f"a list of {pairs} numbers, one for each pair that is turned")
         factors[key] = tuple(_number({key: value}, key) for value in given)
+    usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return Rope(
         base=base,
         type="longrope",
         original_context=original,
-        attention_factor=math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0,
+        attention_factor=_number({"attention_factor": usual, **scaling}, "attention_factor"),
         short_factors=factors["short_factor"],
         long_factors=factors["long_factor"],
     )
@@ -305,19 +337,14 @@ def _yarn_attention(factor: float, scaling: Mapping[str, object]) -> float:
 
 def _integer(values: Mapping[str, object], key: str) -> int:
     value = values[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise _bad(key, value, "a positive whole number")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _TOO_LARGE:
+        raise _bad(key, value, f"a positive whole number below {_TOO_LARGE}")
     return value
 
 
 def _number(values: Mapping[str, object], key: str) -> float:
     value = values[key]
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value <= 0
-    ):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
         raise _bad(key, value, "a positive number")
     return float(value)
 

@@ -36,6 +36,7 @@ MISTRAL = Architecture(
     gguf=gguf.MODEL_ARCH.LLAMA,
     traits=Traits(rotary_pairs=True),
     weights=weights,
+    ignores_window=True,
     header=sliding_window,
     keys={**DECODER_KEYS, "rms_norm_eps": 1e-6, "sliding_window": None},
     only={"attention_bias": (False,), "mlp_bias": (False,)},

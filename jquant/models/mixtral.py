@@ -44,6 +44,7 @@ MIXTRAL = Architecture(
     gguf=gguf.MODEL_ARCH.LLAMA,
     traits=Traits(rotary_pairs=True),
     weights=weights,
+    ignores_window=True,
     header=sliding_window,
     keys={
         **DECODER_KEYS,

@@ -44,6 +44,7 @@ PHI3 = Architecture(
     gguf=gguf.MODEL_ARCH.PHI3,
     traits=Traits(),
     weights=weights,
+    ignores_window=True,
     header=sliding_window,
     keys={
         **DECODER_KEYS,

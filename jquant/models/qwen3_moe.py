@@ -36,6 +36,7 @@ QWEN3_MOE = Architecture(
     name="Qwen3MoeForCausalLM",
     gguf=gguf.MODEL_ARCH.QWEN3MOE,
     weights=weights,
+    aliases={"num_local_experts": "num_experts"},  # as transformers 5 saves it
     keys={
         **DECODER_KEYS,
         "rms_norm_eps": 1e-6,

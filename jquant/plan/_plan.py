@@ -36,7 +36,7 @@ from jquant.plan._entries import Entry, Plan, fitted
 from jquant.plan._kept import kept
 from jquant.plan.file_types import FileType, nearest_file_type
 from jquant.plan.file_types import file_type as find_file_type
-from jquant.plan.mixtures import Choice, Model, in_mixture_order, mixture, role
+from jquant.plan.mixtures import Choice, Hyperparameters, in_mixture_order, mixture, role
 from jquant.plan.profile import Bounds, Profile
 from jquant.plan.rules import Rule, tensor_type
 
@@ -44,7 +44,7 @@ from jquant.plan.rules import Rule, tensor_type
 class Settled(NamedTuple):
     """What is known before a mixture or a target is asked."""
 
-    model: Model
+    model: Hyperparameters
     chosen: dict[str, Choice]  # points 1 to 5 at the head of this module
     free: list[TensorSpec]  # all others, in mixture order
     quantizable: list[TensorSpec]
@@ -111,7 +111,7 @@ def settle(
         output_type = tensor_type(output_type, "the output's type")
     if embedding_type is not None:
         embedding_type = tensor_type(embedding_type, "the embeddings' type")
-    model = _model(specs, metadata, has_imatrix)
+    model = _hyperparameters(specs, metadata, has_imatrix)
     chosen: dict[str, Choice] = {}
     quantizable: list[TensorSpec] = []
     for spec in in_mixture_order(specs.values()):
@@ -171,7 +171,9 @@ def _bounded(choice: Choice, bounds: Bounds) -> Choice:
     return Choice(nearest, f"{choice.reason}: {choice.type}; {bounds.violation(choice.type)}")
 
 
-def _model(specs: Mapping[str, TensorSpec], metadata: Metadata, has_imatrix: bool) -> Model:
+def _hyperparameters(
+    specs: Mapping[str, TensorSpec], metadata: Metadata, has_imatrix: bool
+) -> Hyperparameters:
     architecture = str(metadata.get("general.architecture", ""))
 
     def number(key: str, default: int) -> int:
@@ -180,7 +182,7 @@ def _model(specs: Mapping[str, TensorSpec], metadata: Metadata, has_imatrix: boo
         return int(value[0]) if value.size else default
 
     n_head = number("attention.head_count", 0)
-    return Model(
+    return Hyperparameters(
         architecture=architecture,
         n_layer=number("block_count", 0),
         n_expert=number("expert_count", 0),

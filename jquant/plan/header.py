@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 
 import gguf
 import numpy as np
 
-from jquant.core import Metadata, MetadataValue
+from jquant.core import VERSION, Metadata, MetadataValue
 from jquant.io.imatrix import Imatrix
 from jquant.plan._entries import Plan
 from jquant.plan.file_types import FILE_TYPES
@@ -30,7 +29,7 @@ def recipe(
 ) -> str:
     """How a file was made, as JSON for its header; the types of its tensors stand there anyway."""
     about = {
-        "jquant": version("jquant"),
+        "jquant": VERSION,
         "file_type": plan.file_type,
         "profile": profile and profile.name,
         "target": target and str(target),

@@ -56,7 +56,7 @@ def in_mixture_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
 
 
 @dataclass(frozen=True)
-class Model:
+class Hyperparameters:
     """What the mixtures ask of a model."""
 
     architecture: str
@@ -82,7 +82,7 @@ class Model:
 
 
 class Site(NamedTuple):
-    model: Model
+    model: Hyperparameters
     i: int
     n: int
 
@@ -232,7 +232,7 @@ FALCON = {
 }
 
 
-def mixture(kind: FileType, model: Model, specs: Iterable[TensorSpec]) -> Iterator[Choice]:
+def mixture(kind: FileType, model: Hyperparameters, specs: Iterable[TensorSpec]) -> Iterator[Choice]:
     """A type for each of these tensors, which come in `in_mixture_order` and may all be quantized."""
     before: Counter[str] = Counter()  # role -> tensors of this role so far
     for spec in specs:
@@ -241,7 +241,7 @@ def mixture(kind: FileType, model: Model, specs: Iterable[TensorSpec]) -> Iterat
         before[what] += 1
 
 
-def _special(kind: FileType, model: Model, spec: TensorSpec, what: str) -> Choice | None:
+def _special(kind: FileType, model: Hyperparameters, spec: TensorSpec, what: str) -> Choice | None:
     """The output, and the file types and architectures that have a rule of their own."""
     if model.architecture == "glm5-next" and re.search(r"attn_q_[ab]|nextn\.eh_proj", spec.name):
         return Choice("Q8_0", "too sensitive for less in this architecture")
@@ -263,7 +263,7 @@ def _special(kind: FileType, model: Model, spec: TensorSpec, what: str) -> Choic
     return None
 
 
-def _by_table(kind: FileType, model: Model, spec: TensorSpec, what: str, before: int) -> Choice:
+def _by_table(kind: FileType, model: Hyperparameters, spec: TensorSpec, what: str, before: int) -> Choice:
     is_low = kind.name in LOW_BITS
     # Experts may sit in some layers only, so that their number says nothing about the layer: the name does.
     by_name = what.startswith("ffn_") and model.n_expert > 1 and not is_low

@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 from jquant.core import TensorSpec, UserError, bits_per_weight
 from jquant.plan.file_types import file_type
-from jquant.plan.rules import tensor_type
+from jquant.plan.rules import check_pattern, tensor_type
 from jquant.plan.selection import ROLES, Selection, parse_layers
 
 if sys.version_info >= (3, 11):
@@ -256,10 +256,7 @@ class _Reader(NamedTuple):
         self.check_keys(data, _RULE_KEYS, "rule", i)
         pattern = self.string(data, "match", "rule", i)
         if pattern is not None:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(f"{self.at('rule', i, 'match')}: {error} in {pattern!r}.") from None
+            check_pattern(pattern, f"{self.at('rule', i, 'match')} ({pattern!r})")
         wanted = self.strings(data, "role", "rule", i)
         for role in wanted:
             if role not in ROLES:

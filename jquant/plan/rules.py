@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from dataclasses import dataclass
 
 from jquant.core import GGML_TYPES, UserError
@@ -25,10 +26,7 @@ class Rule:
     type: str
 
     def __post_init__(self) -> None:
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise UserError(f"rule '{self}': {error} in the regular expression.") from None
+        check_pattern(self.pattern, f"rule '{self}'")
         object.__setattr__(self, "type", tensor_type(self.type, f"rule '{self}'"))
 
     def matches(self, name: str) -> bool:
@@ -36,6 +34,16 @@ class Rule:
 
     def __str__(self) -> str:
         return f"{self.pattern}={self.type}"
+
+
+def check_pattern(pattern: str, where: str) -> None:
+    """Raises UserError, which starts with `where`, where it is no regular expression."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what a later Python may read otherwise
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"{where}: {error} in the regular expression.") from None
 
 
 def tensor_type(name: str, where: str) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
-from jquant.core import UserError
+from jquant.core import UserError, parse_json
 from jquant.io.paths import AnyPath
 
 Json = Mapping[str, object]
@@ -16,8 +15,8 @@ def read_file(path: AnyPath) -> Json:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        value = parse_json(read_text(path))
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); the download may be incomplete.") from None
     if not isinstance(value, Mapping):
         raise UserError(f"{path}: expected a JSON table, found {type(value).__name__}.")
@@ -26,7 +25,7 @@ def read_file(path: AnyPath) -> Json:
 
 def read_text(path: AnyPath) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; the download may be incomplete.") from None
 

@@ -55,6 +55,8 @@ _NAMES: Mapping[tuple[tuple[str, ...], bool | None], str] = {
     ): "deepseek-coder",
 }
 
+_NO_STEPS = {"type": "Sequence", "normalizers": []}  # DeepSeek's tokenizers have it
+
 # Other names of the same rules.
 _SAME = {"deepseek-r1-qwen": "qwen2"} | dict.fromkeys(
     ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"), "llama-bpe"
@@ -89,7 +91,7 @@ def recognise(tokenizer: Json) -> str:
     splits = tuple(_expressions(_table(tokenizer.get("pre_tokenizer"))))
     whole = bool(model.get("ignore_merges"))
     # llama.cpp leaves out Qwen2's NFC: only text in decomposed letters is read differently.
-    if normalizer.get("type") in (None, "NFC"):
+    if normalizer.get("type") in (None, "NFC") or normalizer == _NO_STEPS:
         for key in ((splits, whole), (splits, None)):
             if key in _NAMES:
                 return _NAMES[key]

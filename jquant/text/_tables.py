@@ -7,7 +7,6 @@ whose text is null or empty has no text.
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from jquant.core import UserError
+from jquant.core import UserError, parse_json
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET, PLAIN, PACKED = ".parquet", ".txt", ".gz"
@@ -64,7 +63,7 @@ def json_rows(name: str, lines: Iterable[str]) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError as error:
             raise UserError(f"{where}: is not JSON ({error}); give JSON lines, an object a line.") from None
         if not isinstance(entry, Mapping) or not entry.keys() & set(_COLUMNS):
@@ -119,8 +118,7 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
         from pyarrow import parquet
     except ImportError:
         raise UserError(
-            f"{name}: parquet is read by pyarrow, which is not installed: pip install 'jquant[parquet]', or "
-            "pip install pyarrow."
+            f"{name}: parquet is read by pyarrow, which is not installed: pip install pyarrow."
         ) from None
     number = 0
     try:
@@ -136,6 +134,6 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
                 for entry in batch.to_pylist():
                     number += 1
                     yield _row(f"{name}, row {number}", entry)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{name}: is no whole parquet file after row {number} ({reason}).") from None

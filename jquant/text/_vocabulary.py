@@ -166,7 +166,7 @@ def _merges(tokenizer: Json) -> Iterable[tuple[str, str]]:
 
 def _prepends_space(tokenizer: Json) -> bool:
     """Whether a text starts with ▁; refuses a normalizer or split that llama.cpp would not reproduce."""
-    prefix = False
+    prefix, spaces = False, True  # whether a space is left for those behind to see
     normalizing = steps(tokenizer.get("normalizer"), "normalizers")
     splitting = steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
     for step in [*normalizing, *splitting]:
@@ -174,7 +174,9 @@ def _prepends_space(tokenizer: Json) -> bool:
         if kind == "Prepend" and step.get("prepend") == "▁":
             prefix = True
         elif kind == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == "▁":
-            pass  # llama.cpp's tokenizer does this of its own accord
+            spaces = False  # llama.cpp's tokenizer does this of its own accord
+        elif kind == "Split" and step.get("pattern") == {"String": " "} and not spaces:
+            pass  # Gemma: there is nothing to split at
         elif kind == "Metaspace" and step.get("split") is False:
             prefix = step.get("prepend_scheme") in ("always", "first")
         else:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jquant.core import UserError
+from jquant.core import UserError, parse_json
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def read(path: Path) -> list[Question]:
 
 def _question(line: str, where: str) -> Question:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError as error:
         raise UserError(f"{where}: is not JSON ({error}).") from None
     entry = entry if isinstance(entry, Mapping) else {}

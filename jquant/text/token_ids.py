@@ -24,6 +24,9 @@ from jquant.text import _pretokenizer
 from jquant.text._vocabulary import BYTE, CONTROL, UNKNOWN, USER_DEFINED
 
 _SPACE = "▁"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
+_GGUF_NAMES = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # gguf-py's spelling
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class TokenIds:
 
     bos: int | None  # put before every text
     eos: int | None
+    special_texts: dict[str, str] = field(repr=False)  # "bos" → "<s>", of those that the model has
     text_of: list[str] = field(repr=False)  # token → its text
     _special: list[tuple[str, int, bool]] = field(repr=False)  # text, id, only when asked for; longest first
     _encode: Callable[[str, bool], list[int]] = field(
@@ -90,7 +94,11 @@ def from_metadata(metadata: Metadata) -> TokenIds:
     special.sort(key=lambda entry: -len(entry[0].encode("utf-8", "surrogateescape")))
     by_default = kind == "llama" or _pretokenizer.rules(pre).adds_bos
     adds = metadata.get("tokenizer.ggml.add_bos_token", by_default)
-    return TokenIds(_id(metadata, "bos") if adds else None, _id(metadata, "eos"), tokens, special, encode)
+    named = {kind: _id(metadata, _GGUF_NAMES.get(kind, kind)) for kind in _SPECIAL}
+    texts = {kind: tokens[i] for kind, i in named.items() if i is not None and i < len(tokens)}
+    return TokenIds(
+        named["bos"] if adds else None, named["eos"], {"bos": "", "eos": "", **texts}, tokens, special, encode
+    )
 
 
 def _id(metadata: Metadata, kind: str) -> int | None:
@@ -113,7 +121,9 @@ def _byte_level(metadata: Metadata, tokens: list[str], pre: str) -> Callable[[st
     if not isinstance(merges, list):
         raise UserError("tokenizer.ggml.merges is missing; the model's header is damaged.")
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    vocabulary = {text: i for i, text in reversed(list(enumerate(tokens)))}
+    # Old vocabularies have halves of characters, which no text has.
+    whole = [(text, i) for i, text in enumerate(tokens) if not _SURROGATE.search(text)]
+    vocabulary = dict(reversed(whole))
     # A merge of tokens that are not in the vocabulary could never be applied, and is refused by the library.
     pairs = [(a, b) for a, b in pairs if a in vocabulary and b in vocabulary and a + b in vocabulary]
     model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=rules.whole_words)

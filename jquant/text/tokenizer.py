@@ -15,6 +15,7 @@ from jquant.text import _json, _pretokenizer, _vocabulary
 from jquant.text._json import Json, entries, steps, table
 from jquant.text._vocabulary import ADDED_SCORE, BYTE, UNUSED, Vocabulary
 
+ADDITIONAL_TEMPLATES = "additional_chat_templates"  # a folder of named ones
 _KEYS = gguf.Keys.Tokenizer
 _SPECIAL = {
     "bos": _KEYS.BOS_ID, "eos": _KEYS.EOS_ID, "eot": _KEYS.EOT_ID, "eom": _KEYS.EOM_ID, "unk": _KEYS.UNK_ID,
@@ -147,14 +148,21 @@ def _template_ends(post: Json) -> tuple[str | None, str | None]:
 
 
 def _chat_template(folder: AnyPath, settings: Json) -> dict[str, MetadataValue]:
-    """chat_template.jinja, or `chat_template`: one text, or a list of named ones."""
+    """The template, and others by name, from the first of these that there is, as transformers reads them:
+    chat_template.jinja; `chat_template` of tokenizer_config.json, one text or a list of named ones;
+    chat_template.json. Those of additional_chat_templates/NAME.jinja have names."""
     path = folder / "chat_template.jinja"
-    template = _json.read_text(path) if path.is_file() else settings.get("chat_template")
-    if isinstance(template, str):
-        return {_KEYS.CHAT_TEMPLATE: template}
+    template = settings.get("chat_template")
+    if path.is_file():
+        template = _json.read_text(path)
+    elif template is None:
+        template = _json.read_file(folder / "chat_template.json").get("chat_template")
+    choices = [{"name": "default", "template": template}] if isinstance(template, str) else entries(template)
+    more = sorted((folder / ADDITIONAL_TEMPLATES).glob("*.jinja"))
+    choices = [*choices, *({"name": file.stem, "template": _json.read_text(file)} for file in more)]
     out: dict[str, MetadataValue] = {}
     names = []
-    for choice in map(table, entries(template)):
+    for choice in map(table, choices):
         name, text = re.sub(r"[^A-Za-z0-9]", "_", str(choice.get("name", ""))), choice.get("template")
         if name == "default" and isinstance(text, str):
             out[_KEYS.CHAT_TEMPLATE] = text
