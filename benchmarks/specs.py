@@ -8,6 +8,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from jquant.io import GgufSource
+
 
 def gaussian(rows: int, cols: int, seed: int = 0) -> np.ndarray:
     """float32 [rows, cols], the spread of a trained layer."""
@@ -29,12 +31,13 @@ def importance(cols: int, seed: int = 0) -> np.ndarray:
 
 def gguf_matrices(path: Path, weights: int = 1 << 62) -> Iterator[tuple[str, np.ndarray]]:
     """(name, float32 [rows, cols]) of a GGUF file's matrices, each cut to `weights` weights."""
-    for tensor in gguf.GGUFReader(path).tensors:
-        if len(tensor.shape) >= 2:
-            cols = int(tensor.shape[0])
-            stored = tensor.data.reshape(-1, tensor.data.shape[-1])[: max(weights // cols, 1)]
-            x = gguf.quants.dequantize(stored, tensor.tensor_type)
-            yield tensor.name, np.asarray(x, np.float32).reshape(-1, cols)
+    source = GgufSource(path)
+    for name, spec in source.specs.items():
+        if len(spec.shape) >= 2:
+            type = gguf.GGMLQuantizationType[spec.type]
+            stored = source.read(name, 0, max(weights // spec.cols, 1))
+            x = gguf.quants.dequantize(stored, type)
+            yield name, np.asarray(x, np.float32).reshape(-1, spec.cols)
 
 
 def safetensors_matrices(path: Path, weights: int = 1 << 62) -> Iterator[tuple[str, np.ndarray]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import processes
+from helpers import processes, tables
 from helpers.commands import JQUANT, run
 from helpers.processes import JOIN
 from helpers.tiny_models import LINES, write_tiny
@@ -71,14 +71,14 @@ def stop_and_continue(model, text, tmp_path, monkeypatch, step, steps, whole):
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 7, 8, 9, 11])
+@pytest.mark.parametrize("steps", tables.rows([0, 1, 2, 3, 4, 7, 8, 9, 11], {0, 4, 11}))
 def test_a_run_that_stops_anywhere_continues_to_the_same_bytes(steps, model, text, tmp_path, monkeypatch):
     monkeypatch.setattr("jquant_cli._runtime.mesh", lambda asked: None)  # one device, whose steps are counted
     # Three batches a block, of which the head is the fourth.
     stop_and_continue(model, text, tmp_path, monkeypatch, (_collect, "_step"), steps, (12, 3))
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3, 5, 7])
+@pytest.mark.parametrize("steps", tables.rows([0, 1, 3, 5, 7], {3}))
 def test_a_run_over_two_devices_continues_to_the_same_bytes(steps, model, text, tmp_path, monkeypatch):
     # Two steps a block, of two samples on each device.
     stop_and_continue(model, text, tmp_path, monkeypatch, (parallel, "check_finite"), steps, (8, 2))
@@ -119,6 +119,7 @@ except mesh.LostError as error:
 )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("before", "after"), [(2, 3), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_a_killed_process_and_another_number_of_them_measure_what_one_does(
     before, after, model, text, tmp_path

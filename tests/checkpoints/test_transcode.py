@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import specs
+from helpers import tables
 from helpers.processes import run
 from jax.sharding import AxisType, Mesh
 
@@ -19,8 +20,8 @@ SHAPES = [(1, 256), (7, 8192), (SLAB_WEIGHTS // 4096 + 3, 4096)]
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "importance"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("target", ["Q8_0", "Q2_K"])
+@pytest.mark.parametrize("shape", tables.rows(SHAPES, SHAPES[:2]))
+@pytest.mark.parametrize("target", tables.rows(["TQ1_0", "Q8_0", "Q2_K"], {"TQ1_0"}))
 def test_two_devices_give_the_bytes_of_one(target, shape, weighted):
     x = specs.student_t(*shape).view(np.uint8)
     importance = specs.importance(shape[1])[None] if weighted else None
@@ -50,6 +51,7 @@ def test_the_compiled_loop_talks_to_no_other_device():
     assert not any(name in text for name in ("all-reduce", "all-gather", "collective-permute", "all-to-all"))
 
 
+@pytest.mark.processes
 def test_a_file_made_on_eight_devices_is_that_of_one(tmp_path):
     script = (
         "import sys, jax\n"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import specs
+from helpers import tables
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -19,8 +20,10 @@ from jquant.formats import FORMATS
 SHAPE = (2, 3, 512)
 TWO_DEVICES = Mesh(np.array(jax.devices()[:2]), ("rows",))
 ENCODABLE = [f for f in FORMATS.values() if f.can_encode]
-# One format of each kind by each transform in every run; the others by all at once, which compiles once.
+# One format of each kind by each transform, the others by all at once, which compiles once. In every run: the
+# one that compiles at once by each, and one with a search by all at once.
 EACH_KIND = {"F16", "Q4_0", "Q4_1", "Q4_K"}
+QUICK = "IQ4_NL"
 
 
 def sharded(function: Callable, x: jax.Array) -> jax.Array:
@@ -47,10 +50,13 @@ def transformed(found: Iterable[Format]) -> list:
     cases = []
     for format in found:
         if format.name in EACH_KIND:
-            cases += [pytest.param(format, f, id=f"{format.name}-{name}") for name, f in TRANSFORMS.items()]
+            marks = () if format.name == "F16" else pytest.mark.every
+            for name, transform in TRANSFORMS.items():
+                cases.append(pytest.param(format, transform, id=f"{format.name}-{name}", marks=marks))
         else:
             name = f"{format.name}-shard_map of lax.map of vmap"
-            cases.append(pytest.param(format, at_once, id=name, marks=pytest.mark.slow))
+            marks = () if format.name == QUICK else pytest.mark.every
+            cases.append(pytest.param(format, at_once, id=name, marks=marks))
     return cases
 
 
@@ -91,7 +97,7 @@ def test_transformed_decoding_gives_the_same_bits(format, transform):
     assert (np.asarray(transform(bits, data)) == np.asarray(bits(data))).all()
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "F16"])
+@pytest.mark.parametrize("name", tables.rows([QUICK, "Q4_0", "Q4_1", "F16"], {QUICK, "F16"}))
 def test_a_block_has_the_same_bytes_wherever_it_stands(name):
     """Chunks, their padding and the other blocks have no influence."""
     format = FORMATS[name]
@@ -102,36 +108,39 @@ def test_a_block_has_the_same_bytes_wherever_it_stands(name):
     assert (whole == np.concatenate([quantize(p, format).parts["blocks"] for p in parts], axis=1)).all()
 
 
-def test_importance_of_a_vmapped_call_may_be_shared_or_its_own():
-    format, x, w = FORMATS["Q4_1"], weights()[0], jnp.asarray(specs.importance(512))
+@pytest.mark.parametrize("name", tables.rows([QUICK, "Q4_1"], {QUICK}))
+def test_importance_of_a_vmapped_call_may_be_shared_or_its_own(name):
+    format, x, w = FORMATS[name], jnp.asarray(np.asarray(weights())[0]), jnp.asarray(specs.importance(512))
 
     def encode(x, w):
         return quantize(x, format, w).parts["blocks"]
 
     expected = np.asarray(encode(x, w))
     assert (np.asarray(jax.vmap(encode, in_axes=(0, None))(x, w)) == expected).all()
-    own = jnp.broadcast_to(w, x.shape)
+    own = jnp.asarray(np.broadcast_to(w, x.shape))
     assert (np.asarray(jax.vmap(encode)(x, own)) == expected).all()
 
 
-def test_half_precision_weights_are_encoded_as_their_float32_values():
-    format, x = FORMATS["Q4_0"], weights().astype(jnp.bfloat16)
-    as_float32 = quantize(x.astype(jnp.float32), format)
+@pytest.mark.parametrize("name", tables.rows([QUICK, "Q4_0"], {QUICK}))
+def test_half_precision_weights_are_encoded_as_their_float32_values(name):
+    format, x = FORMATS[name], jnp.asarray(np.asarray(weights()).astype(jnp.bfloat16))
+    as_float32 = quantize(jnp.asarray(np.asarray(x).astype(np.float32)), format)
     assert (np.asarray(quantize(x, format).parts["blocks"]) == np.asarray(as_float32.parts["blocks"])).all()
 
 
 @pytest.mark.parametrize("format", ENCODABLE, ids=str)
 def test_the_shape_follows_the_leaves(format):
     row_bytes = SHAPE[-1] // format.block_size * format.block_bytes
-    q = QuantizedTensor({"blocks": jnp.zeros((*SHAPE[:-1], row_bytes), jnp.uint8)}, format)
+    q = QuantizedTensor({"blocks": np.zeros((*SHAPE[:-1], row_bytes), np.uint8)}, format)
     assert q.shape == SHAPE
     assert q.nbytes * 8 == format.bpw * np.prod(SHAPE)
     assert jax.tree.map(lambda leaf: leaf[1], q).shape == SHAPE[1:]
-    assert jax.tree.map(lambda *leaves: jnp.stack(leaves), q, q).shape == (2, *SHAPE)
+    assert jax.tree.map(lambda *leaves: np.stack(leaves), q, q).shape == (2, *SHAPE)
 
 
-def test_a_quantized_tensor_passes_through_transforms():
-    format = FORMATS["Q8_0"]
+@pytest.mark.parametrize("name", tables.rows([QUICK, "Q8_0"], {QUICK}))
+def test_a_quantized_tensor_passes_through_transforms(name):
+    format = FORMATS[name]
     q = jax.jit(lambda x: quantize(x, format))(weights())
     assert (q.shape, q.format) == (SHAPE, format)
     seen = []

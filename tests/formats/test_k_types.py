@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import specs
+from helpers import tables
 from helpers.k_blocks import encode
 
-from jquant.formats import FORMATS
-
 K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-every_format = pytest.mark.parametrize("format", [FORMATS[name] for name in K_TYPES], ids=str)
+every_format = pytest.mark.parametrize("format", tables.formats(K_TYPES, {"Q6_K"}))
 
 
 @every_format

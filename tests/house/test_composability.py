@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import specs
+from helpers import tables
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jquant import FORMATS, dequantize, quantize
@@ -43,7 +44,10 @@ def train(format, sharding, steps=30):
     return w, losses
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_K"])
+a_format = pytest.mark.parametrize("name", ["IQ4_NL", pytest.param("Q4_K", marks=pytest.mark.every)])
+
+
+@pytest.mark.parametrize("name", tables.rows(["Q4_0", "Q4_K"], {"Q4_0"}))
 def test_a_sharded_training_step_with_fake_quant_learns_as_on_one_device(name):
     _, losses = train(FORMATS[name], WHOLE)
     split, split_losses = train(FORMATS[name], ROWS)
@@ -61,20 +65,22 @@ def test_the_gradient_passes_straight_through():
     np.testing.assert_array_equal(gradient, x)
 
 
-def test_quantize_keeps_the_sharding_of_rows_and_its_bytes():
+@a_format
+def test_quantize_keeps_the_sharding_of_rows_and_its_bytes(name):
     w = jnp.asarray(specs.student_t(64, 512))
-    encode = jax.jit(lambda w: quantize(w, FORMATS["Q4_K"]).parts["blocks"], out_shardings=ROWS)
+    encode = jax.jit(lambda w: quantize(w, FORMATS[name]).parts["blocks"], out_shardings=ROWS)
     split = encode(jax.device_put(w, ROWS))
     assert [shard.data.shape[0] for shard in split.addressable_shards] == [32, 32]
-    np.testing.assert_array_equal(split, quantize(w, FORMATS["Q4_K"]).parts["blocks"])
+    np.testing.assert_array_equal(split, quantize(w, FORMATS[name]).parts["blocks"])
 
 
-def test_vmap_over_experts_with_their_own_importance_is_each_on_its_own():
-    experts = jnp.asarray(specs.student_t(12, 256)).reshape(3, 4, 256)
-    importance = jnp.stack([jnp.asarray(specs.importance(256, seed)) for seed in range(3)])
-    stacked = jax.jit(jax.vmap(lambda w, i: quantize(w, FORMATS["Q4_K"], i)))(experts, importance)
+@a_format
+def test_vmap_over_experts_with_their_own_importance_is_each_on_its_own(name):
+    experts = specs.student_t(12, 256).reshape(3, 4, 256)
+    importance = np.stack([specs.importance(256, seed) for seed in range(3)])
+    stacked = jax.jit(jax.vmap(lambda w, i: quantize(w, FORMATS[name], i)))(experts, importance)
     for k in range(3):
-        one = quantize(experts[k], FORMATS["Q4_K"], importance[k])
+        one = quantize(jnp.asarray(experts[k]), FORMATS[name], jnp.asarray(importance[k]))
         np.testing.assert_array_equal(stacked.parts["blocks"][k], one.parts["blocks"])
     second = jax.tree.map(lambda a: a[1], stacked)
     np.testing.assert_array_equal(jax.vmap(dequantize)(stacked)[1], dequantize(second))
@@ -85,7 +91,7 @@ def test_orbax_restores_a_tree_of_quantized_tensors_to_its_shardings(tmp_path):
     checkpoint = pytest.importorskip("orbax.checkpoint", reason="needs orbax: pip install orbax-checkpoint")
     tree = {
         name: quantize(jnp.asarray(specs.gaussian(4, 256, seed)), FORMATS[name])
-        for seed, name in enumerate(["Q4_K", "Q8_0"])
+        for seed, name in enumerate(["IQ4_NL", "Q8_0"])
     }
     tree = jax.device_put(tree, ROWS)
     saver = checkpoint.StandardCheckpointer()

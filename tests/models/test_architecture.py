@@ -10,7 +10,7 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
-from helpers import forward, tiny_models
+from helpers import forward, tables, tiny_models
 from helpers.converted import convert, llama_logits
 from helpers.tiny_models import (
     DROP,
@@ -39,13 +39,18 @@ def assert_same_logits(folder: Path, path: Path) -> None:
     np.testing.assert_allclose(llama_logits(convert(folder, path), PROMPT), wanted, atol=atol)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", tables.rows(ARCHITECTURES, tables.ARCHITECTURES))
 def test_llama_cpp_computes_the_same_logits(architecture, tmp_path):
     assert_same_logits(write_tiny(tmp_path / "hf", architecture), tmp_path / "out.gguf")
 
 
-@pytest.mark.parametrize(("architecture", "overrides"), CASES.values(), ids=CASES)
-def test_llama_cpp_computes_the_same_logits_of_every_variant(architecture, overrides, tmp_path):
+# Of the variants, those of each kind of rotation and of parameters.
+VARIANTS = {"biases", "llama3", "yarn", "longrope, long", "a part of each head", "rope of each kind of block"}
+
+
+@pytest.mark.parametrize("case", tables.rows(CASES, VARIANTS))
+def test_llama_cpp_computes_the_same_logits_of_every_variant(case, tmp_path):
+    architecture, overrides = CASES[case]
     assert_same_logits(write_tiny(tmp_path / "hf", architecture, **overrides), tmp_path / "out.gguf")
 
 
@@ -100,7 +105,7 @@ def test_stored_types_are_kept(dtype, tmp_path):
     assert np.abs(got - wanted).max() < (0.02 if dtype == "float16" else 0.3)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", tables.rows(ARCHITECTURES, tables.ARCHITECTURES))
 def test_a_converted_model_reads_and_writes_text(architecture, tmp_path):
     path = convert(write_tiny(tmp_path / "hf", architecture), tmp_path / "out.gguf")
     model = llama_cpp.Llama(str(path), verbose=False, n_ctx=64, n_threads=1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import forward
+from helpers import forward, tables
 from helpers.converted import convert, llama_logits
 from helpers.decoders import logits, opened
 from helpers.divergence import divergence
@@ -41,16 +42,19 @@ def assert_same_predictions(wanted: np.ndarray, got: np.ndarray) -> None:
 
 VARIANTS = {name: (name, {}) for name in ARCHITECTURES if name not in IGNORED_WINDOW} | CASES
 VARIANTS["a window that is never full"] = ("MistralForCausalLM", {"sliding_window": 100})
+# Variants that differ from their architecture in the angles of its blocks only, or in part of them.
+QUICK = tables.ARCHITECTURES | {"llama3", "yarn", "longrope, long"}
 
 
-@pytest.mark.parametrize(("architecture", "overrides"), VARIANTS.values(), ids=VARIANTS)
-def test_logits_equal_llama_cpps_past_every_threshold(architecture, overrides, tmp_path):
+@pytest.mark.parametrize("name", tables.rows(VARIANTS, QUICK))
+def test_logits_equal_llama_cpps_past_every_threshold(name, tmp_path):
+    architecture, overrides = VARIANTS[name]
     folder = write_tiny(tmp_path / "hf", architecture, **overrides)
     wanted = llama_logits(convert(folder, tmp_path / "out.gguf"), TOKENS[0].tolist())
     assert_same_predictions(wanted, logits(opened(folder), TOKENS)[0])
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *CASES])
+@pytest.mark.parametrize("name", tables.rows([*ARCHITECTURES, *CASES], QUICK))
 def test_logits_equal_those_of_float64(name, tmp_path):
     architecture, overrides = CASES.get(name, (name, {}))
     folder = write_tiny(tmp_path, architecture, **overrides)
@@ -68,7 +72,7 @@ def test_a_window_changes_what_a_mistral_computes(tmp_path):
     assert np.abs(windowed[40:] - full[40:]).max() > 0.1
 
 
-@pytest.mark.parametrize("type", ["F16", "Q8_0", "Q4_0", "IQ4_NL"])
+@pytest.mark.parametrize("type", tables.rows(["F16", "Q8_0", "Q4_0", "IQ4_NL"], {"Q8_0"}))
 def test_a_quantized_file_computes_with_the_weights_that_a_runtime_decodes(type, tmp_path):
     model = open_model(write_tiny(tmp_path / "hf", "LlamaForCausalLM"))
     planned = plan(model.source.specs, model.metadata, type)
@@ -80,8 +84,11 @@ def test_a_quantized_file_computes_with_the_weights_that_a_runtime_decodes(type,
     assert_same_predictions(llama_logits(plain, TOKENS[0].tolist()), logits(decoder, TOKENS)[0])
 
 
-def test_samples_do_not_see_each_other_nor_what_follows(tmp_path):
-    decoder = opened(write_tiny(tmp_path, "Qwen3MoeForCausalLM"))
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", pytest.param("Qwen3MoeForCausalLM", marks=pytest.mark.every)]
+)
+def test_samples_do_not_see_each_other_nor_what_follows(architecture, tmp_path):
+    decoder = opened(write_tiny(tmp_path, architecture))
     several = np.random.default_rng(0).integers(3, 350, (3, 40))
     together = logits(decoder, several)
     for i in range(3):
@@ -114,17 +121,20 @@ def test_a_block_shows_the_inputs_of_its_matrices_only_when_asked(tmp_path):
 def test_the_parameters_of_a_block_are_those_that_flax_would_initialise(tmp_path):
     decoder = opened(write_tiny(tmp_path, "Qwen2MoeForCausalLM"))
     x, angles = map(jnp.asarray, (decoder.embed(TOKENS), decoder.angles(0, TOKENS.shape[1])))
-    made = decoder.blocks[0].init(jax.random.key(0), x, angles)["params"]
+    made = jax.eval_shape(decoder.blocks[0].init, jax.random.key(0), x, angles)["params"]
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (made, decoder.load_block(0))]
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 128, 200])
-@pytest.mark.parametrize("t", [1, 7, 128, 300])
-def test_attention_in_tiles_equals_attention_with_one_mask(t, window):
+LENGTHS = {f"{t}-{window}": (t, window) for t in (1, 7, 128, 300) for window in (None, 1, 5, 128, 200)}
+
+
+@pytest.mark.parametrize("case", tables.rows(LENGTHS, {"1-1", "7-None", "300-None", "300-5"}))
+def test_attention_in_tiles_equals_attention_with_one_mask(case):
+    t, window = LENGTHS[case]
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, t, heads, 8)), jnp.float32) for heads in (6, 3, 3))
-    got = attend(q, k, v, window=window)
+    got = jax.jit(partial(attend, window=window))(q, k, v)
     scores = np.einsum("sihd,sjhd->shij", q, np.repeat(k, 2, axis=2), dtype=np.float64)
     behind = np.arange(t)[:, None] - np.arange(t)
     scores = np.where((behind >= 0) & (behind < (window or t)), scores, -np.inf)
@@ -140,7 +150,7 @@ def test_every_pair_of_token_and_expert_has_a_row_in_a_tile_of_that_expert(case)
     chosen = np.stack([rng.permutation(8)[:2] for _ in range(tokens)]).astype(np.int32)
     if case == "one expert":
         chosen = np.broadcast_to(np.array([3, 6], np.int32), chosen.shape)
-    expert, token, slot = map(np.asarray, tiles_of_experts(jnp.asarray(chosen), 8))
+    expert, token, slot = map(np.asarray, jax.jit(tiles_of_experts, static_argnums=1)(chosen, 8))
     assert len(np.unique(slot)) == chosen.size
     np.testing.assert_array_equal(expert[slot // TILE], chosen)
     np.testing.assert_array_equal(
@@ -174,7 +184,7 @@ def test_a_model_that_is_not_understood_is_refused(tmp_path):
         decoder.embed(np.array([[1, 400]]))
 
 
-@pytest.mark.parametrize("name", ["stories260K", "stories15M"])
+@pytest.mark.parametrize("name", tables.rows(["stories260K", "stories15M"], {"stories260K"}))
 def test_a_story_model_predicts_as_in_llama_cpp(name, shared, tmp_path):
     folder = shared(f"data/models/{name}")
     path = convert(folder, tmp_path / "out.gguf")

@@ -16,6 +16,7 @@ from helpers.divergence import divergence
 from helpers.folders import FORMATS, config_of, decoded, read, run
 from helpers.outliers import TOKENS, calibration, with_outliers
 from helpers.shapes import GROUPED
+from helpers.tables import rows
 from helpers.tiny_models import LINES, open_tiny, write_tiny
 
 from jquant.core import UserError
@@ -76,7 +77,9 @@ ROUND = {
 
 
 @pytest.mark.parametrize("scheme", ROUND)
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Phi3ForCausalLM", "Qwen2MoeForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", rows(("LlamaForCausalLM", "Phi3ForCausalLM", "Qwen2MoeForCausalLM"), {"LlamaForCausalLM"})
+)
 def test_the_engine_computes_what_the_folder_declares(
     architecture, scheme, calibrated, tmp_path, monkeypatch
 ):

@@ -1,4 +1,8 @@
-"""Quantization by several processes: the bytes of one, also after a kill and with another number of them."""
+"""Quantization by several processes: the bytes of one, also after a kill and with another number of them.
+
+Two processes are started once in every run, all others in the tier of processes. A process that differs is
+also played by this one: what it would say is kept, and said to the one that is tested.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import itertools
 import json
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +20,20 @@ from helpers.gguf_files import imatrix_file
 from helpers.processes import JOIN, Ended, free_address, run, start, wait
 from helpers.shapes import WIDE
 from helpers.tiny_models import write_tiny
+from typer.testing import CliRunner
 
 from jquant.checkpoints import slab_rows
+from jquant.checkpoints.model import open_model
+from jquant.checkpoints.schemes import SCHEMES
 from jquant.core import Rows
+from jquant.distributed import mesh
 from jquant.io import GgufSource
-from jquant.plan import Entry
+from jquant.plan import Entry, plan
+from jquant.writers import folder as folder_writer
+from jquant.writers import folder_plan as folders
 from jquant.writers._spread import COPIED, PARTS, cost, portion, spread
+from jquant.writers.gguf import write_gguf
+from jquant_cli.main import app
 
 QUANTIZE = (
     JOIN
@@ -56,6 +69,76 @@ except mesh.LostError as error:
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "moe"
     return write_tiny(folder, "MixtralForCausalLM", **WIDE)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny", "MixtralForCausalLM", num_hidden_layers=1)
+
+
+TWICE = (
+    JOIN
+    + """
+from pathlib import Path
+from jquant.checkpoints.model import open_model
+from jquant.plan import plan
+from jquant.writers.gguf import write_gguf
+folder, out = map(Path, sys.argv[4:])
+
+def write(kind, file):
+    with mesh.together():
+        model = open_model(folder)
+        planned = plan(model.source.specs, model.metadata, kind)
+        write_gguf(model, planned, file, threads=1, max_shard_bytes=100_000)
+
+try:
+    write("Q4_0" if process else "Q8_0", out / "refused.gguf")
+except mesh.SharedError as error:
+    print(error)
+write("Q8_0", out / "many.gguf")
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def two(tiny, tmp_path_factory) -> tuple[list[Ended], Path]:
+    """How two processes ended that were refused first and wrote a file then, and the folder of the file."""
+    out = tmp_path_factory.mktemp("two")
+    return run(TWICE, 2, str(tiny), str(out)), out
+
+
+def test_two_processes_write_the_bytes_of_one(two, tiny, tmp_path):
+    ended, out = two
+    assert [e.code for e in ended] == [0, 0], ended
+    model, alone = open_model(tiny), tmp_path / "many.gguf"
+    write_gguf(model, plan(model.source.specs, model.metadata, "Q8_0"), alone, max_shard_bytes=100_000)
+    files = contents(tmp_path)
+    assert len(files) > 1
+    assert contents(out) == files  # no part is left, and nothing of what was refused
+
+
+def test_two_processes_of_other_types_are_refused(two):
+    for ended in two[0]:
+        assert "process 1 has " in ended.out
+        assert "need the same version, model and options" in ended.out
+
+
+class _SaidError(Exception):
+    """The first message of a process that differs: it is not to go on."""
+
+
+def beside(monkeypatch: pytest.MonkeyPatch, theirs: Callable[[], object]) -> None:
+    """Make this process 0 of a run whose process 1 would do `theirs`."""
+    told = []
+
+    def kept(text: str = "") -> list[str]:
+        told.append(text)
+        raise _SaidError
+
+    monkeypatch.setattr(mesh, "exchange", kept)
+    with pytest.raises(_SaidError):
+        theirs()
+    monkeypatch.setattr(mesh, "exchange", lambda text="": [text, *told])
 
 
 def quantize(processes: int, *arguments: object, others: tuple[object, ...] = ()) -> list[Ended]:
@@ -108,6 +191,7 @@ def test_what_is_only_copied_has_a_cost_of_any_type():
     assert cost(Entry("ffn_gate_tid2eid.weight", (8, 32), "I32", "I32", ""), 8) == COPIED * 256
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("processes", "kind"),
     [(2, "Q2_K"), pytest.param(3, "IQ2_M", marks=pytest.mark.slow)],
@@ -131,6 +215,7 @@ def test_several_processes_write_the_bytes_of_one(processes, kind, model, tmp_pa
     assert not list(tmp_path.glob("*partial*"))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("before", "after"), [(3, 2), *(pytest.param(*n, marks=pytest.mark.slow) for n in [(2, 4), (3, 1)])]
 )
@@ -161,6 +246,7 @@ OF_ROWS = QUANTIZE.replace(
 ).replace("    if name and", "    seen.append(name)\n    if len(seen) == 9 and")
 
 
+@pytest.mark.processes
 def test_rows_of_one_tensor_are_shared_and_those_that_are_there_are_kept(model, tmp_path):
     out, alone = tmp_path / "m.gguf", tmp_path / "alone.gguf"
     arguments = [str(model), str(out), "Q4_K_M"]
@@ -178,9 +264,21 @@ def test_rows_of_one_tensor_are_shared_and_those_that_are_there_are_kept(model, 
 
 
 @pytest.mark.parametrize("others", [["--type", "Q8_0"], ["--effort", "best"], ["--resume"]], ids=" ".join)
-def test_processes_with_other_options_are_refused(others, model, tmp_path):
+def test_processes_with_other_options_are_refused(others, tiny, tmp_path, monkeypatch):
+    arguments = ["quantize", str(tiny), str(tmp_path / "m.gguf"), "--type", "Q4_0"]
+    beside(monkeypatch, lambda: CliRunner().invoke(app, [*arguments, *others], catch_exceptions=False))
+    ended = CliRunner().invoke(app, arguments)
+    assert ended.exit_code == 3
+    assert "process 1 has" in ended.stderr
+    assert "need the same version, model and options" in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) <= 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.processes
+def test_processes_of_a_command_with_other_options_end_with_one_line(model, tmp_path):
     out = tmp_path / "m.gguf"
-    for ended in quantize(2, model, out, "--type", "Q4_K_M", others=tuple(others)):
+    for ended in quantize(2, model, out, "--type", "Q4_K_M", others=("--type", "Q8_0")):
         assert ended.code == 3
         assert "process 1 has" in ended.err
         assert "need the same version, model and options" in ended.err
@@ -189,23 +287,30 @@ def test_processes_with_other_options_are_refused(others, model, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["model", "jquant"])
-def test_processes_with_another_model_or_version_are_refused(what, model, tmp_path):
+def test_processes_with_another_model_or_version_are_refused(what, tiny, tmp_path, monkeypatch):
     # The same shapes, and another seed: only the weights differ.
-    other = write_tiny(tmp_path / "other", "MixtralForCausalLM", seed=1, **WIDE)
-    hook = {
-        "model": f"if process: folder = {str(other)!r}\n",
-        "jquant": "from jquant.checkpoints import fingerprint\n"
-        "if process: fingerprint.version = lambda name: '9.9'\n",
-    }[what]
+    other = write_tiny(tmp_path / "other", "MixtralForCausalLM", seed=1, num_hidden_layers=1)
     out = tmp_path / "out"
     out.mkdir()
-    script = QUANTIZE.replace("\ntry:", f"\n{hook}\ntry:", 1)
-    for ended in run(script, 2, str(model), str(out / "m.gguf"), "Q8_0", "", ""):
-        assert ended.code == 1
-        assert f"SharedError: process 1 has {what} " in ended.err
+
+    def write(folder: Path) -> None:
+        opened = open_model(folder)
+        write_gguf(opened, plan(opened.source.specs, opened.metadata, "Q8_0"), out / "m.gguf")
+
+    def theirs() -> None:
+        if what == "model":
+            return write(other)
+        with pytest.MonkeyPatch.context() as newer:
+            newer.setattr("jquant.checkpoints.fingerprint.version", lambda name: "9.9")
+            return write(tiny)
+
+    beside(monkeypatch, theirs)
+    with pytest.raises(mesh.SharedError, match=f"process 1 has {what} "):
+        write(tiny)
     assert not list(out.iterdir())
 
 
+@pytest.mark.processes
 def test_an_output_that_exists_ends_all_with_one_line(model, tmp_path):
     out = tmp_path / "m.gguf"
     out.write_bytes(b"mine")
@@ -222,6 +327,7 @@ def text(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.processes
 def test_processes_balance_inputs_alike(model, text, tmp_path):
     plainly = ["--type", "Q4_K", "--pure", "--json"]
     options = [*plainly, "--balance-inputs", "-c", text, "--samples", 6, "--sequence-length", 64]
@@ -235,6 +341,7 @@ def test_processes_balance_inputs_alike(model, text, tmp_path):
     assert plain.read_bytes() != one.read_bytes()
 
 
+@pytest.mark.processes
 def test_processes_share_error_feedback(model, text, tmp_path):
     options = ["--type", "Q2_K", "--feedback", "--calibration", text, "--samples", 6]
     # The weight of a token is bounded by the median of its batch: these are the same for one and for many.
@@ -289,6 +396,7 @@ except mesh.LostError as error:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_process_killed_in_error_feedback_ends_all_and_the_run_goes_on(model, text, tmp_path):
     whole, out = tmp_path / "whole.gguf", tmp_path / "m.gguf"
     arguments = [str(model), str(out), str(text)]
@@ -338,6 +446,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("before", "after"), [(3, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_processes_share_a_folder_and_another_number_of_them_goes_on(before, after, model, tmp_path):
     out, alone = tmp_path / "out", tmp_path / "alone"
@@ -354,6 +463,7 @@ def test_processes_share_a_folder_and_another_number_of_them_goes_on(before, aft
     assert not list(tmp_path.glob("*partial*"))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "options", [["--alpha", "0.5"], pytest.param(["--no-feedback"], marks=pytest.mark.slow)], ids=str
 )
@@ -371,6 +481,7 @@ def test_processes_write_the_folder_of_one(options, model, text, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_processes_share_the_error_feedback_of_a_folder(model, text, tmp_path):
     options = ["--type", "W4A16", "--feedback", "-c", text, "--samples", 6, "--sequence-length", 64, "--json"]
     one, many = tmp_path / "one", tmp_path / "many"
@@ -384,13 +495,15 @@ def test_processes_share_the_error_feedback_of_a_folder(model, text, tmp_path):
     assert contents(many).keys() == contents(one).keys()
 
 
-def test_processes_with_other_calibration_write_no_folder(model, tmp_path):
-    script = FOLDER.replace(
-        "folder_writer.write_folder(checkpoint, plan, Path(out),",
-        "made = folder_writer.Ingredients(importance={'blk.0.attn_q.weight': np.ones((1, 256 + process))})\n"
-        "        folder_writer.write_folder(checkpoint, plan, Path(out), made,",
-    )
-    for ended in run("import numpy as np\n" + script, 2, str(model), str(tmp_path / "out"), "", ""):
-        assert ended.code == 1
-        assert "SharedError: process 1 has calibration " in ended.err
+def test_processes_with_other_calibration_write_no_folder(tiny, tmp_path, monkeypatch):
+    def write(column: float) -> None:
+        checkpoint = folders.open_checkpoint(tiny)
+        importance = {"blk.0.attn_q.weight": np.full((1, 64), column, np.float32)}
+        made = folder_writer.Ingredients(importance=importance)
+        chosen = folders.plan_folder(checkpoint, SCHEMES["W4A16"])
+        folder_writer.write_folder(checkpoint, chosen, tmp_path / "out", made)
+
+    beside(monkeypatch, lambda: write(2.0))
+    with pytest.raises(mesh.SharedError, match="process 1 has calibration "):
+        write(1.0)
     assert not list(tmp_path.iterdir())
