@@ -10,7 +10,7 @@ from helpers.decoders import opened
 from helpers.tables import rows
 from helpers.tiny_models import write_tiny
 
-from jquant.models import ARCHITECTURES, run_block
+from jquant.models import ARCHITECTURES, Block, run_block
 from jquant.smoothquant import _smooth as smooth
 from jquant.smoothquant._smooth import Coupling
 
@@ -105,12 +105,9 @@ def test_maxima_of_shared_heads_are_those_of_any_head_that_takes_them():
 
 
 def test_a_block_without_a_place_is_refused():
-    class Odd:
-        shapes = (("mixer_norm.weight", (8,)), ("mixer.weight", (8, 8)))
-        heads = kv_heads = head_dim = value_dim = 1
-
+    odd = Block(shapes=(("mixer_norm.weight", (8,)), ("mixer.weight", (8, 8))), eps=1e-5)
     with pytest.raises(ValueError, match="no place to smooth"):
-        smooth.couplings(Odd())
+        smooth.couplings(odd)
 
 
 def test_factors_can_be_differentiated(tmp_path):
