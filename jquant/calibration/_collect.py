@@ -39,6 +39,10 @@ def collect(
     """The statistics of every matrix of every block, by GGUF tensor name; those of stacks [experts, …].
 
     Arguments and errors are those of `stream`.
+
+    >>> stats = jquant.calibration.collect(model.decoder(), samples.tokens, jquant.calibration.HESSIAN)
+    >>> stats["blk.0.ffn_down.weight"]["xtx"].shape  # Σ x xᵀ of its inputs
+    (96, 96)
     """
     statistics: dict[str, Stats] = {}
     blocks = stream(

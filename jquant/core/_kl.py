@@ -16,6 +16,10 @@ def kl_divergence(p: Float[Array, "*n vocab"], q: Float[Array, "*n vocab"]) -> F
     distributions, and an error δ in the normalisation of either changes it by δ² rather than δ, so that it
     stays exact for models that are almost equal. 0 log 0 is 0; a token that p expects and q excludes makes it
     infinite.
+
+    >>> p, q = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.25, 0.75]]))
+    >>> [round(float(nats), 4) for nats in jquant.evaluation.kl_divergence(p, q)]
+    [0.1438]
     """
     log_p, log_q = _log_softmax(p), _log_softmax(q)
     probabilities = jnp.exp(log_p)

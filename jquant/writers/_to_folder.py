@@ -107,7 +107,7 @@ def to_folder(
             cannot be used.
         OutputError: where the output exists or cannot be written.
 
-    >>> made = jquant.to_folder(model, out / "w8a8", scheme="W8A8", samples=samples)
+    >>> made = jquant.to_folder(model, out / "w8a8", scheme="W8A8", samples=samples, alpha=0.5)
     >>> made.plan.scheme.name, made.missed
     ('W8A8', '')
     """
