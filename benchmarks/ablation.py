@@ -203,46 +203,58 @@ PARTS: dict[str, tuple[str, Callable[[], None]]] = {
 }
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", type=Path, help="16-bit GGUF file")
     parser.add_argument("text", type=Path)
     parser.add_argument("--imatrix", type=Path, required=True)
     parser.add_argument("--calibration", nargs="+", required=True, help="texts, in equal shares")
-    parser.add_argument("--samples", default="32")
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--type", default="IQ2_XXS")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--chunks", type=int, help="only the first so many chunks of the text")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     args.folder.mkdir(parents=True, exist_ok=True)
     files = {args.model: "original"}
     for part in args.parts:
         file = args.folder / f"{args.type}-{part.replace('/', '_').replace('*', 'x')}.gguf"
         if not file.exists():
             start = time.monotonic()
-            command = [sys.executable, __file__, FLAG, part, "quantize", str(args.model), str(file)]
-            command += ["--type", args.type, "--imatrix", str(args.imatrix), "--feedback", "--quiet"]
-            command += ["--samples", args.samples, "--threads", str(args.threads)]
-            command += [word for text in args.calibration for word in ("--calibration", text)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([sys.executable, __file__, FLAG, part, str(file), *sys.argv[1:]], check=True)
             print(f"{part}: {time.monotonic() - start:.0f} s", flush=True)
         files[file] = PARTS[part][0]
     score(args, files)
 
 
-def make(part: str, arguments: list[str]) -> None:
-    """The command in this process, without the part."""
+def make(part: str, file: Path) -> None:
+    """The file by this process, without the part."""
+    args = arguments()
     PARTS[part][1]()
-    from jquant_cli.main import app
+    from jquant.calibration import Texts
+    from jquant.writers import to_gguf
 
-    app(arguments)
+    texts = Texts(args.calibration, args.samples)
+    to_gguf(
+        args.model,
+        file,
+        type=args.type,
+        imatrix=args.imatrix,
+        feedback=True,
+        samples=texts,
+        threads=args.threads,
+    )
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [FLAG]:
-        make(sys.argv[2], sys.argv[3:])
+        (_, part, file), sys.argv[1:] = sys.argv[1:4], sys.argv[4:]
+        make(part, Path(file))
     else:
         main()

@@ -12,74 +12,58 @@ calibration nor tuning has seen the text. Files that are in the folder are not m
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from peers import llama_quantize
 from scores import CONTEXT, score
 
-from jquant.allocation import _fit as dynamic
-from jquant.allocation.candidates import candidates
+from jquant.allocation import Target
+from jquant.calibration import Texts
 from jquant.checkpoints.model import Model, open_model
 from jquant.checkpoints.weights import Weights
 from jquant.io import imatrix as imatrix_file
-from jquant.plan import runtime_types, settle
-from jquant.writers.gguf import write_gguf
+from jquant.io.imatrix import Imatrix
+from jquant.writers import to_gguf
 
 WEIGHTS = {"search": "gradients", "feedback": "usual"}  # of ways that are none themselves
-JQUANT = str(Path(sys.executable).with_name("jquant"))
 
 
-def energies(model: Model, importance: dict[str, np.ndarray], names: list[str]) -> dict[str, float]:
-    """Σ w x² of each tensor: the factor from relative to absolute errors."""
-    found = {}
-    for name in names:
-        x = Weights(model.source).rows(name)
-        w = importance.get(name, np.ones((1, x.shape[1]), np.float32))
-        found[name] = float((np.repeat(w, len(x) // len(w), axis=0) * x * x).sum(dtype=np.float64))
+def energies(model: Model, imatrix: Imatrix) -> dict[str, float]:
+    """Σ w x² of each matrix: the factor from relative to absolute errors."""
+    found, importance = {}, imatrix.by_tensor(model.source.specs.values())
+    for name, spec in model.source.specs.items():
+        if len(spec.shape) > 1:
+            x = Weights(model.source).rows(name)
+            w = importance.get(name, np.ones((1, x.shape[1]), np.float32))
+            found[name] = float((np.repeat(w, len(x) // len(w), axis=0) * x * x).sum(dtype=np.float64))
     return found
 
 
-def by_errors(args: argparse.Namespace, out: Path, size: int, record_file: Path) -> None:
-    """The file of least weighted squared error."""
-    model, imatrix = open_model(args.model), imatrix_file.read(args.imatrix)
-    settled = settle(model.source.specs, model.metadata, has_imatrix=True)
-    found = candidates(settled, None, runtime_types("llama.cpp-cpu"), imatrix.entries)
-    target = dynamic.Target(nbytes=size)
-    weights = energies(model, dynamic.importance_of(model, imatrix), list(found.within))
-    found = dynamic.shortlist(model, settled, found, weights, target)
-    record = dynamic.open_record(model, imatrix, record_file)
-    measured = dynamic.measured(model, imatrix, found, weights, record)
-    plan = dynamic.fit(model, settled, found, measured, target, imatrix=imatrix)
-    write_gguf(model, plan, out, imatrix=imatrix, threads=args.threads)
-
-
-def by_command(args: argparse.Namespace, out: Path, size: int, by: str, record_file: Path) -> None:
-    """The file that `jquant quantize` makes."""
-    command = [
-        JQUANT,
-        "quantize",
-        str(args.model),
-        str(out),
-        "--target-size",
-        f"{size}B",
-        "--quiet",
-        "--json",
-    ]
-    command += ["--imatrix", str(args.imatrix), "--sensitivity", str(record_file)]
-    command += ["--weights", WEIGHTS.get(by, by)]
-    if args.calibration and by != "usual":
-        command += ["--calibration", str(args.calibration), "--sequence-length", str(args.context)]
-    command += ["--feedback", "--samples", args.samples] if by == "feedback" else []
-    command += ["--search-seconds", str(args.search_seconds)] if by == "search" else []
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+def make(args: argparse.Namespace, out: Path, size: int, by: str, folder: Path) -> None:
+    """A file of this size: of least weighted squared error, or as `jquant quantize` makes it."""
+    start, kind = time.monotonic(), WEIGHTS.get(by, by)
+    model = open_model(args.model)
+    imatrix = imatrix_file.read(args.imatrix)
+    texts = Texts([str(args.calibration)] if args.calibration else None, sequence_length=args.context)
+    file = to_gguf(
+        model,
+        out,
+        imatrix=imatrix if by == "errors" else args.imatrix,
+        target=Target(nbytes=size),
+        sensitivity=energies(model, imatrix) if by == "errors" else kind,
+        record=folder / f"{'usual' if by == 'errors' else kind}.jsonl",
+        samples=replace(texts, samples=args.samples) if by == "feedback" else texts,
+        feedback=by == "feedback",
+        search_seconds=args.search_seconds if by == "search" else 0.0,
+        threads=args.threads,
+    )
     if by == "search":
-        print(f"search at {size:,} bytes: {json.loads(done.stdout)['search']}", flush=True)
+        print(f"search at {size:,} bytes: {file.search}", flush=True)
+    print(f"{out.name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def main() -> None:
@@ -93,7 +77,7 @@ def main() -> None:
     ways = ["errors", "usual", "gradients", "measured", "search", "feedback"]
     parser.add_argument("--by", nargs="+", choices=ways, default=["errors", "usual", "gradients"])
     parser.add_argument("--search-seconds", type=float, default=600.0)
-    parser.add_argument("--samples", default="32", help="of the calibration text, for feedback")
+    parser.add_argument("--samples", type=int, default=32, help="of the calibration text, for feedback")
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of samples and chunks")
     parser.add_argument("--folder", type=Path, help="to keep the files in, and what is measured of the model")
     parser.add_argument("--chunks", type=int, help="only the first so many chunks of the text")
@@ -116,15 +100,6 @@ def main() -> None:
                 assert ours.stat().st_size <= size
                 files[ours] = f"{kind} {by}"
         score(args, files)
-
-
-def make(args: argparse.Namespace, out: Path, size: int, by: str, folder: Path) -> None:
-    start = time.monotonic()
-    if by == "errors":
-        by_errors(args, out, size, folder / "usual.jsonl")
-    else:
-        by_command(args, out, size, by, folder / f"{WEIGHTS.get(by, by)}.jsonl")
-    print(f"{out.name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

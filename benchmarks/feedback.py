@@ -10,15 +10,14 @@ Files that are in the folder already are not made again, so a run goes on where 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from peers import llama_quantize
 from scores import CONTEXT, score
 
-JQUANT = str(Path(sys.executable).with_name("jquant"))
+from jquant.calibration import Texts
+from jquant.writers import to_gguf
 
 
 def main() -> None:
@@ -26,8 +25,8 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="16-bit GGUF file")
     parser.add_argument("--imatrix", type=Path, required=True)
     parser.add_argument("--calibration", nargs="+", required=True, help="texts, in equal shares")
-    parser.add_argument("--samples", default="42")
-    parser.add_argument("--sequence-length", default="512")
+    parser.add_argument("--samples", type=int, default=42)
+    parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--types", nargs="+", default=["IQ2_XXS"])
     parser.add_argument("--kinds", nargs="+", default=["llama.cpp", "importance", "feedback", "tuned"])
@@ -57,14 +56,16 @@ def make(args: argparse.Namespace, file: Path, type: str, kind: str) -> None:
     if kind == "llama.cpp":
         llama_quantize(args.model, file, type, args.threads, args.imatrix)
         return
-    command = [JQUANT, "quantize", str(args.model), str(file), "--type", type, "--quiet", "--resume"]
-    command += ["--imatrix", str(args.imatrix)]
-    if kind != "importance":
-        command += ["--feedback", "--samples", args.samples, "--sequence-length", args.sequence_length]
-        command += [part for text in args.calibration for part in ("--calibration", text)]
-    if kind == "tuned":
-        command += ["--effort", "best"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    to_gguf(
+        args.model,
+        file,
+        type=type,
+        imatrix=args.imatrix,
+        feedback=kind != "importance",
+        samples=Texts(args.calibration, args.samples, args.sequence_length),
+        effort="best" if kind == "tuned" else "fast",
+        resume=True,
+    )
 
 
 if __name__ == "__main__":

@@ -9,15 +9,13 @@ With --imatrix both use it. The text is one that neither has seen.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from peers import llama_quantize
 from scores import score
 
-JQUANT = str(Path(sys.executable).with_name("jquant"))
+from jquant.writers import to_gguf
 
 
 def main() -> None:
@@ -34,9 +32,7 @@ def main() -> None:
         files = {args.model: "original"}
         for kind in args.types:
             ours, theirs = Path(folder, f"jquant-{kind}.gguf"), Path(folder, f"llama.cpp-{kind}.gguf")
-            command = [JQUANT, "quantize", str(args.model), str(ours), "--type", kind, "--quiet"]
-            command += ["--imatrix", str(args.imatrix)] if args.imatrix else []
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            to_gguf(args.model, ours, type=kind, imatrix=args.imatrix)
             llama_quantize(args.model, theirs, kind, args.threads, args.imatrix)
             files |= {ours: f"{kind} jquant", theirs: f"{kind} llama.cpp"}
         score(args, files)

@@ -7,17 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from . import _options, _runtime, _show
+from . import _errors, _options, _runtime, _show
 
 if TYPE_CHECKING:
     from jquant.calibration import Progress
     from jquant.checkpoints.model import Model
     from jquant.io.imatrix import Imatrix
-    from jquant.ldlq import tuning
     from jquant.ldlq.sequential import Fed
     from jquant.text.samples import Samples
-
-_NAMED = 8  # experts in a line
 
 
 def read(model: Model, texts: _options.Texts, *, quiet: bool) -> Samples:
@@ -62,13 +59,11 @@ def unreached(found: Imatrix, *, quiet: bool) -> dict[str, list[int]]:
 def starved(fed: Mapping[str, Fed], *, quiet: bool) -> dict[str, list[int]]:
     """Experts that error feedback fitted with fewer tokens than they have columns, by tensor; an example is
     named."""
-    found = {name: list(one.starved) for name, one in fed.items() if one.starved}
+    from jquant.writers import quality
+
+    found = quality.starved(fed)
     if found and not quiet:
-        name, experts = max(found.items(), key=lambda item: len(item[1]))
-        _show.remark(
-            f"note: in {len(found)} tensors experts saw fewer tokens than they have columns, most in {name}: "
-            f"{experts[:_NAMED]}; they lean on their stack's mean. More --samples help."
-        )
+        _show.remark(f"note: {_errors.as_options(quality.starved_note(found))}")
     return found
 
 
@@ -109,11 +104,6 @@ def tuning_lines(*, quiet: bool) -> Callable[[int, int, str], None]:
         _over_last_line(text, last=done == count, often=done % max(count // 8, 1) == 0)
 
     return show
-
-
-def tuning_progress(*, quiet: bool) -> tuning.Progress:
-    show = tuning_lines(quiet=quiet)
-    return lambda done, of, divergence: show(done, of, f"KL divergence {divergence:.4f}")
 
 
 def by_block(done_so: str, *, quiet: bool) -> Progress:

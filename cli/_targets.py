@@ -1,26 +1,19 @@
-"""Options of a target size, bpw or KL divergence, and the way from them to a plan."""
+"""Options of a target size, bpw or KL divergence."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import _options, _show
+from . import _errors, _options
 
 if TYPE_CHECKING:
     from jquant.allocation import Target
-    from jquant.checkpoints.model import Model
-    from jquant.io.imatrix import Imatrix
-    from jquant.plan import Plan, Profile, Settled
-    from jquant.text.samples import Samples
 
 _PANEL = "Target"
-SAMPLES = 8  # of the calibration text, that all weights but the usual, and search, look at
 
 
 class By(Enum):
@@ -93,149 +86,10 @@ def target(size: str | None, bpw: float | None, kld: float | None) -> Target | N
     """The one target that is given, or None."""
     if size is None and bpw is None and kld is None:
         return None
-    if sum(value is not None for value in (size, bpw, kld)) > 1:
-        raise typer.BadParameter("give one of --target-size, --target-bpw and --target-kld")
-    for value, name in ((bpw, "--target-bpw"), (kld, "--target-kld")):
-        if value is not None and not 0 < value < float("inf"):
-            raise typer.BadParameter(f"expected a number above 0; got {value}", param_hint=name)
     from jquant.allocation import Target
 
-    return Target(nbytes=None if size is None else _options.size_in_bytes(size), bpw=bpw, kld=kld)
-
-
-def like(opened: Model, settled: Settled, file: Path, has_imatrix: bool, allow_fallback: bool) -> Plan:
-    """The plan that repeats the types of a GGUF file."""
-    from jquant.io import GgufSource
-    from jquant.plan import like as plan_like
-
-    types = {name: spec.type for name, spec in GgufSource(file).specs.items()}
-    return plan_like(
-        opened.source.specs,
-        settled,
-        types,
-        str(file),
-        has_imatrix=has_imatrix,
-        allow_fallback=allow_fallback,
-    )
-
-
-def plan(
-    opened: Model,
-    settled: Settled,
-    wanted: Target,
-    imatrix: Imatrix | None,
-    imatrix_name: str,
-    recipe: Callable[[Plan], str],
-    *,
-    profile: Profile | None,
-    runtime: str,
-    file: Path | None,
-    weighting: By,
-    seconds: float,
-    data: Samples | None,
-    max_shard_bytes: int | None,
-    threads: int,
-    quiet: bool,
-) -> tuple[Plan, dict[str, float], dict[str, Any] | None]:
-    """The plan, the estimated damage of each tensor, and what the search reports, where there was one."""
-    from jquant.allocation import _fit as dynamic
-    from jquant.allocation.candidates import candidates
-    from jquant.core import UserError
-    from jquant.plan import runtime_types
-
-    if seconds and wanted.kld is not None:
-        raise typer.BadParameter("a search needs a size", param_hint="--search-seconds")
-    with_importance = None if imatrix is None else imatrix.entries
-    every = candidates(settled, profile, runtime_types(runtime), with_importance)
-    tokens = None
-    if data is not None:
-        length = data.tokens.shape[1]
-        tokens = data.tokens[data.lengths == length][:SAMPLES]
-        if len(tokens) == 0:
-            raise UserError(f"{data.dataset}: no sample has {length} tokens; give more text.")
-
-    def fit(found, scales=None, target: Target = wanted) -> Plan:
-        return dynamic.fit(
-            opened,
-            settled,
-            found,
-            sensitivity,
-            target,
-            imatrix=imatrix,
-            imatrix_name=imatrix_name,
-            recipe=recipe,
-            max_shard_bytes=max_shard_bytes,
-            scales=scales,
-        )
-
-    record = dynamic.open_record(opened, imatrix, file, weighting=weighting.value, tokens=tokens)
-    shown = _line("sensitivity", quiet)
-    weights = dynamic.tensor_weights(
-        opened, imatrix, every, record, weighting=weighting.value, tokens=tokens, progress=shown
-    )
-
-    def measure(found):
-        return dynamic.measured(opened, imatrix, found, weights, record, threads=threads, progress=shown)
-
-    named = bool(profile and profile.candidates)
-    found = dynamic.shortlist(opened, settled, every, weights, wanted, named=named)
-    sensitivity = measure(found)
+    nbytes = None if size is None else _options.size_in_bytes(size)
     try:
-        made = fit(found)
-    except UserError:
-        if found == every:
-            raise
-        found = every
-        sensitivity = measure(found)
-        made = fit(found)
-    report = None
-    if wanted.kld is not None and tokens is not None:
-        made, divergence = dynamic.met(
-            opened,
-            imatrix,
-            wanted.kld,
-            lambda kld: fit(found, target=dynamic.Target(kld=kld)),
-            tokens,
-            threads=threads,
-            progress=_line("measured", quiet),
-        )
-        report = {"best_kld": divergence}
-    if seconds and tokens is not None:
-        made, best = dynamic.improved(
-            opened,
-            imatrix,
-            found,
-            sensitivity,
-            lambda scales: fit(found, scales),
-            tokens,
-            seconds=seconds,
-            threads=threads,
-            progress=_search_line(seconds, quiet),
-        )
-        report = {"first_kld": best.first, "best_kld": best.divergence, "measured": best.measured}
-    by_type = sensitivity.damages()
-    damages = {e.name: by_type[e.name].get(e.type, 0.0) for e in made.entries if e.name in by_type}
-    return made, damages, report
-
-
-def _line(what: str, quiet: bool):
-    """A line now and then, over the last one on a terminal."""
-
-    def show(done: int, count: int) -> None:
-        if quiet:
-            return
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{what}: {done} of {count}", end="\n" if done == count else "", file=sys.stderr)
-        elif done == count:
-            _show.remark(f"{what}: {done} of {count}")
-
-    return show
-
-
-def _search_line(seconds: float, quiet: bool):
-    def show(measured: int, best: float, used: float) -> None:
-        if not quiet:
-            left = max(seconds - used, 0.0)
-            _show.remark(f"search: {measured} candidates, best KLD {best:.4f}, at most {left:.0f} s left")
-
-    return show
+        return Target(nbytes=nbytes, bpw=bpw, kld=kld)
+    except ValueError as error:
+        raise typer.BadParameter(_errors.as_options(str(error))) from None

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from . import _errors, _options, _show
-
-if TYPE_CHECKING:
-    from jquant.plan import Profile
 
 app = typer.Typer(
     help="Which types a profile allows each tensor: presets, and files of your own.", no_args_is_help=True
@@ -24,7 +21,7 @@ _Name = Annotated[str, typer.Argument(help="A preset (see list) or a TOML file."
 def list_presets(json: _options.Json = False) -> None:
     """Show the presets."""
     from jquant.core.human import text_table
-    from jquant.plan import preset_names
+    from jquant.plan import preset_names, read_profile
 
     found = [read_profile(name) for name in preset_names()]
     if json:
@@ -38,8 +35,10 @@ def list_presets(json: _options.Json = False) -> None:
 @_errors.one_line_errors
 def show(name: _Name) -> None:
     """Print a profile's TOML: the start of one of your own."""
-    text, where = _text(name)
-    _parse(text, where)
+    from jquant.plan import parse_profile, profile_text
+
+    text = profile_text(name)
+    parse_profile(text, name)
     _show.result(text.rstrip("\n"))
 
 
@@ -52,14 +51,15 @@ def create(
 ) -> None:
     """Write a profile to edit, a copy of a preset."""
     from jquant.io import check_target
+    from jquant.plan import parse_profile, profile_text
 
-    text, where = _text(base)
-    _parse(text, where)
+    text = profile_text(base)
+    parse_profile(text, base)
     check_target(out, force=force)
     partial = out.with_name(out.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(out)
-    _show.result(f"{out}: a copy of {where}; use it with jquant quantize --profile {out}")
+    _show.result(f"{out}: a copy of {base}; use it with jquant quantize --profile {out}")
 
 
 @app.command("validate", epilog=_errors.EXIT_CODES)
@@ -73,6 +73,7 @@ def validate(
 ) -> None:
     """Check a profile, and with --model show what it allows each tensor."""
     from jquant.core.human import text_table
+    from jquant.plan import read_profile
 
     profile = read_profile(name)
     rows = []
@@ -99,31 +100,3 @@ def validate(
         keys = ("tensor", "type", "min", "max", "origin")
         _show.result(text_table(keys, [[str(row[key] or "") for key in keys] for row in rows]) + "\n")
     _show.result(f"{profile.name}: sound; {len(profile.rules)} rules, {len(profile.protect)} super weights")
-
-
-def read_profile(name: str) -> Profile:
-    """The profile of a file, where there is one of that name, else the preset.
-
-    Raises UserError for what is neither, and for a profile that is not sound.
-    """
-    return _parse(*_text(name))
-
-
-def _text(name: str) -> tuple[str, str]:
-    """A profile's TOML, and what to call it in errors."""
-    from jquant.core import UserError
-    from jquant.plan import preset_text
-
-    path = Path(name)
-    if path.suffix != ".toml" and not path.is_file():
-        return preset_text(name), name
-    try:
-        return path.read_text(encoding="utf-8-sig"), name
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"profile {name}: cannot be read ({error}).") from None
-
-
-def _parse(text: str, where: str) -> Profile:
-    from jquant.plan import parse_profile
-
-    return parse_profile(text, where)

@@ -14,6 +14,7 @@ from jquant import io
 from jquant.allocation._search import Found, Measure, groups, search
 from jquant.allocation._search import Progress as SearchProgress
 from jquant.allocation._shortlist import shortlist as plan_shortlist
+from jquant.allocation._target import Target
 from jquant.allocation.by_divergence import measured_weights
 from jquant.allocation.by_gradient import gradient_weights
 from jquant.allocation.by_output import output_weights
@@ -29,24 +30,10 @@ from jquant.io.imatrix import Imatrix
 from jquant.plan import Plan, Settled
 from jquant.plan.header import digest, output_metadata
 
-Weighting = Literal["usual", "outputs", "gradients", "measured"]
+SensitivityKind = Literal["usual", "outputs", "gradients", "measured"]
 _ATTEMPTS = 16
 _FARTHEST = 4.0
 ROUNDS = 6  # plans that are measured for a target divergence
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """One of these."""
-
-    nbytes: int | None = None  # of the file, or of all its shards
-    bpw: float | None = None  # of all tensors, without header
-    kld: float | None = None  # nats a token
-
-    def __str__(self) -> str:
-        if self.nbytes is not None:
-            return f"{self.nbytes} bytes"
-        return f"{self.bpw} bpw" if self.bpw is not None else f"KL divergence {self.kld}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +53,7 @@ def open_record(
     imatrix: Imatrix | None,
     file: Path | None,
     *,
-    weighting: Weighting = "usual",
+    weighting: SensitivityKind = "usual",
     tokens: np.ndarray | None = None,
 ) -> Record:
     """What was measured before, kept in this file. Raises UserError for a record of another run."""
@@ -79,7 +66,7 @@ def tensor_weights(
     found: Candidates,
     record: Record,
     *,
-    weighting: Weighting = "usual",
+    weighting: SensitivityKind = "usual",
     tokens: np.ndarray | None = None,
     progress: Progress = lambda done, count: None,
 ) -> dict[str, float]:
@@ -90,7 +77,7 @@ def tensor_weights(
     blocks = [name for name in found.within if name.startswith("blk.")]
     if any(name not in record.weights for name in (found.within if weighting == "gradients" else blocks)):
         if tokens is None:
-            raise UserError(f"weights by {weighting} need calibration text.")
+            raise UserError(f"sensitivity={weighting!r}: is measured on text; give samples=.")
         decoder = model.decoder()
         importance = importance_of(model, imatrix)
         if weighting == "outputs":
@@ -211,7 +198,7 @@ def fit(
             least = 8 * error.tensor_bytes / weights
             raise UserError(
                 f"{target.bpw:g} bpw cannot be met: {error.binding}. The nearest possible target is "
-                f"--target-bpw {np.ceil(1000 * least) / 1000:g}."
+                f"bpw={np.ceil(1000 * least) / 1000:g}."
             ) from None
     assert target.nbytes is not None
     budget = target.nbytes - measure(planned(1 << 62))[1]
@@ -222,7 +209,7 @@ def fit(
             least = error.tensor_bytes + target.nbytes - budget
             raise UserError(
                 f"{target.nbytes} bytes cannot be met: {error.binding}. The nearest possible target is "
-                f"--target-size {least}B ({human_size(least)})."
+                f"nbytes={least} ({human_size(least)})."
             ) from None
         size, overhead = measure(plan)
         if size <= target.nbytes:
@@ -323,7 +310,7 @@ def _layers(model: Model) -> int:
 
 
 def _run(
-    model: Model, imatrix: Imatrix | None, weighting: Weighting, tokens: np.ndarray | None
+    model: Model, imatrix: Imatrix | None, weighting: SensitivityKind, tokens: np.ndarray | None
 ) -> dict[str, object]:
     """What a record's numbers depend on."""
     of_text = weighting != "usual" and tokens is not None

@@ -48,7 +48,7 @@ class Findings:
                 self._journal.close(remove=False)
                 raise OutputError(
                     f"{out}: was begun from another model, from other text or with other settings; repeat "
-                    "those to continue it, or run without --resume to start over."
+                    "those to continue it, or run without resume=True to start over."
                 )
 
     def recall(self, step: str, block: int) -> dict[str, np.ndarray] | None:

@@ -26,7 +26,7 @@ def check_target(path: Path, *, force: bool) -> None:
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; give the name of a file.")
     if path.exists() and not force:
-        raise OutputError(f"{path}: exists; give another name, or --force to replace it.")
+        raise OutputError(f"{path}: exists; give another name, or force=True to replace it.")
     _check_folder(path)
 
 
@@ -84,7 +84,7 @@ class GgufSink:
         if resume and found is not None and found.fingerprint != fingerprint:
             raise OutputError(
                 f"{self.path}: was begun from another model or with other settings; repeat those to continue "
-                "it, or run without --resume to start over."
+                "it, or run without resume=True to start over."
             )
         earlier = found if resume and found is not None and self._can_continue(found) else None
         if earlier is not None and earlier.committing:

@@ -102,7 +102,7 @@ class ModelFolder:
             self._others = True
             raise OutputError(
                 f"{self.path}: was begun from another model or with other settings; repeat those to continue "
-                "it, or run without --resume to start over."
+                "it, or run without resume=True to start over."
             )
         sizes = {file.path: file.size for file in self._files}
         whole = all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
@@ -239,7 +239,7 @@ def check_folder(path: Path, *, force: bool) -> None:
     if not path.is_dir() or not any(path.iterdir()):
         return
     if not force:
-        raise OutputError(f"{path}: exists; give another name, or --force to replace it.")
+        raise OutputError(f"{path}: exists; give another name, or force=True to replace it.")
     if not (path / "config.json").is_file() or any(child.is_dir() for child in path.iterdir()):
         raise OutputError(f"{path}: is not just a model, so it is not replaced; give another name.")
 

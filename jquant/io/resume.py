@@ -104,7 +104,7 @@ def open_run(folder: Path, run: Mapping[str, object], *, resume: bool) -> None:
     with reporting_to_resume(folder):
         if path.exists():
             if not resume:
-                raise UserError(f"{folder}: holds a checkpoint; add --resume, or delete the folder.")
+                raise UserError(f"{folder}: holds a checkpoint; add resume=True, or delete the folder.")
             _check_same(path, wanted)
             return
         if folder.exists() and any(entry.name != f"{_RUN}.partial" for entry in folder.iterdir()):

@@ -31,4 +31,4 @@ def reporting(
 
 
 # While an output is written that a later run can go on with.
-reporting_to_resume = partial(reporting, full="free some space and continue with --resume")
+reporting_to_resume = partial(reporting, full="free some space and continue with resume=True")

@@ -5,7 +5,7 @@ from jquant.plan._entries import Entry, Plan, fitted
 from jquant.plan._plan import Settled, assemble, like, plan, settle
 from jquant.plan._protect import protect, protect_settled
 from jquant.plan.file_types import ALIASES, FILE_TYPES, FileType, file_type, nearest_file_type
-from jquant.plan.profile import Profile, parse_profile, preset_names, preset_text
+from jquant.plan.profile import Profile, parse_profile, preset_names, preset_text, profile_text, read_profile
 from jquant.plan.rules import Rule, parse_rule, parse_rules_file, tensor_type
 from jquant.plan.runtimes import RUNTIMES, runtime_types
 
@@ -32,8 +32,10 @@ __all__ = [
     "plan",
     "preset_names",
     "preset_text",
+    "profile_text",
     "protect",
     "protect_settled",
+    "read_profile",
     "runtime_types",
     "settle",
     "tensor_type",

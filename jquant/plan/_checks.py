@@ -59,7 +59,7 @@ def check_importance(kind: FileType, entries: Iterable[Entry]) -> None:
         in_q2_k_s = " in a Q2_K_S file" if types == "Q2_K" else ""
         raise UserError(
             f"{types}{in_q2_k_s} needs an importance matrix ({_some(entry.name for entry in needing)}): pass "
-            "--imatrix FILE, which `jquant analyze MODEL -o FILE` or llama-imatrix makes, or a larger type."
+            "imatrix=FILE, which `jquant analyze MODEL -o FILE` or llama-imatrix makes, or a larger type."
         )
 
 
@@ -70,7 +70,7 @@ def fallback_message(fallbacks: Sequence[Entry]) -> str:
 
     return (
         f"{len(fallbacks)} tensors cannot have their type: {_some(map(words, fallbacks))}. "
-        "Allow fallbacks, or give them types with smaller blocks, e.g. --rule 'ffn_down=Q5_0'."
+        "Allow fallbacks, or give them types with smaller blocks, e.g. rules=['ffn_down=Q5_0']."
     )
 
 
@@ -89,7 +89,7 @@ def check_encodable(plan: Plan) -> None:
         types = ", ".join(sorted({entry.type for entry in unwritable}))
         raise UserError(
             f"jquant cannot write {types} yet, the type of {_some(entry.name for entry in unwritable)}; "
-            "choose another file type, or give these tensors another type, e.g. --rule 'regex=Q8_0'."
+            "choose another file type, or give these tensors another type, e.g. rules=['regex=Q8_0']."
         )
 
 

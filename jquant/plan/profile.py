@@ -26,10 +26,12 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from jquant.core import TensorSpec, UserError, bits_per_weight
@@ -149,6 +151,22 @@ def preset_text(name: str) -> str:
         hint = f"did you mean {', '.join(close)}?" if close else f"presets: {', '.join(preset_names())}."
         raise UserError(f"profile {name!r}: neither a file nor a preset; {hint}")
     return (_presets() / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def profile_text(name: str | os.PathLike[str]) -> str:
+    """The TOML of a file, where there is one of that name, else of the preset. UserError where neither is."""
+    path = Path(name)
+    if path.suffix != ".toml" and not path.is_file():
+        return preset_text(str(name))
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"profile {name}: cannot be read ({error}).") from None
+
+
+def read_profile(name: str | os.PathLike[str]) -> Profile:
+    """A file's or a preset's. Raises UserError for what is neither, and for a profile that is not sound."""
+    return parse_profile(profile_text(name), str(name))
 
 
 def parse_profile(text: str, where: str) -> Profile:

@@ -98,7 +98,7 @@ def remarks(plan: Plan, importance: Collection[str] | None) -> list[str]:
         found.append(
             f"another type because of the row length: {len(plan.fallbacks)} of {len(plan.entries)} tensors "
             f"({', '.join(kinds)}), {plan.extra_bpw:+.2f} bpw over the whole model; "
-            "--dry-run lists them, --no-fallback forbids it."
+            "out=None lists them, allow_fallback=False forbids it."
         )
     if plan.requantized:
         kinds = sorted({e.source_type for e in plan.requantized})

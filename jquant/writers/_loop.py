@@ -201,7 +201,7 @@ def _check_range(data: np.ndarray, job: Job) -> None:
     if not np.isfinite(_decoded(data, entry.type)).all():
         raise UserError(
             f"{entry.name}: has weights too large for {entry.type}; "
-            f"give it another type, e.g. --rule '{re.escape(entry.name)}=BF16'."
+            f"give it another type, e.g. rules=['{re.escape(entry.name)}=BF16']."
         )
 
 

@@ -124,7 +124,7 @@ def write_gguf(
     metadata = output_metadata(model.metadata, plan, imatrix, imatrix_name, recipe=recipe)
     team, tunes = everyone(), feedback is not None and feedback.tuning is not None
     if tunes and team.count > 1:
-        raise SharedError("tuning runs in one process: leave --effort best, or --feedback, away.")
+        raise SharedError("tuning runs in one process: leave effort='best', or feedback=, away.")
     known = facts(model, plan, imatrix, protected or {}, effort, feedback)
     header = headers_digest(out, metadata, plan.layout(), max_shard_bytes)
     agree(known | {"output": out.name, "header": header, "resume": str(resume)})

@@ -77,8 +77,8 @@ def check_importance(
         rest = entry.name not in fed and entry.name not in entries and entry.type != entry.source_type
         if rest and FORMATS[entry.type].needs_importance:
             raise UserError(
-                f"{entry.name}: {entry.type} needs importance, and --feedback does not make it; "
-                f"add --imatrix FILE or --analyze, or give it another type: --rule '^{entry.name}$=Q4_K'."
+                f"{entry.name}: {entry.type} needs importance, and feedback= does not make it; "
+                f"add imatrix=FILE or analyze=True, or give it another type: rules=['^{entry.name}$=Q4_K']."
             )
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from jquant.ldlq.sequential import Fed
 from jquant.plan import Entry, Plan
 
 # Mean relative error of the low-bit tensors from which the damage is called severe. SmolLM2-135M, quantized
@@ -21,6 +22,7 @@ SEVERE = 0.06
 EXCEPTIONAL = 2.0  # times the median of the tensors of its type
 LOSSLESS = 1e-6  # only the rounding of scales to float16 is left
 _NAMED = 5
+_EXPERTS = 8  # in a note
 # A larger type for each that is measured; without an imatrix only types that can do without.
 _LARGER = {
     **dict.fromkeys(("Q1_0", "TQ1_0", "TQ2_0", "IQ1_S", "IQ1_M"), "IQ2_XS"),
@@ -81,6 +83,20 @@ def assess(plan: Plan, errors: Mapping[str, float], *, has_imatrix: bool) -> Qua
     return Quality(dict(errors), mean, unmeasured, exceptional, lossless, tuple(notes), tuple(warnings))
 
 
+def starved(fed: Mapping[str, Fed]) -> dict[str, list[int]]:
+    """Experts that error feedback fitted with fewer tokens than they have columns, by tensor."""
+    return {name: list(one.starved) for name, one in fed.items() if one.starved}
+
+
+def starved_note(experts_of: Mapping[str, Sequence[int]]) -> str:
+    """What the user should know of them; the tensor with the most is named."""
+    name, experts = max(experts_of.items(), key=lambda item: len(item[1]))
+    return (
+        f"in {len(experts_of)} tensors experts saw fewer tokens than they have columns, most in {name}: "
+        f"{list(experts[:_EXPERTS])}; they lean on their stack's mean. More samples= help."
+    )
+
+
 def _exceptional(entries: Mapping[str, Entry], errors: Mapping[str, float]) -> tuple[str, ...]:
     by_type = defaultdict(list)
     for name, entry in entries.items():
@@ -101,7 +117,7 @@ def _larger(type: str, has_imatrix: bool) -> str:
 
 def _rule(entry: Entry, has_imatrix: bool) -> str:
     name = entry.name.replace(".", r"\.")
-    return f"--rule '^{name}$={_larger(entry.type, has_imatrix)}'"
+    return f"rules=['^{name}$={_larger(entry.type, has_imatrix)}']"
 
 
 def _severe(entries: Mapping[str, Entry], mean: float, has_imatrix: bool) -> str:
@@ -110,9 +126,9 @@ def _severe(entries: Mapping[str, Entry], mean: float, has_imatrix: bool) -> str
         size[entry.type] += entry.size
         nbytes += entry.nbytes
     larger = _larger(size.most_common(1)[0][0], has_imatrix)
-    step = f"choose a larger type, such as {larger}, or more bits for some: --rule 'ffn_down={larger}'"
+    step = f"choose a larger type, such as {larger}, or more bits for some: rules=['ffn_down={larger}']"
     if not has_imatrix:
-        step = f"pass --imatrix FILE, or {step}"
+        step = f"pass imatrix=FILE, or {step}"
     return (
         f"severe damage is to be expected: {len(entries)} tensors of {8 * nbytes / size.total():.2f} bits a "
         f"weight have a relative error of {mean:.3f} on average (above {SEVERE} small models lose their "

@@ -192,7 +192,7 @@ def test_a_target_too_small_names_what_binds_and_the_nearest_that_can_be_met(mod
     settled, found = free(model, imatrix, '[[rule]]\nmatch = "ffn_"\nmin = "Q6_K"')
     with pytest.raises(UserError, match=r"mine\.toml, line 1: at least Q6_K") as caught:
         fit(model, settled, found, sensitivity, Target(nbytes=400_000), imatrix=imatrix)
-    nearest = int(str(caught.value).split("--target-size ")[1].split("B")[0])
+    nearest = int(str(caught.value).split("nbytes=")[1].split()[0])
     made = fit(model, settled, found, sensitivity, Target(nbytes=nearest), imatrix=imatrix)
     assert all(e.type == "Q6_K" for e in made.entries if "ffn_" in e.name and "norm" not in e.name)
     with pytest.raises(UserError):

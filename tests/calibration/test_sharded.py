@@ -249,7 +249,7 @@ def test_an_output_that_only_the_first_process_makes_ends_all(folder_and_text, t
     out.write_bytes(b"mine")
     for ended in run(STATISTICS, 2, str(model), str(options[1]), str(out)):
         assert ended.code == 1
-        assert "h.safetensors: exists; give another name, or --force" in ended.err
+        assert "h.safetensors: exists; give another name, or force=True" in ended.err
     assert out.read_bytes() == b"mine"
 
 

@@ -272,7 +272,7 @@ def test_a_commit_that_was_cut_short_is_completed(tmp_path, monkeypatch):
 def test_a_partial_output_of_other_settings_is_refused_and_kept(tmp_path):
     path = tmp_path / "m.gguf"
     interrupt(path, "norm", fingerprint="one")
-    with pytest.raises(OutputError, match=r"other settings.*without --resume"):
+    with pytest.raises(OutputError, match=r"other settings.*without resume=True"):
         io.GgufSink(path, METADATA, LAYOUT, resume=True, fingerprint="two")
     with pytest.raises(OutputError, match="other settings"):
         io.GgufSink(path, METADATA | {"more": True}, LAYOUT, resume=True, fingerprint="one")
@@ -318,7 +318,7 @@ def test_an_output_that_exists_is_replaced_only_by_force(tmp_path, expected):
     path = tmp_path / "m.gguf"
     path.write_bytes(b"precious")
     for resume in (False, True):
-        with pytest.raises(OutputError, match=r"m\.gguf: exists.*--force"):
+        with pytest.raises(OutputError, match=r"m\.gguf: exists.*force=True"):
             io.GgufSink(path, METADATA, LAYOUT, resume=resume)
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
     with io.GgufSink(path, METADATA, LAYOUT, force=True) as sink:
@@ -379,7 +379,7 @@ def test_a_disk_that_fills_up_is_told_and_the_run_can_continue(tmp_path, monkeyp
         put(sink, "norm")
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", full)
-            with pytest.raises(OutputError, match=r"m\.gguf\.partial: cannot be written: .*--resume"):
+            with pytest.raises(OutputError, match=r"m\.gguf\.partial: cannot be written: .*resume=True"):
                 put(sink, "output")
     assert not path.exists()
     with io.GgufSink(path, METADATA, LAYOUT, resume=True) as sink:

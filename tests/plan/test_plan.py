@@ -294,7 +294,7 @@ def test_an_error_in_a_rules_file_names_file_and_line():
 def test_a_type_that_needs_an_imatrix_is_refused_without_one():
     cases = {"IQ2_XXS": "IQ2_XXS", "IQ1_S": "IQ1_S", "IQ3_XXS": "IQ2_S", "Q2_K_S": "Q2_K in a Q2_K_S file"}
     for kind, needed in cases.items():
-        with pytest.raises(UserError, match=rf"{needed}.* needs an importance matrix .*--imatrix FILE"):
+        with pytest.raises(UserError, match=rf"{needed}.* needs an importance matrix .*imatrix=FILE"):
             ours(dense(), kind)
         assert ours(dense(), kind, has_imatrix=True)
     assert ours(dense(), "Q2_K")

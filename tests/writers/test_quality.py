@@ -21,7 +21,7 @@ def test_a_tensor_far_above_the_others_of_its_type_is_named_with_a_rule_that_men
     found = assess(plan_of(types), errors, has_imatrix=True)
     assert found.exceptional == ("blk.3.ffn_down.weight",)
     (warning,) = found.warnings
-    assert r"--rule '^blk\.3\.ffn_down\.weight$=IQ3_XXS'" in warning
+    assert r"rules=['^blk\.3\.ffn_down\.weight$=IQ3_XXS']" in warning
 
 
 def test_small_errors_pass_in_silence():
@@ -36,8 +36,8 @@ def test_severe_damage_is_judged_by_the_weights_and_names_the_next_step():
     without = assess(plan_of(types), errors, has_imatrix=False)
     assert with_imatrix.mean == 2 * SEVERE
     assert "choose a larger type, such as IQ2_XS" in with_imatrix.warnings[0]
-    assert "--imatrix" not in with_imatrix.warnings[0]
-    assert "pass --imatrix FILE, or choose a larger type, such as Q2_K" in without.warnings[0]
+    assert "imatrix=" not in with_imatrix.warnings[0]
+    assert "pass imatrix=FILE, or choose a larger type, such as Q2_K" in without.warnings[0]
 
 
 def test_nothing_measured_is_nothing_to_say():
