@@ -28,7 +28,6 @@ from record import record
 from jquant import models
 from jquant.calibration import HESSIAN, SECOND_MOMENTS, Calibrator, collect, load_samples
 from jquant.checkpoints.model import open_model
-from jquant.checkpoints.weights import Weights
 
 WIDTH, FFN, HEADS, VOCAB = 3072, 8192, 24, 1000
 SEVEN_B = {"blocks": 32, "width": 4096, "weights": 6.5e9, "tokens": 512 * 2048, "length": 2048}
@@ -46,7 +45,7 @@ def throughput(args: argparse.Namespace) -> dict[str, float]:
     tokens = load_samples(
         model, str(args.text), samples=args.samples, sequence_length=args.sequence_length
     ).tokens
-    decoder = models.decoder(Weights(model.source), model.metadata)
+    decoder = model.decoder()
     llm = llama_cpp.Llama(
         str(args.model), n_ctx=tokens.shape[1], n_batch=tokens.shape[1], n_ubatch=tokens.shape[1],
         n_threads=args.threads, n_threads_batch=args.threads, verbose=False,
@@ -107,7 +106,7 @@ def zeros(path: Path, blocks: int) -> None:
 def collect_zeros(path: Path) -> None:
     model = open_model(path)
     tokens = np.zeros((8, 128), np.int32)
-    collect(models.decoder(Weights(model.source), model.metadata), tokens, SECOND_MOMENTS)
+    collect(model.decoder(), tokens, SECOND_MOMENTS)
 
 
 def projection(flops_per_second: float) -> str:

@@ -18,7 +18,6 @@ from jquant.calibration import SuperWeight, load_samples, loss, with_loss_change
 from jquant.calibration.report import as_json
 from jquant.calibration.super_weights import loss_tokens, super_weights
 from jquant.checkpoints.model import open_model
-from jquant.checkpoints.weights import Weights
 
 
 def largest_others(decoder: models.Decoder, found: list[SuperWeight], count: int) -> list[SuperWeight]:
@@ -56,7 +55,7 @@ def main() -> None:
     if not found:
         print("No super weights found, and no spikes.")
         return
-    decoder = models.decoder(Weights(model.source), model.metadata)
+    decoder = model.decoder()
     tokens = loss_tokens(samples)
     base = loss(decoder, tokens)
     others = with_loss_changes(decoder, largest_others(decoder, found, args.others), tokens)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,18 +23,10 @@ from safetensors.numpy import load_file, save_file
 from scores import progress, show
 
 import jquant
-from jquant.calibration import load_samples
-from jquant.checkpoints.schemes import SCHEMES, asymmetric
 from jquant.io.model_folder import files_beside
-from jquant.smoothquant import by_range, by_token, fisher_of, search, smoothing
 from jquant.text.samples import Text
-from jquant.writers.folder import Ingredients, write_folder
-from jquant.writers.folder_feedback import feed_back
-from jquant.writers.folder_plan import as_stored, open_checkpoint, plan_folder
-from jquant.writers.gguf_feedback import Feedback
 
 OUTLIERS, FACTOR = 6, 50.0
-FED = ", fed back"
 BEHIND = {
     "input_layernorm": ("q_proj", "k_proj", "v_proj"),
     "post_attention_layernorm": ("gate_proj", "up_proj"),
@@ -80,43 +73,25 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir(), "jquant-benchmarks-xla")))
     with tempfile.TemporaryDirectory() as folder:
         model = plant(args.model, Path(folder, "planted")) if args.plant else args.model
-        checkpoint = open_checkpoint(model)
-        scheme = asymmetric(SCHEMES["W8A8"]) if args.asymmetric else SCHEMES["W8A8"]
-        plan = plan_folder(checkpoint, scheme)
-        samples = load_samples(
-            checkpoint.model,
-            str(args.calibration),
-            samples=args.samples,
-            sequence_length=args.sequence_length,
+        opened = jquant.open_model(model)
+        samples = jquant.load_samples(
+            opened, args.calibration, samples=args.samples, sequence_length=args.sequence_length
         )
-        start = time.monotonic()
-        stats = smoothing.measure(checkpoint.model, samples)
-        print(f"measured in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-        decoder = smoothing.open_decoder(checkpoint.model)
-        made = {"no smoothing": None}
-        made |= {f"alpha {alpha:g}": smoothing.fixed(decoder, stats, alpha) for alpha in args.alphas}
+        runs: dict[str, dict[str, Any]] = {"no smoothing": {"smooth": False}}
+        runs |= {f"alpha {alpha:g}": {"alpha": alpha} for alpha in args.alphas}
         if not args.no_search:
-            chosen = set(plan.quantized)
-            quantized = frozenset(n for n, w in checkpoint.weights.items() if w.parts[0] in chosen)
-            start = time.monotonic()
-            rounding = by_range if args.asymmetric else by_token
-            fisher = fisher_of(decoder, samples)
-            made["searched"] = search(decoder, samples, stats, quantized, fisher, rounding=rounding)
-            print(f"searched in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-        files = {model: "original"}
+            runs["searched"] = {}
         if args.feedback:
-            name, found = list(made.items())[-1]
-            made[f"{name}{FED}"] = found
-        for name, found in made.items():
-            out, stored = Path(folder, name), None if found is None else as_stored(checkpoint, found)
-            factors = None if stored is None else smoothing.factors(decoder, stored)
-            write_folder(
-                checkpoint,
-                plan,
-                out,
-                Ingredients(factors or {}, smoothing.importance(decoder, stats, stored)),
-                fed=feed_back(checkpoint, plan, Feedback(samples), factors) if name.endswith(FED) else None,
+            name, arguments = list(runs.items())[-1]
+            runs[f"{name}, fed back"] = arguments | {"feedback": True}
+        files = {model: "original"}
+        for name, arguments in runs.items():
+            out, start = Path(folder, name), time.monotonic()
+            arguments = {"feedback": False, "keep": "none"} | arguments
+            jquant.to_folder(
+                opened, out, samples=samples, asymmetric_activations=args.asymmetric, **arguments
             )
+            print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
             files[out] = name
         text = Text(args.text.name, args.text.read_bytes())
         found = jquant.evaluate(

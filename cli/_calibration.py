@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from . import _options, _runtime, _show
@@ -54,12 +54,8 @@ def unreached(found: Imatrix, *, quiet: bool) -> dict[str, list[int]]:
 
     guessed = calibration.unreached(found)
     if not quiet:
-        for tensor, experts in guessed.items():
-            more = f" and {len(experts) - _NAMED} more" if len(experts) > _NAMED else ""
-            _show.remark(
-                f"note: {tensor}: no or one token for experts {experts[:_NAMED]}{more}; "
-                "they have their stack's mean."
-            )
+        for note in calibration.unreached_notes(guessed):
+            _show.remark(f"note: {note}")
     return guessed
 
 
@@ -78,7 +74,11 @@ def starved(fed: Mapping[str, Fed], *, quiet: bool) -> dict[str, list[int]]:
 
 def progress(data: Samples, *, quiet: bool) -> Progress:
     """A line for each block, over the last one on a terminal."""
-    tokens = int(data.lengths.sum())
+    return block_lines(int(data.lengths.sum()), quiet=quiet)
+
+
+def block_lines(tokens: int, *, quiet: bool) -> Progress:
+    """The same where so many tokens go through each block."""
     start, here = time.monotonic(), 0  # blocks done by this run
 
     def show(done: int, count: int) -> None:
@@ -94,21 +94,26 @@ def progress(data: Samples, *, quiet: bool) -> Progress:
     return show
 
 
-def tuning_progress(*, quiet: bool) -> tuning.Progress:
-    """A line for each step, over the last one on a terminal. The first call is for none."""
+def tuning_lines(*, quiet: bool) -> Callable[[int, int, str], None]:
+    """A line for each step with what it reached, over the last one on a terminal. The first is for none."""
     start = None
 
-    def show(done: int, count: int, divergence: float) -> None:
+    def show(done: int, count: int, reached: str) -> None:
         nonlocal start
         now = time.monotonic()
         start = now if start is None else start
         if quiet:
             return
         left = f", {(now - start) / done * (count - done):.0f} s left" if done else ""
-        text = f"tuning: step {done} of {count}, KL divergence {divergence:.4f}{left}"
+        text = f"tuning: step {done} of {count}, {reached}{left}"
         _over_last_line(text, last=done == count, often=done % max(count // 8, 1) == 0)
 
     return show
+
+
+def tuning_progress(*, quiet: bool) -> tuning.Progress:
+    show = tuning_lines(quiet=quiet)
+    return lambda done, of, divergence: show(done, of, f"KL divergence {divergence:.4f}")
 
 
 def by_block(done_so: str, *, quiet: bool) -> Progress:

@@ -6,12 +6,13 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn, ParamSpec
+from typing import NoReturn, ParamSpec, get_type_hints
 
 import typer
 
@@ -32,8 +33,70 @@ EXIT_CODES = (
 )
 
 
+# Where an option is not called as the library's argument, or says the opposite.
+_NAMED_OTHERWISE = {
+    "allow_fallback=False": "--no-fallback",
+    "bpw": "--target-bpw",
+    "kld": "--target-kld",
+    "nbytes": "--target-size",
+    "out=None": "--dry-run",
+    "record": "--sensitivity",
+    "rules": "--rule",
+    "scheme": "--type",
+    "sensitivity": "--weights",
+    "smooth=False": "--no-smooth",
+}
+# name=value, name=… or name= alone, at the start of a word.
+_ARGUMENT = re.compile(r"(?<![^\s(])(?P<name>[a-z][a-z_]*)=(?P<value>True|False|None|…|\[?'[^']*'\]?|)")
+_commands: list[Callable[..., None]] = []
+
+
+def as_options(message: str) -> str:
+    """A message of the library, which names arguments, as the command line says it: search_seconds=60 is
+    --search-seconds 60, force=True is --force, rules=['a=Q8_0'] is --rule 'a=Q8_0'.
+
+    What is no option of any command stays as it is.
+    """
+    return _ARGUMENT.sub(_as_option, message)
+
+
+def _as_option(match: re.Match[str]) -> str:
+    name, value = match["name"], match["value"]
+    if (whole := f"{name}={value}") in _NAMED_OTHERWISE:
+        return _NAMED_OTHERWISE[whole]
+    option = _NAMED_OTHERWISE.get(name) or _options().get(name)
+    if option is None:
+        return match[0]
+    if value == "False":
+        return f"--no-{option[2:]}"
+    if value in ("True", "None", "…"):
+        return option
+    if value == "" and re.match(r"[\s:;,.)]|$", match.string[match.end() :]):
+        return option
+    quoted = value.strip("[]")
+    plain = re.fullmatch(r"'([\w.+-]+)'", quoted)
+    return f"{option} {plain[1] if plain else quoted}"
+
+
+@functools.cache
+def _options() -> dict[str, str]:
+    """--name of every option of every command, by the name of its parameter."""
+    found = {}
+    for command in _commands:
+        for name, hint in get_type_hints(command, include_extras=True).items():
+            for about in getattr(hint, "__metadata__", ()):
+                if not isinstance(about, typer.models.OptionInfo):
+                    continue
+                long = [
+                    part for text in about.param_decls or () for part in text.split("/") if part[:2] == "--"
+                ]
+                found[name] = long[0] if long else f"--{name.replace('_', '-')}"
+    return found
+
+
 def one_line_errors(command: Callable[_Options, None]) -> Callable[_Options, None]:
     """The command, with user errors turned into a line on stderr and an exit code."""
+    _commands.append(command)
 
     @functools.wraps(command)
     def wrapped(*args: _Options.args, **kwargs: _Options.kwargs) -> None:
@@ -45,7 +108,7 @@ def one_line_errors(command: Callable[_Options, None]) -> Callable[_Options, Non
                 command(*args, **kwargs)
                 sys.stdout.flush()  # here, where a full disk can still be told
         except LostError as error:
-            print(f"jquant: {error}", file=sys.stderr, flush=True)
+            print(f"jquant: {as_options(str(error))}", file=sys.stderr, flush=True)
             leave(INPUT)
         except UserError as error:
             _fail(str(error), OUTPUT if isinstance(error, OutputError) else INPUT)
@@ -97,5 +160,5 @@ def _ending_as_ctrl_c() -> Iterator[None]:
 
 def _fail(message: str, code: int) -> NoReturn:
     with contextlib.suppress(OSError):  # stderr may be closed or full too
-        print(f"jquant: {' '.join(message.splitlines())}", file=sys.stderr)
+        print(f"jquant: {as_options(' '.join(message.splitlines()))}", file=sys.stderr)
     raise typer.Exit(code)

@@ -1,4 +1,4 @@
-"""What `jquant quantize` is asked to write as a folder: its options, and which of them go together."""
+"""What `jquant quantize` is asked to write as a folder, and the options that only folders have."""
 
 from __future__ import annotations
 
@@ -9,20 +9,9 @@ from typing import Annotated
 import typer
 
 from . import _options
-from ._options import OUTPUT
 
-_PANEL = "Types"
-_AUTO, _NONE = "auto", "none"  # --keep
-_SCHEMES = ("W8A8", "FP8", "W4A16", "GPTQ", "AWQ")  # here too, for --help is not to wait for JAX
-# fmt: off
-_KNOWN = frozenset({
-    "model", "out", "type", "keep", "alpha", "no_smooth", "imatrix", "analyze", "calibration", "samples",
-    "sequence_length", "seed", "parse_special", "batch", "revision", "pre_tokenizer", "dry_run",
-    "max_shard_size", "force", "json", "quiet", "threads", "feedback", "static_activations",
-    "asymmetric_activations", "target_error", "export_scales", "resume", "coordinator", "processes",
-    "process",
-})
-# fmt: on
+_PANEL = "Folders"
+_AUTO = "auto"  # of --keep
 
 Keep = Annotated[
     list[str] | None,
@@ -84,13 +73,9 @@ ExportScales = Annotated[
         "--export-scales",
         help="W8A8, FP8, W4A16, GPTQ, AWQ: also write scales of weights and, where they were measured, "
         "smoothing factors and ranges of inputs to this safetensors file.",
-        rich_help_panel=OUTPUT,
+        rich_help_panel=_PANEL,
     ),
 ]
-
-
-def is_scheme(type: str | None) -> bool:
-    return type is not None and type.upper() in _SCHEMES
 
 
 @dataclass(frozen=True)
@@ -120,56 +105,7 @@ class Request:
     json: bool
     quiet: bool
 
-    @property
-    def smooths(self) -> bool:
-        return self.type == "W8A8" and not self.no_smooth
-
-    @property
-    def searches(self) -> bool:
-        """Whether factors are searched, rather than those of an alpha taken."""
-        return self.smooths and self.alpha is None
-
-    @property
-    def keeps_outstanding(self) -> bool:
-        return _AUTO in self.keep or (not self.keep and self.searches)
-
-    @property
-    def patterns(self) -> list[str]:
-        """Of weights to leave as they are."""
-        return [pattern for pattern in self.keep if pattern not in (_AUTO, _NONE)]
-
-    @property
-    def needs_text(self) -> bool:
-        return self.analyze or self.smooths or bool(self.feedback) or self.static
-
-    def check(self, context: typer.Context) -> None:
-        """Raises BadParameter for what does not go together, or says nothing of folders."""
-        _refuse_others(context, self.type)
-        if self.type != "W8A8" and (self.alpha is not None or self.no_smooth):
-            raise typer.BadParameter("is for W8A8", param_hint="--alpha, --no-smooth")
-        if self.type not in ("W8A8", "FP8") and self.static:
-            raise typer.BadParameter("is for W8A8 and FP8", param_hint="--static-activations")
-        if self.type != "W8A8" and self.asymmetric:
-            raise typer.BadParameter("is for W8A8", param_hint="--asymmetric-activations")
-        if self.asymmetric and self.static:
-            raise typer.BadParameter(
-                "has one scale for each token, not --static-activations",
-                param_hint="--asymmetric-activations",
-            )
-        if self.target_error is not None and not self.smooths:
-            raise typer.BadParameter("is for W8A8 that is smoothed", param_hint="--target-error")
-        if self.keeps_outstanding and not self.smooths:
+    def __post_init__(self) -> None:
+        """Raises BadParameter for a value that goes with no other; options as such are in the table."""
+        if _AUTO in self.keep and (self.type != "W8A8" or self.no_smooth):
             raise typer.BadParameter("auto is for W8A8 that is smoothed", param_hint="--keep")
-        if self.smooths and (self.imatrix or self.analyze):
-            raise typer.BadParameter(
-                "is measured anyway where W8A8 is smoothed", param_hint="--imatrix, --analyze"
-            )
-
-
-def _refuse_others(context: typer.Context, type: str) -> None:
-    """Options that say something of GGUF files only."""
-    for name in context.params:
-        source = context.get_parameter_source(name)
-        if name not in _KNOWN and source is not None and source.name == "COMMANDLINE":
-            hint = f"--{name.replace('_', '-')}"
-            raise typer.BadParameter(f"says nothing of {type.upper()}, which has --keep", param_hint=hint)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, NamedTuple
 
 import typer
@@ -109,9 +108,10 @@ Quiet = Annotated[
 
 
 def size_in_bytes(text: str) -> int:
-    """'89248832B' → 89248832, '2GB' → 2 · 10⁹, '1.5GiB' → 1.5 · 2³⁰."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i)?B?", text.strip(), re.IGNORECASE)
-    if not match or float(match[1]) == 0:
-        raise typer.BadParameter(f"expected a size such as 2GB or 1.5GiB; got {text!r}")
-    power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    """Of an option. A wrong command line where it is none."""
+    from jquant.core import UserError, human
+
+    try:
+        return human.size_in_bytes(text)
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from None

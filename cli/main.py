@@ -9,7 +9,7 @@ import typer
 
 from jquant import __version__
 
-from . import _errors, analyze, demo, evaluate, inspect, profile, quantize
+from . import _errors, _serves, analyze, demo, evaluate, inspect, profile, quantize
 
 app = typer.Typer(
     name="jquant",
@@ -36,7 +36,7 @@ def _options(
     pass
 
 
-app.command("quantize", epilog=_errors.EXIT_CODES)(quantize.quantize)
+app.command("quantize", cls=_serves.Once, epilog=_errors.EXIT_CODES)(quantize.quantize)
 app.command("analyze", epilog=_errors.EXIT_CODES)(analyze.analyze)
 app.command("evaluate", epilog=_errors.EXIT_CODES)(evaluate.evaluate)
 app.command("inspect", epilog=_errors.EXIT_CODES)(inspect.inspect)

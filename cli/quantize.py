@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from . import _errors, _folder, _folder_request, _gguf, _gguf_request, _options, _show, _targets
+from . import _errors, _folder, _folder_request, _gguf, _gguf_request, _options, _serves, _show, _targets
 from ._options import CALIBRATION, OUTPUT, REPORTING
 
-_TYPES = "Types"
+_TYPES = "GGUF files"
 
 
 def _complete_type(incomplete: str) -> list[tuple[str, str]]:
@@ -31,6 +31,19 @@ def _list_types(asked: bool) -> None:
 
         _show.result(text_table(("type", "what it is; sizes for an 8 B Llama 3"), _all_types()))
         raise typer.Exit
+
+
+def _check_type(name: str) -> None:
+    """Raises UserError for a name that is no type of GGUF files, with what else may be meant."""
+    from jquant.core import UserError
+    from jquant.plan import file_type
+
+    try:
+        file_type(name)
+    except UserError as error:
+        schemes = ", ".join(_serves.SCHEMES)
+        meant = _serves.meant(name)
+        raise UserError(f"--type {name}: {meant}{error} Of folders: {schemes}.") from None
 
 
 @_errors.one_line_errors
@@ -64,7 +77,7 @@ def quantize(
         typer.Option(
             "--imatrix",
             help="Importance of each column: llama.cpp's imatrix, GGUF or .dat.",
-            rich_help_panel=_TYPES,
+            rich_help_panel=CALIBRATION,
         ),
     ] = None,
     analyze: Annotated[
@@ -252,17 +265,15 @@ def quantize(
     """
     if out is None and not dry_run:
         raise typer.BadParameter("name the file to write, or add --dry-run", param_hint="OUT")
-    if analyze and imatrix:
-        raise typer.BadParameter(
-            "measures what --imatrix would read; give one of them", param_hint="--analyze"
-        )
+    output = _serves.output_of(type)
+    _serves.refuse_others(context, output)
     texts = _options.Texts(calibration, samples, sequence_length, seed, parse_special)
     shard_bytes = _options.size_in_bytes(max_shard_size) if max_shard_size else None
-    if _folder_request.is_scheme(type):
+    if output != _serves.GGUF:
         request = _folder_request.Request(
             model=model,
             out=None if dry_run else out,
-            type=str(type).upper(),
+            type=output,
             keep=keep or [],
             alpha=alpha,
             no_smooth=no_smooth,
@@ -283,26 +294,11 @@ def quantize(
             json=json,
             quiet=quiet,
         )
-        request.check(context)
         _folder.quantize(request, coordinator, processes, process)
         return
-    if keep:
-        raise typer.BadParameter("is for W8A8, FP8, W4A16, GPTQ and AWQ; see --rule", param_hint="--keep")
-    if alpha is not None or no_smooth:
-        raise typer.BadParameter("is for W8A8", param_hint="--alpha, --no-smooth")
-    if target_error is not None:
-        raise typer.BadParameter("is for W8A8", param_hint="--target-error")
-    if export_scales is not None:
-        raise typer.BadParameter("is for W8A8, FP8, W4A16, GPTQ and AWQ", param_hint="--export-scales")
-    if static_activations:
-        raise typer.BadParameter("is for W8A8 and FP8", param_hint="--static-activations")
-    if asymmetric_activations:
-        raise typer.BadParameter("is for W8A8", param_hint="--asymmetric-activations")
+    if type is not None:
+        _check_type(type)
     target = _targets.target(target_size, target_bpw, target_kld)
-    if target and (type or pure or like):
-        raise typer.BadParameter("a target chooses the types itself", param_hint="--type, --pure, --like")
-    if like and (type or pure):
-        raise typer.BadParameter("--like says what each type is", param_hint="--type, --pure")
     _gguf.quantize(
         _gguf_request.Request(
             model=model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from jquant import io, models
+from jquant import io
 from jquant.allocation._search import Found, Measure, groups, search
 from jquant.allocation._search import Progress as SearchProgress
 from jquant.allocation._shortlist import shortlist as plan_shortlist
@@ -22,9 +21,9 @@ from jquant.allocation.candidates import Candidates, TooSmallError, allocated, f
 from jquant.allocation.errors import Progress, damages, grid_bits, relative_errors
 from jquant.allocation.prior import usual_errors, usual_weights
 from jquant.allocation.record import Record
+from jquant.checkpoints.fingerprint import common_facts, digest_of_arrays, times_of
 from jquant.checkpoints.model import Model
-from jquant.checkpoints.weights import Weights
-from jquant.core import VERSION, UserError, bits_per_weight
+from jquant.core import UserError, bits_per_weight
 from jquant.core.human import human_size
 from jquant.io.imatrix import Imatrix
 from jquant.plan import Plan, Settled
@@ -92,7 +91,7 @@ def tensor_weights(
     if any(name not in record.weights for name in (found.within if weighting == "gradients" else blocks)):
         if tokens is None:
             raise UserError(f"weights by {weighting} need calibration text.")
-        decoder = models.decoder(Weights(model.source), model.metadata)
+        decoder = model.decoder()
         importance = importance_of(model, imatrix)
         if weighting == "outputs":
             record.add_weights(output_weights(decoder, tokens, importance, weights, progress=progress))
@@ -327,14 +326,11 @@ def _run(
     model: Model, imatrix: Imatrix | None, weighting: Weighting, tokens: np.ndarray | None
 ) -> dict[str, object]:
     """What a record's numbers depend on."""
-    of_tokens = None
-    if weighting != "usual" and tokens is not None:
-        of_tokens = hashlib.sha256(np.ascontiguousarray(tokens, np.int64).tobytes()).hexdigest()
+    of_text = weighting != "usual" and tokens is not None
     return {
-        "jquant sensitivity": VERSION,
-        "model": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in model.files],
+        **common_facts(model),
+        "times of files": times_of(model),
         "imatrix": imatrix and digest(imatrix),
         "weighting": weighting,
-        "calibration": of_tokens,
-        **({"changes": model.changes} if model.changes else {}),
+        "calibration": digest_of_arrays(tokens) if of_text else None,
     }

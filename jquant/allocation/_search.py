@@ -20,19 +20,18 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jaxtyping import Float, Int
 
 from jquant import models
 from jquant.allocation.attribution import Shares, shares
+from jquant.calibration import run_through
 from jquant.checkpoints import slab_rows, transcode
 from jquant.checkpoints.weights import Weights
-from jquant.core import Metadata, Source, TensorSpec
+from jquant.core import Metadata, Source, TensorSpec, kl_divergence
 from jquant.formats import FORMATS
-from jquant.models import Decoder, run_block
+from jquant.models import Decoder, matrix
 
 CACHE_BYTES = 1 << 30  # encoded tensors that are kept for the next candidate
 FIRST_STEP, LAST_STEP = math.log(2.0), math.log(1.1)  # of a group's weight
@@ -128,10 +127,10 @@ class Measure:
         quantized = self._quantized(types)
         x = _last(quantized, self._tokens)
         parts = [
-            _divergence(self._original.logits(jnp.asarray(a[None])), quantized.logits(jnp.asarray(b[None])))
+            kl_divergence(self._original.logits(jnp.asarray(a[None])), quantized.logits(jnp.asarray(b[None])))
             for a, b in zip(self._x, x, strict=True)
         ]
-        return float(np.mean([float(part) for part in parts]))
+        return float(np.mean([float(jnp.mean(part)) for part in parts]))
 
     def shares(self, types: Mapping[str, str]) -> Shares:
         """The same, and what each tensor has of it. Takes some four times as long."""
@@ -145,24 +144,8 @@ class Measure:
 def _last(model: Decoder, tokens: np.ndarray) -> Float[np.ndarray, "s t width"]:
     """The output of the last block; one sample at a time goes through each block."""
     x = model.embed(tokens)
-    for i, block in enumerate(model.blocks):
-        params, angles = model.load_block(i), jnp.asarray(model.angles(i, tokens.shape[1]))
-        for k in range(len(x)):
-            x[k] = run_block(block, params, jnp.asarray(x[k : k + 1]), angles)[0]
+    run_through(model, x)
     return x
-
-
-@jax.jit
-def _divergence(base: Array, logits: Array) -> Array:
-    """Mean over tokens of Σ p log(p / q)."""
-    p, q = jax.nn.log_softmax(base), jax.nn.log_softmax(logits)
-    return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
-
-
-_TOGETHER = {
-    **dict.fromkeys(("attn_q", "attn_k"), "attn_q and attn_k"),
-    **dict.fromkeys(("ffn_gate", "ffn_up"), "ffn_gate and ffn_up"),
-}
 
 
 def groups(names: Mapping[str, object], layers: int) -> dict[str, list[str]]:
@@ -173,8 +156,8 @@ def groups(names: Mapping[str, object], layers: int) -> dict[str, list[str]]:
         if part is None:
             found.setdefault("embeddings and output", []).append(name)
             continue
-        kind = _TOGETHER.get(part[2], part[2])
-        found.setdefault(kind, []).append(name)
+        row = matrix(part[2] + (part[3] or "")) or matrix(part[2])
+        found.setdefault((row and row.searched_with) or part[2], []).append(name)
         third = 3 * int(part[1]) // max(layers, 1)
         if third != 1:
             found.setdefault(("first third", "", "last third")[third], []).append(name)

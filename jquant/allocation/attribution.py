@@ -9,19 +9,17 @@ forward and one back through the quantized model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jaxtyping import Float, Int
 
-from jquant.calibration.activations import Scratch
-from jquant.core import Block
-from jquant.models import Decoder, matrices, run_block
+from jquant.calibration import Turn, forward_back, matrix_gradients
+from jquant.core import kl_divergence, kl_gradient
+from jquant.models import Decoder, matrices
 
 EMBEDDINGS = "token_embd.weight"
 
@@ -38,69 +36,49 @@ def shares(
     tokens: Int[np.ndarray, "s t"],
 ) -> Shares:
     """x: the output of the original's last block. Float32."""
-    samples, length = tokens.shape
-    count = len(quantized.blocks)
-    scratch = Scratch().activations(0, (count + 1, samples, length, quantized.width))
-    scratch[0] = quantized.embed(tokens)
-    for i in range(count):
-        params, angles = quantized.load_block(i), jnp.asarray(quantized.angles(i, length))
-        for k in range(samples):
-            given = jnp.asarray(scratch[i, k : k + 1])
-            scratch[i + 1, k] = run_block(quantized.blocks[i], params, given, angles)[0]
-    divergence, of_output, back = _through_output(original, quantized, x, scratch[count])
-    found = {quantized.output_name: of_output}
-    for i in range(count - 1, -1, -1):
-        params, angles = quantized.load_block(i), jnp.asarray(quantized.angles(i, length))
-        changes = _changes(params, original.load_block(i))
-        for k in range(samples):
-            given = jnp.asarray(scratch[i, k : k + 1]), jnp.asarray(back[k : k + 1])
-            new, g = _back(quantized.blocks[i], params, changes, given[0], angles, given[1])
-            back[k] = g[0]
-            for name, value in new.items():
-                full = f"blk.{i}.{name}.weight"
-                found[full] = found.get(full, 0.0) + float(value) / 2
+    totals = dict[str, float]()
+
+    def into_head(y: np.ndarray, g: np.ndarray) -> None:
+        totals["divergence"], totals[quantized.output_name] = _through_output(original, quantized, x, y, g)
+
+    back, into_embeddings = partial(_back_through_block, original), np.empty(x.shape, np.float32)
+    blocks = list(forward_back(quantized, tokens, into_head, back, embeddings=into_embeddings))
+    divergence = totals.pop("divergence")
     moved = quantized.embed(tokens) - original.embed(tokens)
-    found[EMBEDDINGS] = found.get(EMBEDDINGS, 0.0) + float((back * moved).sum(dtype=np.float64)) / 2
-    return Shares(divergence, found)
+    of_embeddings = float((into_embeddings * moved).sum(dtype=np.float64)) / 2
+    totals[EMBEDDINGS] = totals.get(EMBEDDINGS, 0.0) + of_embeddings
+    return Shares(divergence, {name: share for part in (totals, *blocks) for name, share in part.items()})
 
 
-def _changes(new: Mapping, old: Mapping) -> dict[str, Array]:
-    """What quantization added to the matrices of a block."""
-    return {name: weight - old[name]["weight"] for name, weight in matrices(new).items()}
-
-
-@partial(jax.jit, static_argnums=0)
-def _back(
-    block: Block, params: Mapping, changes: Mapping[str, Array], x: Array, angles: Array, g: Array
-) -> tuple[dict[str, Array], Array]:
-    """⟨gradient, change⟩ of a block's matrices, and the gradient of its input."""
-    _, pull = jax.vjp(lambda p, x: run_block(block, p, x, angles), params, x)
-    of_params, of_x = pull(g)
-    return {name: jnp.vdot(of_params[name]["weight"], change) for name, change in changes.items()}, of_x
+def _back_through_block(
+    original: Decoder, at: Turn, x: np.ndarray, behind: np.ndarray, before: np.ndarray | None
+) -> dict[str, float]:
+    """Shares of a block's matrices."""
+    old, changed = matrices(original.load_block(at.i)), matrices(at.params)
+    changes = {name: weight - old[name] for name, weight in changed.items()}
+    of_block = dict.fromkeys(changes, 0.0)
+    for of_sample in matrix_gradients(at, x, behind, before):
+        for name, g in of_sample.items():
+            of_block[name] += float(jnp.vdot(g, changes[name])) / 2
+    return {f"blk.{at.i}.{name}.weight": share for name, share in of_block.items()}
 
 
 def _through_output(
-    original: Decoder, quantized: Decoder, x: np.ndarray, y: np.ndarray
-) -> tuple[float, float, np.ndarray]:
-    """The divergence, the share of the output matrix, and the gradients [s, t, width] of its input y."""
-    back, divergence, share = np.empty_like(y), 0.0, 0.0
+    original: Decoder, quantized: Decoder, x: np.ndarray, y: np.ndarray, back: np.ndarray
+) -> tuple[float, float]:
+    """The divergence, and the share of the output matrix; the gradients of its input y go into `back`."""
+    divergence = share = 0.0
     name, count = quantized.output_name, y.shape[0] * y.shape[1]
     for k in range(len(y)):
-        given = jnp.asarray(y[k : k + 1])
-        logits, pull = jax.vjp(quantized.logits, given)
-        lost, g = _loss(original.logits(jnp.asarray(x[k : k + 1])), logits)
-        divergence += float(lost) / count
+        one = jnp.asarray(y[k : k + 1])
+        logits, pull = jax.vjp(quantized.logits, one)
+        wanted = original.logits(jnp.asarray(x[k : k + 1]))
+        divergence += float(jnp.sum(kl_divergence(wanted, logits))) / count
+        g = kl_gradient(wanted, logits)
         back[k] = pull(g / count)[0][0]
         for start, stop in quantized.output_slabs():
             rows = jnp.asarray(quantized.tensors.rows(name, start, stop))
             change = rows - jnp.asarray(original.tensors.rows(name, start, stop))
-            moved = jax.jvp(lambda r, x=given: quantized.project(r, x), (rows,), (change,))[1]
+            moved = jax.jvp(lambda r, x=one: quantized.project(r, x), (rows,), (change,))[1]
             share += float(jnp.vdot(g[..., start:stop], moved)) / (2 * count)
-    return divergence, share, back
-
-
-@jax.jit
-def _loss(base: Array, logits: Array) -> tuple[Array, Array]:
-    """Σ p log(p / q) over all tokens, and its gradient with respect to the logits of q."""
-    p, q = jax.nn.log_softmax(base), jax.nn.log_softmax(logits)
-    return jnp.sum(jnp.exp(p) * (p - q)), jnp.exp(q) - jnp.exp(p)
+    return divergence, share

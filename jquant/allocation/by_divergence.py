@@ -9,18 +9,17 @@ divergence left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.allocation.noise import disturbed
+from jquant.calibration import Progress, walk
 from jquant.calibration.activations import IN_MEMORY
-from jquant.models import Decoder, run_block
+from jquant.core import kl_divergence
+from jquant.models import Decoder
 
 STRIDE = 4  # of so many tokens one is asked for the next: neighbours tell much the same
 
@@ -32,7 +31,7 @@ def measured_weights(
     *,
     known: Collection[str] = (),
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, count: None,
+    progress: Progress = lambda done, count: None,
 ) -> Iterator[dict[str, float]]:
     """Of the matrices of a wave after the other: nats a token for a relative error of 1.
 
@@ -45,40 +44,28 @@ def measured_weights(
 
     for start in range(0, count, step):
         after, changed, errors = x, dict[str, np.ndarray](), dict[str, float]()
-        for i in range(start, count):
-            if i >= start + step and not changed:
-                break  # all of this wave is known
-            params, angles = model.load_block(i), jnp.asarray(model.angles(i, tokens.shape[1]))
-            through = partial(_through, partial(run_block, model.blocks[i], angles=angles))
-            changed = {name: through(params, y) for name, y in changed.items()}
-            if i < start + step:
-                for name, noisy, error in disturbed(params, i, importance, known=known, seed=seed):
-                    changed[name], errors[name] = through(noisy, after), error
-            after = through(params, after)
-            if i + 1 == start + step:
+        for at in walk(model, tokens.shape[1], range(start, count)):
+            changed = {name: at.outputs(y) for name, y in changed.items()}
+            if at.i < start + step:
+                for name, noisy, error in disturbed(at.params, at.i, importance, known=known, seed=seed):
+                    changed[name], errors[name] = at.outputs(after, noisy), error
+            after = at.outputs(after)
+            if at.i + 1 == start + step:
                 x = after
             done += 1
             progress(done, total)
+            if at.i + 1 >= start + step and not changed:
+                break  # all of this wave is known
         divergences = _divergences(model, after, changed) if changed else {}
         yield {name: d / errors[name] if errors[name] > 0 else 0.0 for name, d in divergences.items()}
 
 
-def _through(run: Callable[..., Array], params: Mapping, x: np.ndarray) -> np.ndarray:
-    """A block's output, sample by sample."""
-    return np.concatenate([run(params, x[k : k + 1]) for k in range(len(x))])
-
-
 def _divergences(model: Decoder, x: np.ndarray, changed: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Mean KL divergence of the predictions from what they are after x."""
-    found = dict.fromkeys(changed, 0.0)
+    divergences = dict.fromkeys(changed, 0.0)
     for k in range(len(x)):
         logits = model.logits(jnp.asarray(x[k : k + 1, ::STRIDE]))
         for name, y in changed.items():
-            found[name] += float(_divergence(logits, model.logits(jnp.asarray(y[k : k + 1, ::STRIDE]))))
-    return {name: value / len(x) for name, value in found.items()}
-
-
-@jax.jit
-def _divergence(logits: Float[Array, "s t vocab"], others: Float[Array, "s t vocab"]) -> Float[Array, ""]:
-    p, q = jax.nn.log_softmax(logits), jax.nn.log_softmax(others)
-    return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
+            others = model.logits(jnp.asarray(y[k : k + 1, ::STRIDE]))
+            divergences[name] += float(jnp.mean(kl_divergence(logits, others)))
+    return {name: value / len(x) for name, value in divergences.items()}

@@ -8,8 +8,7 @@ gradients or measured divergences know.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.allocation.noise import disturbed
-from jquant.models import Decoder, run_block
+from jquant.calibration import Progress, batches, walk
+from jquant.models import Decoder
 
 
 def output_weights(
@@ -28,7 +28,7 @@ def output_weights(
     usual: Mapping[str, float],
     *,
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, count: None,
+    progress: Progress = lambda done, count: None,
 ) -> dict[str, float]:
     """Weight of each matrix of the blocks: mean over tokens of |Δy|² / |y|² for errors of relative error 1.
 
@@ -36,19 +36,18 @@ def output_weights(
     weights that are usual, by name, in nats a token; those found have the same sum, since changes of outputs
     have no such unit. Takes one pass over the tokens for each matrix of a block, and one more.
     """
-    x, count, found = model.embed(tokens), len(model.blocks), {}
-    for i, block in enumerate(model.blocks):
-        params, angles = model.load_block(i), jnp.asarray(model.angles(i, tokens.shape[1]))
-        run = partial(run_block, block, angles=angles)
-        y = np.concatenate([run(params, x=x[k : k + 1]) for k in range(len(x))])
-        for name, noisy, error in disturbed(params, i, importance, seed=seed):
-            changes = [_change(run(noisy, x=x[k : k + 1]), y[k : k + 1]) for k in range(len(x))]
-            found[name] = float(np.mean(changes)) / error if error > 0 else 0.0
+    x, weights = model.embed(tokens), dict[str, float]()
+    for at in walk(model, tokens.shape[1]):
+        y = at.outputs(x)
+        for name, noisy, error in disturbed(at.params, at.i, importance, seed=seed):
+            changed = at.outputs(x, noisy)
+            changes = [_change(changed[part], y[part]) for part in batches(len(x), 1)]
+            weights[name] = float(np.mean(changes)) / error if error > 0 else 0.0
         x = y
-        progress(i + 1, count)
-    total = sum(found.values())
-    unit = sum(usual[name] for name in found if name in usual) / total if total > 0 else 0.0
-    return {name: unit * value for name, value in found.items()}
+        progress(at.i + 1, len(model.blocks))
+    total = sum(weights.values())
+    unit = sum(usual[name] for name in weights if name in usual) / total if total > 0 else 0.0
+    return {name: unit * value for name, value in weights.items()}
 
 
 @jax.jit

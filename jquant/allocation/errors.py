@@ -31,8 +31,8 @@ import gguf.quants
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from jquant.checkpoints import FLOAT_DTYPES, transcode
-from jquant.core import Format, Source, UserError
+from jquant.checkpoints import transcode
+from jquant.core import FLOAT_DTYPES, TRAINED, Format, Source, UserError
 from jquant.formats import FORMATS
 
 Errors = Mapping[str, Mapping[str, float]]  # tensor → type → relative error
@@ -100,7 +100,7 @@ def grid_bits(source: Source, names: Iterable[str]) -> dict[str, int]:
     """
     found = {}
     for name in names:
-        if source.specs[name].type not in ("F32", "F16", "BF16"):
+        if source.specs[name].type not in TRAINED:
             continue
         x = np.sort(_sample(source, name, None).x.reshape(-1, 32), axis=-1)
         different = 1 + (np.diff(x) != 0).sum(-1)

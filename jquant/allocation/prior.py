@@ -9,19 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
-# Nats a token for a relative error of 1 in the matrices of this role in all layers together. Measured on
-# SmolLM2-135M by `sensitivity.gradient_weights`; medians over layers, so that single odd layers do not count.
-_WEIGHTS = {
-    "attn_q": 0.9,
-    "attn_k": 1.8,
-    "attn_v": 1.8,
-    "attn_qkv": 4.5,
-    "attn_output": 1.5,
-    "ffn_gate": 3.0,
-    "ffn_up": 3.0,
-    "ffn_down": 2.4,
-}
-_OTHER = 2.0
+from jquant.models import matrix
+
+_OTHER = 2.0  # nats a token for a relative error of 1, of names that no kind of block has
 _OUTPUT, _EMBEDDING = 20.0, 2.0
 _OUTER = 4.0  # times as much for the MLPs of the first and the last layer: the least of what was measured
 
@@ -38,7 +28,7 @@ _ON_GRID = 0.02  # times this, where the weights are those of a file with as man
 
 
 def usual_weights(names: Collection[str], layers: int) -> dict[str, float]:
-    """Weights by role and depth. layers: of the model."""
+    """Weights by matrix and depth. layers: of the model."""
     is_tied = "output.weight" not in names
     found = {}
     for name in names:
@@ -47,8 +37,11 @@ def usual_weights(names: Collection[str], layers: int) -> dict[str, float]:
             is_output = name == "output.weight" or (name == "token_embd.weight" and is_tied)
             found[name] = _OUTPUT if is_output else _EMBEDDING
             continue
-        outer = part[2].startswith("ffn_") and int(part[1]) in (0, layers - 1)
-        found[name] = _WEIGHTS.get(part[2], _OTHER) / max(layers, 1) * (_OUTER if outer else 1.0)
+        row = matrix(part[2] + (part[3] or "")) or matrix(part[2])
+        is_mlp = part[2].startswith("ffn_") if row is None else row.role in ("mlp", "expert")
+        outer = is_mlp and int(part[1]) in (0, layers - 1)
+        weight = _OTHER if row is None else row.sensitivity
+        found[name] = weight / max(layers, 1) * (_OUTER if outer else 1.0)
     return found
 
 

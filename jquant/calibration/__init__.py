@@ -18,21 +18,26 @@ from jquant.calibration._calibrators import (
     count_of,
     merge,
 )
-from jquant.calibration._collect import (
+from jquant.calibration._collect import collect, shared_inputs, within_block
+from jquant.calibration._forward_back import forward_back, matrix_gradients
+from jquant.calibration._importance import imatrix_of, importance, load_samples, unreached, unreached_notes
+from jquant.calibration._measure import STATISTICS, measure
+from jquant.calibration._spikes import Found, SuperWeight, loss, with_loss_changes
+from jquant.calibration._statistics import add_rows, init_all, weights_of
+from jquant.calibration._texts import Texts
+from jquant.calibration._token_fisher import token_fisher
+from jquant.calibration._walk import (
     Progress,
-    collect,
+    Turn,
+    batches,
     embed_into,
     padded,
     real_tokens,
     run_through,
-    shared_inputs,
-    within_block,
+    shape_of,
+    turn,
+    walk,
 )
-from jquant.calibration._importance import imatrix_of, importance, load_samples, unreached
-from jquant.calibration._measure import STATISTICS, measure
-from jquant.calibration._spikes import Found, SuperWeight, loss, with_loss_changes
-from jquant.calibration._statistics import add_rows, init_all, weights_of
-from jquant.calibration._token_fisher import token_fisher
 
 __all__ = [
     "ABSOLUTE_MAXIMA",
@@ -45,24 +50,33 @@ __all__ = [
     "Progress",
     "Stats",
     "SuperWeight",
+    "Texts",
+    "Turn",
     "add",
     "add_rows",
+    "batches",
     "collect",
     "count_of",
     "embed_into",
+    "forward_back",
     "imatrix_of",
     "importance",
     "init_all",
     "load_samples",
     "loss",
+    "matrix_gradients",
     "measure",
     "merge",
     "padded",
     "real_tokens",
     "run_through",
+    "shape_of",
     "shared_inputs",
     "token_fisher",
+    "turn",
     "unreached",
+    "unreached_notes",
+    "walk",
     "weights_of",
     "with_loss_changes",
     "within_block",

@@ -15,19 +15,14 @@ from jaxtyping import Int
 from jquant.calibration._calibrators import Calibrator, Stats
 from jquant.calibration._prefetch import Ahead
 from jquant.calibration._statistics import add_inputs, check_finite, finite, init_all
+from jquant.calibration._walk import Progress, batches, embed_into, padded, real_tokens, shape_of, turn
 from jquant.calibration.activations import Activations, Store, store_for
 from jquant.core import Block, BlockwiseModel, block_parameters
-
-# Block and number of blocks that are done.
-Progress = Callable[[int, int], None]
 
 # (model, block, calibrator, x, y, lengths, batch) → statistics: see `through_block`.
 Through = Callable[
     [BlockwiseModel, int, Calibrator, Activations, Activations | None, np.ndarray, int], dict[str, Stats]
 ]
-
-# Samples, and their bytes, whose embedding is read at a time: one pass over the matrix for each.
-_EMBEDDED, _EMBEDDED_BYTES = 256, 1 << 30
 
 
 def collect(
@@ -44,8 +39,12 @@ def collect(
     """The statistics of every matrix of every block, by GGUF tensor name; those of stacks [experts, …].
 
     Arguments and errors are those of `stream`.
+
+    >>> stats = jquant.calibration.collect(model.decoder(), samples.tokens, jquant.calibration.HESSIAN)
+    >>> stats["blk.0.ffn_down.weight"]["xtx"].shape  # Σ x xᵀ of its inputs
+    (96, 96)
     """
-    found: dict[str, Stats] = {}
+    statistics: dict[str, Stats] = {}
     blocks = stream(
         model,
         tokens,
@@ -57,8 +56,8 @@ def collect(
         progress=progress,
     )
     for i, block in enumerate(blocks):
-        found |= {name: block[first] for name, first in shared_inputs(model, i).items()}
-    return found
+        statistics |= {name: block[first] for name, first in shared_inputs(model, i).items()}
+    return statistics
 
 
 def stream(
@@ -81,9 +80,7 @@ def stream(
 
     Raises UserError, with tensor and sample, where an input is no finite number.
     """
-    samples, length = tokens.shape
-    real, batch = real_tokens(tokens, lengths), min(batch, samples)
-    shape = (samples, length, model.embed(tokens[:0]).shape[-1])
+    real, batch, shape = real_tokens(tokens, lengths), min(batch, len(tokens)), shape_of(model, tokens)
     store = store_for(shape, batch) if store is None else store
     count, done = len(model.blocks), 0
     for stats in store.restore():
@@ -106,45 +103,31 @@ def stream(
             x = x if y is None else y
 
 
-def real_tokens(
-    tokens: Int[np.ndarray, "s t"], lengths: Int[np.ndarray, " s"] | None
-) -> Int[np.ndarray, " s"]:
-    return np.asarray(np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths, np.int32)
-
-
-def embed_into(x: Activations, model: BlockwiseModel, tokens: Int[np.ndarray, "s t"], batch: int = 1) -> None:
-    """batch: whole batches are written at once."""
-    sample = tokens.shape[1] * x.shape[-1] * 4
-    step = max(min(_EMBEDDED, _EMBEDDED_BYTES // sample) // batch, 1) * batch
-    for start in range(0, len(tokens), step):
-        x[start : start + step] = model.embed(tokens[start : start + step])
-
-
 def shared_inputs(model: BlockwiseModel, i: int) -> dict[str, str]:
     """Each matrix of block i → the first in the order of their names that is given the very same input.
 
     Full GGUF tensor names; that first one maps to itself.
     """
     width, pairs = model.embed(np.zeros((0, 1), np.int64)).shape[-1], model.angles(i, 1).shape[-1]
-    found = _shared(model.blocks[i], width, pairs)
-    return {f"blk.{i}.{name}.weight": f"blk.{i}.{first}.weight" for name, first in found}
+    pairs_of_names = _shared(model.blocks[i], width, pairs)
+    return {f"blk.{i}.{name}.weight": f"blk.{i}.{first}.weight" for name, first in pairs_of_names}
 
 
 @cache
 def _shared(block: Block, width: int, pairs: int) -> tuple[tuple[str, str], ...]:
-    found: dict[str, str] = {}
+    first_of: dict[str, str] = {}
 
     def trace(params: Mapping, x: Array, angles: Array) -> None:
         shown = block.apply({"params": params}, x, angles, mutable="inputs")[1]["inputs"]
         # While a block is traced, one value is one object, however many matrices it is given to.
         first: dict[int, str] = {}
         for name in sorted(shown):
-            found[name] = first.setdefault(id(shown[name]["x"]), name)
+            first_of[name] = first.setdefault(id(shown[name]["x"]), name)
 
     params = block_parameters(block.shapes, lambda _, shape: jax.ShapeDtypeStruct(shape, jnp.float32))
     x = jax.ShapeDtypeStruct((1, 1, width), jnp.float32)
     jax.eval_shape(trace, params, x, jax.ShapeDtypeStruct((1, pairs), jnp.float32))
-    return tuple(found.items())
+    return tuple(first_of.items())
 
 
 def through_block(
@@ -160,57 +143,33 @@ def through_block(
 
     Of each distinct input, by the first name that `shared_inputs` has for it; lengths: real tokens [s].
     """
-    block, host = model.blocks[i], jax.local_devices(backend="cpu")[0]
-    params, angles = model.load_block(i), jnp.asarray(model.angles(i, x.shape[1]))
+    (_, block, params, angles), host = turn(model, i, x.shape[1]), jax.local_devices(backend="cpu")[0]
     distinct = {within_block(first) for first in shared_inputs(model, i).values()}
 
     def nothing() -> dict[str, Stats]:
-        made = init_all(block, lambda shape: calibrator.init(shape[-1]))
-        return {name: jax.tree.map(jnp.copy, made[name]) for name in made if name in distinct}
+        every = init_all(block, lambda shape: calibrator.init(shape[-1]))
+        return {name: jax.tree.map(jnp.copy, every[name]) for name in every if name in distinct}
 
     stats, check = nothing(), lambda: None
-    for start in range(0, len(x), batch):
-        part = slice(start, min(start + batch, len(x)))
-        given, real = padded(x[part], batch), padded(lengths[part], batch)
-        out, stats = _step(block, calibrator, params, stats, given, angles, real)
+    for part in batches(len(x), batch):
+        inputs, real = padded(x[part], batch), padded(lengths[part], batch)
+        out, stats = _step(block, calibrator, params, stats, inputs, angles, real)
 
-        def alone(k: int, given: Array = given, real: Array = real) -> dict[str, Stats]:
-            return _step(block, calibrator, params, nothing(), given[k : k + 1], angles, real[k : k + 1])[1]
+        def alone(k: int, inputs: Array = inputs, real: Array = real) -> dict[str, Stats]:
+            return _step(block, calibrator, params, nothing(), inputs[k : k + 1], angles, real[k : k + 1])[1]
 
         # The flags of a batch are looked at when the next one is under way: the device need not wait.
         check()
-        check = partial(check_finite, finite(stats), alone, "input", i, range(start, part.stop))
+        check = partial(check_finite, finite(stats), alone, "input", i, range(part.start, part.stop))
         if y is not None:
-            y[part] = out[: part.stop - start]
+            y[part] = out[: part.stop - part.start]
     check()
     return {f"blk.{i}.{name}.weight": jax.device_put(s, host) for name, s in stats.items()}
-
-
-def run_through(
-    block: Block, params: Mapping, angles: Array, x: np.ndarray, y: np.ndarray, batch: int
-) -> None:
-    """All samples x [s, t, width] through a block, into y, which may be x."""
-    for start in range(0, len(x), batch):
-        part = slice(start, min(start + batch, len(x)))
-        y[part] = _output(block, params, padded(x[part], batch), angles)[: part.stop - start]
 
 
 _step = jax.jit(add_inputs, static_argnums=(0, 1), donate_argnums=3)
 
 
-@partial(jax.jit, static_argnums=0)
-def _output(block: Block, params: Mapping, x: Array, angles: Array) -> Array:
-    return block.apply({"params": params}, x, angles, mutable="inputs")[0]
-
-
 def within_block(name: str) -> str:
     """What a block calls one of its matrices: attn_q for blk.3.attn_q.weight."""
     return name.split(".", 2)[2].removesuffix(".weight")
-
-
-def padded(part: np.ndarray | Array, batch: int) -> Array:
-    """The last batch too has `batch` samples, the missing ones of length 0: one shape, one compilation."""
-    if len(part) == batch:
-        return jnp.asarray(part)
-    np_or_jnp = jnp if isinstance(part, Array) else np
-    return jnp.asarray(np_or_jnp.pad(part, [(0, batch - len(part))] + [(0, 0)] * (part.ndim - 1)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,12 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jquant.calibration._calibrators import SECOND_MOMENTS, Stats
-from jquant.calibration._collect import Progress, Through, collect
+from jquant.calibration._collect import Through, collect
+from jquant.calibration._walk import Progress
 from jquant.calibration.activations import Store
 from jquant.calibration.resume import SharedCheckpoint
 from jquant.calibration.sharded import over
+from jquant.checkpoints.fingerprint import common_facts, digest_of_arrays, times_of
 from jquant.checkpoints.model import AnyModel, Model, opened
-from jquant.core import versions
 from jquant.distributed.mesh import agree
 from jquant.distributed.team import ALONE, everyone, shares
 from jquant.io.imatrix import Imatrix
@@ -27,6 +27,7 @@ from jquant.models import Decoder, Precision, WithHead
 from jquant.text.samples import Samples, Table, Text, read_texts, sample
 from jquant.text.token_ids import from_metadata
 
+_NAMED = 8  # experts in a note
 # A file, a name or a dataset of the hub, or what was read of one.
 Calibration: TypeAlias = str | os.PathLike[str] | Text | Table
 
@@ -172,18 +173,16 @@ def run_of(
     model: Model, samples: Samples, *, batch: int, method: str, precision: Precision | None = None
 ) -> dict[str, object]:
     """Everything that the result of a calibration depends on, as JSON values."""
-    files = [file.stat() for file in model.files]
     return {
-        "model": model.path.resolve().name,
-        "model files": [[stat.st_size, stat.st_mtime_ns] for stat in files],
+        **common_facts(model),
+        "times of files": times_of(model),
         "data": samples.dataset,
-        "tokens": hashlib.sha256(samples.tokens.tobytes() + samples.lengths.tobytes()).hexdigest(),
+        "tokens": digest_of_arrays((samples.tokens, samples.lengths)),
         "samples": len(samples.tokens),
         "sequence length": samples.tokens.shape[1],
         "batch": batch,
         "method": method,
         "precision": precision or _usual_precision(),
-        "versions": versions("jax", "jaxlib"),
         "device": jax.devices()[0].device_kind,
     }
 
@@ -199,7 +198,7 @@ def agree_on(
 ) -> None:
     """Raise UserError where processes are to measure different things, or differ in anything more."""
     run = run_of(model, samples, batch=batch, method=method, precision=precision) | more
-    agree({name: str(value) for name, value in run.items() if name != "model files"})  # and their times
+    agree({name: str(value) for name, value in run.items() if name != "times of files"})
 
 
 def imatrix_of(stats: Mapping[str, Stats], samples: Samples) -> Imatrix:
@@ -226,3 +225,16 @@ def unreached(imatrix: Imatrix) -> dict[str, list[int]]:
         for name, count in imatrix.counts.items()
         if len(count) > 1 and (count <= 1).any()
     }
+
+
+def unreached_notes(guessed: Mapping[str, Sequence[int]]) -> list[str]:
+    """What the user should know of the experts of `unreached`."""
+    return [
+        f"{tensor}: no or one token for experts {_few(experts)}; they have their stack's mean."
+        for tensor, experts in guessed.items()
+    ]
+
+
+def _few(experts: Sequence[int]) -> str:
+    more = f" and {len(experts) - _NAMED} more" if len(experts) > _NAMED else ""
+    return f"{list(experts[:_NAMED])}{more}"

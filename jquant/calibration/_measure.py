@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jquant.calibration._calibrators import HESSIAN
-from jquant.calibration._collect import Progress, shared_inputs, stream
+from jquant.calibration._collect import shared_inputs, stream
+from jquant.calibration._forward_back import Tape
 from jquant.calibration._importance import (
     agree_on,
     decoder_for,
@@ -22,8 +23,9 @@ from jquant.calibration._importance import (
     share_of,
 )
 from jquant.calibration._statistics import init_all
+from jquant.calibration._walk import Progress
 from jquant.calibration.activations import Store
-from jquant.calibration.gradients import FISHER_COLUMNS, Tape, collect_gradients, sampled_labels
+from jquant.calibration.gradients import FISHER_COLUMNS, collect_gradients, sampled_labels
 from jquant.calibration.ranges import RANGES
 from jquant.checkpoints.model import Model
 from jquant.core import VERSION, TensorSpec, UserError

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -30,7 +29,9 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from jquant.core import Block, BlockwiseModel
+from jquant.calibration._walk import Turn, walk
+from jquant.core import BlockwiseModel
+from jquant.models import run_and_show
 
 SPIKE = 20.0
 SHARE = 0.5  # of the output, that comes through the one weight
@@ -99,13 +100,12 @@ def with_loss_changes(
     """The same weights, each with what its removal alone does to the loss on `tokens`."""
     x = jnp.asarray(model.embed(tokens))
     without: dict[int, Array] = {}  # activations of the model without weight k, from its block on
-    for i, block in enumerate(model.blocks):  # each is loaded once for all weights
-        params, angles = model.load_block(i), jnp.asarray(model.angles(i, tokens.shape[1]))
-        without = {k: _run(block, params, y, angles)[0] for k, y in without.items()}
+    for at in walk(model, tokens.shape[1]):  # each is loaded once for all weights
+        without = {k: at.run(y) for k, y in without.items()}
         for k, w in enumerate(weights):
-            if w.block == i:
-                without[k] = _run(block, _without(params, [w.place]), x, angles)[0]
-        x = _run(block, params, x, angles)[0]
+            if w.block == at.i:
+                without[k] = _without(at, [w.place]).run(x)
+        x = at.run(x)
     base = _loss(model, x, tokens)
     return [replace(w, loss_change=_loss(model, without[k], tokens) - base) for k, w in enumerate(weights)]
 
@@ -162,9 +162,8 @@ def judged(weights: Sequence[SuperWeight]) -> Found:
 def loss(model: BlockwiseModel, tokens: Int[np.ndarray, "s t"], removed: Removed | None = None) -> float:
     """Mean negative log-likelihood of each token but the first, nats; `removed` weights are zero."""
     x = jnp.asarray(model.embed(tokens))
-    for i, block in enumerate(model.blocks):
-        params = _without(model.load_block(i), (removed or {}).get(i, ()))
-        x = _run(block, params, x, jnp.asarray(model.angles(i, tokens.shape[1])))[0]
+    for at in walk(model, tokens.shape[1]):
+        x = _without(at, (removed or {}).get(at.i, ())).run(x)
     return _loss(model, x, tokens)
 
 
@@ -181,41 +180,34 @@ def _by_block(found: Iterable[tuple[int, Place]]) -> dict[int, list[Place | tupl
     return out
 
 
-def _without(
-    params: dict[str, dict[str, Array]], removed: Sequence[Place | tuple[int, int]]
-) -> dict[str, dict[str, Array]]:
+def _without(at: Turn, removed: Sequence[Place | tuple[int, int]]) -> Turn:
+    params = at.params
     for place in removed:
         tensor, index = place if isinstance(place, Place) else Place(DENSE, place)
         weight = params[tensor]["weight"].at[index].set(0.0)
         params = {**params, tensor: {**params[tensor], "weight": weight}}
-    return params
-
-
-@partial(jax.jit, static_argnums=0)
-def _run(block: Block, params: Mapping, x: Array, angles: Array) -> tuple[Array, dict[str, dict[str, Array]]]:
-    """(output of the block, what its down projections are given)"""
-    y, shown = block.apply({"params": params}, x, angles, mutable="inputs")
-    return y, {name: dict(shown["inputs"][name]) for name in DOWN if name in shown["inputs"]}
+    return at._replace(params=params)
 
 
 def _search(model: BlockwiseModel, tokens: np.ndarray, removed: Removed) -> list[SuperWeight]:
-    x, found = jnp.asarray(model.embed(tokens)), []
-    for i, block in enumerate(model.blocks):
-        params = _without(model.load_block(i), removed.get(i, ()))
-        x, inputs = _run(block, params, x, jnp.asarray(model.angles(i, tokens.shape[1])))
+    x, spikes = jnp.asarray(model.embed(tokens)), []
+    for at in walk(model, tokens.shape[1]):
+        i, block, params, angles = _without(at, removed.get(at.i, ()))
+        x, inputs = run_and_show(block, params, x, angles, tuple(name for name in DOWN if name in params))
         for name, shown in inputs.items():
-            given, weight = (np.asarray(a) for a in (shown["x"], params[name]["weight"]))
+            inputs, weight = (np.asarray(a) for a in (shown["x"], params[name]["weight"]))
             if name == STACK:
-                found += _spikes_of_experts(
-                    i, given, np.asarray(shown["expert"]), np.asarray(shown["token"]), weight
+                spikes += _spikes_of_experts(
+                    i, inputs, np.asarray(shown["expert"]), np.asarray(shown["token"]), weight
                 )
             else:
-                one = given.reshape(-1, given.shape[-1])
-                made = one @ weight.T
-                found += [
-                    replace(w, tensor=name) for w in _spikes(i, one, made, weight, _usual(one), _usual(made))
+                rows = inputs.reshape(-1, inputs.shape[-1])
+                outputs = rows @ weight.T
+                spikes += [
+                    replace(w, tensor=name)
+                    for w in _spikes(i, rows, outputs, weight, _usual(rows), _usual(outputs))
                 ]
-    return found
+    return spikes
 
 
 def _spikes_of_experts(
@@ -225,14 +217,14 @@ def _spikes_of_experts(
     token: Int[np.ndarray, "tiles tile"],
     weight: Float[np.ndarray, "experts out in"],
 ) -> list[SuperWeight]:
-    given = {int(e): x[expert == e][token[expert == e] >= 0] for e in np.unique(expert)}
-    given = {e: rows for e, rows in given.items() if len(rows)}
-    made = {e: rows @ weight[e].T for e, rows in given.items()}
-    usual_x, usual_y = (_usual(np.concatenate(list(parts.values()))) for parts in (given, made))
+    inputs = {int(e): x[expert == e][token[expert == e] >= 0] for e in np.unique(expert)}
+    inputs = {e: rows for e, rows in inputs.items() if len(rows)}
+    outputs = {e: rows @ weight[e].T for e, rows in inputs.items()}
+    usual_x, usual_y = (_usual(np.concatenate(list(parts.values()))) for parts in (inputs, outputs))
     return [
         replace(w, tensor=STACK, expert=e)
-        for e, rows in given.items()
-        for w in _spikes(block, rows, made[e], weight[e], usual_x, usual_y)
+        for e, rows in inputs.items()
+        for w in _spikes(block, rows, outputs[e], weight[e], usual_x, usual_y)
     ]
 
 
@@ -247,13 +239,13 @@ def _spikes(
     """The weight behind the largest output of a matrix, if that is a spike; else nothing."""
     token, row = np.unravel_index(np.abs(y).argmax(), y.shape)
     column = int(np.abs(x[token]).argmax())
-    value, given, made = float(weight[row, column]), float(x[token, column]), float(y[token, row])
-    spike = abs(made) / usual_y
+    value, into, out = float(weight[row, column]), float(x[token, column]), float(y[token, row])
+    spike = abs(out) / usual_y
     others = max(float(np.median(np.abs(y[token]))), float(np.finfo(np.float32).tiny))
-    stands_out = min(spike, abs(made) / others, abs(given) / usual_x) >= SPIKE
-    if not stands_out or given * value / made < SHARE:
+    stands_out = min(spike, abs(out) / others, abs(into) / usual_x) >= SPIKE
+    if not stands_out or into * value / out < SHARE:
         return []
-    return [SuperWeight(block, int(row), column, value, given, made, spike)]
+    return [SuperWeight(block, int(row), column, value, into, out, spike)]
 
 
 def _usual(a: Float[np.ndarray, "t width"]) -> float:

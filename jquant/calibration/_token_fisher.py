@@ -12,9 +12,9 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-from jquant.calibration._calibrators import Stats
-from jquant.calibration._collect import Progress
-from jquant.calibration.gradients import SQUARES, ScratchTape, sampled_labels, stream_gradients
+from jquant.calibration._forward_back import ScratchTape
+from jquant.calibration._walk import Progress
+from jquant.calibration.gradients import SQUARES, sampled_labels, stream_gradients
 from jquant.core import BlockwiseModel
 
 
@@ -51,7 +51,7 @@ class _Tape(ScratchTape):
         super().__init__(blocks)
         self.fisher: dict[int, np.ndarray] = {}
 
-    def finish(self, block: int, stats: dict[str, Stats]) -> None:
+    def finish(self, block: int, result: object) -> None:
         behind = self.cotangents(block + 1, ())  # it is there, of whatever shape
         self.fisher[block] = np.stack([np.mean(np.square(one), axis=-1) for one in behind])
-        super().finish(block, stats)
+        super().finish(block, result)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jquant.core import OutputError
 from jquant.core.human import human_size
 from jquant.io.space import reserve
+from jquant.io.write_errors import reporting
 
 IN_MEMORY = 8 << 30  # bytes of activations; more of them go to a file
 ON_DEVICE = 0.5  # share of a device's memory that activations may take
@@ -125,12 +125,11 @@ def scratch(shape: tuple[int, ...], folder: Path | None, in_memory: int) -> np.n
     if size <= in_memory:
         return np.empty(shape, np.float32)
     folder = folder or Path(tempfile.gettempdir())
-    try:
-        with tempfile.TemporaryFile(dir=folder, prefix="jquant-") as file:
-            reserve(cast(BinaryIO, file), size)
-            return cast(np.ndarray, np.memmap(file, np.float32, "r+", shape=shape))
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: cannot take {human_size(size)} of activations: {error.strerror}; free some "
-            "space, set TMPDIR to a folder of another disk, or use fewer samples."
-        ) from error
+    remedy = "free some space, set TMPDIR to a folder of another disk, or use fewer samples"
+    takes = f"take {human_size(size)} of activations"
+    with (
+        reporting(folder, what=takes, full=remedy, refused=remedy),
+        tempfile.TemporaryFile(dir=folder, prefix="jquant-") as file,
+    ):
+        reserve(cast(BinaryIO, file), size)
+        return cast(np.ndarray, np.memmap(file, np.float32, "r+", shape=shape))

@@ -1,9 +1,5 @@
 """How the loss depends on every matrix of a model, measured on samples of text, block by block.
 
-The forward pass keeps what goes into each block; from the last block to the first, the gradient of the loss
-is then carried back through one block at a time. One block's weights and a few samples are on the device; the
-activations, samples · tokens · width · (blocks + 1) float32, lie in memory or in a file.
-
 The loss is −log p(next token), summed over tokens. For a matrix y = W x, with δ the gradient of the loss with
 respect to y, the use of W at one token has the gradient δ xᵀ. Its square, δ_i² x_j², needs no matrix a token:
 Σ_t (δ_t²)(x_t²)ᵀ is one product. This *per-token* Fisher leaves out what the uses of W at two tokens share;
@@ -19,10 +15,9 @@ Empirical Fisher Approximation). The gradient itself is that of the text's loss 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +26,9 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from jquant.calibration._calibrators import Stats, add, count_of
-from jquant.calibration._collect import Progress, embed_into, padded, real_tokens, run_through
+from jquant.calibration._forward_back import Tape, forward_back
 from jquant.calibration._statistics import add_rows, check_finite, finite, init_all, weights_of
-from jquant.calibration.activations import IN_MEMORY, scratch
+from jquant.calibration._walk import Progress, Turn, batches, padded, real_tokens
 from jquant.core import Block, BlockwiseModel, UserError
 
 LOGITS = 1 << 26  # values of a step through the output matrix: 256 MB, or one sample
@@ -96,11 +91,11 @@ def together(*calibrators: GradientCalibrator) -> GradientCalibrator:
         return {name: value for c in calibrators for name, value in c.init(out, in_).items()}
 
     def update(stats: Stats, x: Array, g: Array, weight: Array) -> Stats:
-        found: Stats = {}
+        updated: Stats = {}
         for c in calibrators:
-            own = {name: stats[name] for name in c.init(g.shape[1], x.shape[1])}
-            found |= c.update(own, x, g, weight)
-        return found
+            of_one = {name: stats[name] for name in c.init(g.shape[1], x.shape[1])}
+            updated |= c.update(of_one, x, g, weight)
+        return updated
 
     return GradientCalibrator(init, update, add)
 
@@ -125,67 +120,6 @@ def sampled_labels(seed: int) -> Labels:
     return draw
 
 
-@runtime_checkable
-class Tape(Protocol):
-    """Where the activations of all blocks lie, and what an interrupted run left there.
-
-    With n blocks, array i of 0 … n is what goes into block i, array n what comes out of the last one.
-    """
-
-    def forwarded(self) -> int:
-        """How many of the activations, from the first on, are complete."""
-        ...
-
-    def restore(self) -> Iterable[dict[str, Stats]]:
-        """The statistics of the blocks that the backward pass has done, from the last one on."""
-        ...
-
-    def activations(self, i: int, shape: tuple[int, ...]) -> np.ndarray:
-        """float32: to be filled, or complete."""
-        ...
-
-    def keep(self, i: int) -> None:
-        """Activations i are complete."""
-        ...
-
-    def cotangents(self, i: int, shape: tuple[int, ...]) -> np.ndarray:
-        """float32: the gradient with respect to activations i, whose array it may be: sample by sample it is
-        written after those are read."""
-        ...
-
-    def finish(self, block: int, stats: dict[str, Stats]) -> None:
-        """The backward pass has done this block, and cotangents `block` are complete."""
-        ...
-
-
-class ScratchTape:
-    """A Tape that remembers nothing: memory, or files of `folder` without names where all activations of a
-    run are larger than `in_memory` bytes."""
-
-    def __init__(self, blocks: int, folder: Path | None = None, in_memory: int = IN_MEMORY):
-        self._folder, self._in_memory = folder, in_memory // (blocks + 1)
-        self._arrays: dict[int, np.ndarray] = {}
-
-    def forwarded(self) -> int:
-        return 0
-
-    def restore(self) -> list[dict[str, Stats]]:
-        return []
-
-    def activations(self, i: int, shape: tuple[int, ...]) -> np.ndarray:
-        if i not in self._arrays:
-            self._arrays[i] = scratch(shape, self._folder, self._in_memory)
-        return self._arrays[i]
-
-    def keep(self, i: int) -> None:
-        pass
-
-    cotangents = activations
-
-    def finish(self, block: int, stats: dict[str, Stats]) -> None:
-        self._arrays.pop(block + 1)
-
-
 def collect_gradients(
     model: BlockwiseModel,
     tokens: Int[np.ndarray, "s t"],
@@ -194,7 +128,7 @@ def collect_gradients(
     *,
     lengths: Int[np.ndarray, " s"] | None = None,
     batch: int = 4,
-    tape: Tape | None = None,
+    tape: Tape[dict[str, Stats]] | None = None,
     progress: Progress = lambda done, count: None,
 ) -> dict[str, Stats]:
     """The statistics of every matrix of every block, by GGUF tensor name; those of stacks [experts, …].
@@ -215,7 +149,7 @@ def stream_gradients(
     *,
     lengths: Int[np.ndarray, " s"] | None = None,
     batch: int = 4,
-    tape: Tape | None = None,
+    tape: Tape[dict[str, Stats]] | None = None,
     progress: Progress = lambda done, count: None,
 ) -> Iterator[dict[str, Stats]]:
     """From the last block to the first, the statistics of its matrices by GGUF tensor name, on the host.
@@ -226,49 +160,10 @@ def stream_gradients(
 
     Raises UserError, with tensor and sample, where a gradient is no finite number.
     """
-    samples, length = tokens.shape
-    real, batch, n = real_tokens(tokens, lengths), min(batch, samples), len(model.blocks)
-    shape = (samples, length, model.embed(tokens[:0]).shape[-1])
-    tape = ScratchTape(n) if tape is None else tape
-    done = 0
-    for stats in tape.restore():
-        yield stats
-        done += 1
-    if done == n:
-        return
-    if done == 0:
-        _forward(model, tokens, batch, tape, shape, progress)
-    behind = tape.cotangents(n - done, shape)
-    if done == 0:
-        _into_head(model, tokens, labels, real, batch, tape.activations(n, shape), behind)
-    for i in range(n - 1 - done, -1, -1):
-        before = None if i == 0 else tape.cotangents(i, shape)
-        x = tape.activations(i, shape)
-        stats = _back_through_block(model, i, calibrator, x, behind, before, real, batch)
-        tape.finish(i, stats)
-        progress(2 * n - i, 2 * n)
-        yield stats
-        behind = x if before is None else before
-
-
-def _forward(
-    model: BlockwiseModel,
-    tokens: np.ndarray,
-    batch: int,
-    tape: Tape,
-    shape: tuple[int, ...],
-    progress: Progress,
-) -> None:
-    n, complete = len(model.blocks), tape.forwarded()
-    if complete == 0:
-        embed_into(tape.activations(0, shape), model, tokens)
-        tape.keep(0)
-    for i in range(max(complete - 1, 0), n):
-        x, y = tape.activations(i, shape), tape.activations(i + 1, shape)
-        params, angles = model.load_block(i), jnp.asarray(model.angles(i, shape[1]))
-        run_through(model.blocks[i], params, angles, x, y, batch)
-        tape.keep(i + 1)
-        progress(i + 1, 2 * n)
+    real, batch = real_tokens(tokens, lengths), min(batch, len(tokens))
+    into_head = partial(_into_head, model, tokens, labels, real, batch)
+    back = partial(_back_through_block, calibrator, real, batch)
+    return forward_back(model, tokens, into_head, back, batch=batch, tape=tape, progress=progress)
 
 
 def _into_head(
@@ -284,19 +179,19 @@ def _into_head(
     shape = y.shape
     vocab = model.logits(jnp.zeros((1, 1, shape[2]), jnp.float32)).shape[-1]
     step = max(min(batch, LOGITS // (shape[1] * vocab)), 1)
-    for start in range(0, len(y), step):
-        part = slice(start, start + step)
+    for part in batches(len(y), step):
         logits, pull = jax.vjp(model.logits, jnp.asarray(y[part]))
         counted = np.arange(shape[1])[None] < real[part, None] - 1  # the last token has no next one
         grads = _loss_gradient(logits, labels(logits, tokens[part]), jnp.asarray(counted))
-        (found,) = pull(grads)
-        finite = np.isfinite(np.asarray(jnp.sum(found, axis=(1, 2))))
+        (of_inputs,) = pull(grads)
+        finite = np.isfinite(np.asarray(jnp.sum(of_inputs, axis=(1, 2))))
         if not finite.all():
+            sample = part.start + int(finite.argmin())
             raise UserError(
-                f"output_norm.weight: its gradient is not finite in sample {start + int(finite.argmin())} "
-                "(from 0); the model is damaged, or float32 is too small for it."
+                f"output_norm.weight: its gradient is not finite in sample {sample} (from 0); the "
+                "model is damaged, or float32 is too small for it."
             )
-        g[part] = found
+        g[part] = of_inputs
 
 
 @jax.jit
@@ -310,32 +205,29 @@ def _loss_gradient(
 
 
 def _back_through_block(
-    model: BlockwiseModel,
-    i: int,
     calibrator: GradientCalibrator,
+    lengths: np.ndarray,
+    batch: int,
+    at: Turn,
     x: np.ndarray,
     behind: np.ndarray,
     before: np.ndarray | None,
-    lengths: np.ndarray,
-    batch: int,
 ) -> dict[str, Stats]:
-    """Gradients `behind` block i, all samples, into `before` it where wanted; the block's statistics."""
-    block, host = model.blocks[i], jax.local_devices(backend="cpu")[0]
-    params, angles = model.load_block(i), jnp.asarray(model.angles(i, x.shape[1]))
+    """Gradients `behind` a block, all samples, into `before` it where wanted; the block's statistics."""
+    (i, block, params, angles), host = at, jax.local_devices(backend="cpu")[0]
     stats = empty = init_all(block, lambda shape: calibrator.init(shape[-2], shape[-1]))
     step = partial(_step, block, calibrator, params)
-    for start in range(0, len(x), batch):
-        part = slice(start, min(start + batch, len(x)))
-        given, g, real = (padded(a[part], batch) for a in (x, behind, lengths))
-        out, stats = step(stats, given, g, angles, real)
+    for part in batches(len(x), batch):
+        inputs, g, real = (padded(a[part], batch) for a in (x, behind, lengths))
+        out, stats = step(stats, inputs, g, angles, real)
 
-        def alone(k: int, given: Array = given, g: Array = g, real: Array = real) -> dict[str, Stats]:
+        def alone(k: int, inputs: Array = inputs, g: Array = g, real: Array = real) -> dict[str, Stats]:
             one = slice(k, k + 1)
-            return step(empty, given[one], g[one], angles, real[one])[1]
+            return step(empty, inputs[one], g[one], angles, real[one])[1]
 
-        check_finite(finite(stats), alone, "gradient", i, range(start, part.stop))
+        check_finite(finite(stats), alone, "gradient", i, range(part.start, part.stop))
         if before is not None:
-            before[part] = out[: part.stop - start]
+            before[part] = out[: part.stop - part.start]
     return {f"blk.{i}.{name}.weight": jax.device_put(s, host) for name, s in stats.items()}
 
 

@@ -14,6 +14,7 @@ from jquant.core import OutputError, TensorSpec, UserError
 from jquant.core.human import text_table
 from jquant.io import check_target
 from jquant.io.imatrix import Imatrix
+from jquant.models import stage
 
 ACTIVE = 1e-5  # mean square above which a channel counts as active, as in llama-imatrix --show-statistics
 
@@ -54,12 +55,7 @@ def _inputs(imatrix: Imatrix) -> list[tuple[int, tuple[str, ...], np.ndarray, in
         )
         tensors.append(match[2])
     rows = [(block, tuple(sorted(t)), mean, tokens) for (block, _), (t, mean, tokens) in found.items()]
-    return sorted(rows, key=lambda row: (row[0], _place(row[1][0]), row[1]))
-
-
-def _place(tensor: str) -> tuple[bool, bool]:
-    """Attention comes before the FFN, and in both what they are given before what they give."""
-    return tensor.startswith("ffn"), tensor.startswith(("attn_output", "ffn_down"))
+    return sorted(rows, key=lambda row: (row[0], stage(row[1][0]), row[1]))
 
 
 def write_figures(

@@ -9,7 +9,6 @@ of all samples, whole, on the host.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 
@@ -22,27 +21,25 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jquant.calibration._calibrators import Calibrator, Stats
 from jquant.calibration._collect import Through, shared_inputs, within_block
 from jquant.calibration._statistics import add_inputs, check_finite, finite, init_all
+from jquant.calibration._walk import batches, pad
 from jquant.calibration.activations import Activations
 from jquant.core import Block, BlockwiseModel
 from jquant.distributed.mesh import exchange
 from jquant.distributed.shard_map import shard_map
-
-# Which axis of a parameter lies over `model`. All architectures have the names of GGUF, so one table serves
-# them: what makes the heads or the hidden units is split by them, and what adds them up again by its columns.
-PARTITION = (
-    (r"(attn_(q|k|v)|ffn_(gate|up)(_shexp)?)\.(weight|bias)", 0),  # [out, in]; [out]
-    (r"(attn_output|ffn_down(_shexp)?)\.weight", 1),  # [out, in]
-    (r"ffn_(gate|up)_exps\.weight", 1),  # [experts, out, in]
-    (r"ffn_down_exps\.weight", 2),  # [experts, out, in]
-)
+from jquant.models import matrix
 
 
 def partition(parameter: str, shape: tuple[int, ...], size: int) -> PartitionSpec:
     """How a block's parameter, such as "attn_q.weight", lies over a model axis of `size` devices: by the
-    table where the axis is a multiple of the size, else whole on each."""
-    for pattern, axis in PARTITION:
-        if re.fullmatch(pattern, parameter) and axis < len(shape) and shape[axis] % size == 0:
-            return PartitionSpec(*(None,) * axis, "model")
+    table of its kind where the axis is a multiple of the size, else whole on each."""
+    name, _, part = parameter.rpartition(".")
+    row = matrix(name)
+    if row is None or row.over_model is None:
+        return PartitionSpec()
+    axis = (row.over_model == "columns") + (row.form == "stack")  # [out, in]; [experts, out, in]; bias [out]
+    is_split = part == "weight" or (part == "bias" and axis == 0)
+    if is_split and axis < len(shape) and shape[axis] % size == 0:
+        return PartitionSpec(*(None,) * axis, "model")
     return PartitionSpec()
 
 
@@ -70,19 +67,18 @@ def over(mesh: Mesh, first: int = 0) -> Through:
         by_sample = NamedSharding(local, PartitionSpec("data"))
         step = _step_over(block, calibrator, names, local)
         stats = _nothing(block, calibrator, names, local)
-        for start in range(0, len(x), batch * ways):
-            part = slice(start, min(start + batch * ways, len(x)))
-            given, real = (jax.device_put(_padded(a[part], batch * ways), by_sample) for a in (x, lengths))
-            out, stats = step(params, stats, given, angles, real)
+        for part in batches(len(x), batch * ways):
+            inputs, real = (jax.device_put(pad(a[part], batch * ways), by_sample) for a in (x, lengths))
+            out, stats = step(params, stats, inputs, angles, real)
 
-            def alone(k: int, given: Array = given, real: Array = real) -> dict[str, Stats]:
-                one = jnp.arange(len(given)) == k  # an infinity times a weight of 0 is no number
-                x, count = jnp.where(one[:, None, None], given, 0.0), jnp.where(one, real, 0)
+            def alone(k: int, inputs: Array = inputs, real: Array = real) -> dict[str, Stats]:
+                one = jnp.arange(len(inputs)) == k  # an infinity times a weight of 0 is no number
+                x, count = jnp.where(one[:, None, None], inputs, 0.0), jnp.where(one, real, 0)
                 return step(params, _nothing(block, calibrator, names, local), x, angles, count)[1]
 
-            check_finite(finite(stats), alone, "input", i, range(first + start, first + part.stop))
+            check_finite(finite(stats), alone, "input", i, range(first + part.start, first + part.stop))
             if y is not None:
-                y[part] = np.asarray(out)[: part.stop - start]
+                y[part] = np.asarray(out)[: part.stop - part.start]
         exchange()  # who failed says so here, before the others wait for its statistics
         merged = _merge_over(block, calibrator, names, mesh)(jax.tree.map(partial(_global, mesh), stats))
         return {f"blk.{i}.{name}.weight": jax.tree.map(_on_host, s) for name, s in merged.items()}
@@ -100,11 +96,6 @@ def _placed(model: BlockwiseModel, i: int, local: Mesh) -> dict[str, dict[str, A
         return jax.device_put(value, NamedSharding(local, spec))
 
     return {m: {k: put(m, k, value) for k, value in kinds.items()} for m, kinds in params.items()}
-
-
-def _padded(part: np.ndarray, count: int) -> np.ndarray:
-    """`count` samples, the missing ones of length 0."""
-    return np.pad(part, [(0, count - len(part))] + [(0, 0)] * (part.ndim - 1))
 
 
 def _nothing(block: Block, calibrator: Calibrator, names: frozenset[str], local: Mesh) -> dict[str, Stats]:
@@ -146,8 +137,8 @@ def _step_over(block: Block, calibrator: Calibrator, names: frozenset[str], loca
         return y, jax.tree.map(lambda a: a[None], mine)
 
     data, whole = PartitionSpec("data"), PartitionSpec()
-    given = (whole, data, data, whole, data)
-    mapped = shard_map(on_one, local, given, (data, data), axes=frozenset({"data"}))
+    specs = (whole, data, data, whole, data)
+    mapped = shard_map(on_one, local, specs, (data, data), axes=frozenset({"data"}))
     # Or the compiler might split others over `model`.
     kept = jax.tree.map(partial(NamedSharding, local), _layout(block, calibrator, names, local))
     return jax.jit(mapped, out_shardings=(NamedSharding(local, data), kept))
@@ -193,6 +184,6 @@ def _merge_over(block: Block, calibrator: Calibrator, names: frozenset[str], mes
             step *= 2
         return jax.tree.map(lambda a: lax.psum(jnp.where(index == 0, a, jnp.zeros_like(a)), "data"), mine)
 
-    given = _layout(block, calibrator, names, mesh)
-    made = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), given)
-    return jax.jit(shard_map(on_one, mesh, (given,), made))
+    layout = _layout(block, calibrator, names, mesh)
+    merged = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), layout)
+    return jax.jit(shard_map(on_one, mesh, (layout,), merged))

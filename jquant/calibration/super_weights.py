@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jquant import models
 from jquant.calibration._spikes import (
     Found,
     SuperWeight,
@@ -23,7 +22,6 @@ from jquant.calibration._spikes import (
 )
 from jquant.calibration.gradients import FISHER, stream_gradients, text_labels
 from jquant.checkpoints.model import Model
-from jquant.checkpoints.weights import Weights
 from jquant.core import TensorSpec, UserError
 from jquant.core.human import text_table
 from jquant.models import Decoder
@@ -40,7 +38,7 @@ def super_weights(model: Model, samples: Samples) -> Found:
     """Those that spike on a short prompt, or that gradients on some text point to, by what their removal does
     to the loss on that text."""
     tokens = loss_tokens(samples)
-    decoder = models.decoder(Weights(model.source), model.metadata)
+    decoder = model.decoder()
     prompt = np.array([from_metadata(model.metadata).encode(PROMPT)])
     return judged(
         with_loss_changes(decoder, united(find(decoder, prompt), sensitive(decoder, tokens)), tokens)

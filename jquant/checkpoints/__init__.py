@@ -1,7 +1,8 @@
 """A model on disk as tensors to compute with: whatever type, scheme or layout they are stored in."""
 
-from jquant.checkpoints._transcode import FLOAT_DTYPES, LOW_BPW, loop_over, slab_rows, slab_steps, transcode
+from jquant.checkpoints._transcode import LOW_BPW, loop_over, slab_rows, slab_steps, transcode
 from jquant.checkpoints.model import AnyModel, Model, open_model, opened
+from jquant.core import FLOAT_DTYPES
 
 __all__ = [
     "FLOAT_DTYPES",

@@ -13,25 +13,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jquant.core import Format, Grain, decode_chunk, encode_chunk, grain
+from jquant.core import FLOAT_DTYPES, Format, Grain, decode_chunk, encode_chunk, grain
 from jquant.distributed.shard_map import shard_map
 
 SLAB_WEIGHTS = 1 << 22  # 16 MB as float32: many steps of a CPU's loop, small beside any budget of memory
-
-# Stored types that the compiled code reads as arrays of floats rather than as bytes.
-FLOAT_DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-}
-
 
 # Types with at most these bits a weight are read back: what they lose can be what makes a model fail.
 LOW_BPW = 3.5

@@ -10,21 +10,21 @@ from dataclasses import replace
 from types import MappingProxyType
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jaxtyping import UInt8
 
-from jquant.core import QuantizedTensor, ScaledFormat, Source, TensorSpec, UserError, dequantize
+from jquant.core import (
+    FLOAT_DTYPES,
+    TRAINED,
+    QuantizedTensor,
+    ScaledFormat,
+    Source,
+    TensorSpec,
+    UserError,
+    dequantize,
+)
 
-DTYPES = {
-    "I8": np.dtype(np.int8),
-    "I32": np.dtype(np.int32),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-_FLOATS = ("F32", "F16", "BF16")
+DTYPES = FLOAT_DTYPES | {"I8": np.dtype(np.int8), "I32": np.dtype(np.int32)}
 _SCALE, _SHAPE, _INPUT = "weight_scale", "weight_shape", "input_scale"
 
 
@@ -49,7 +49,7 @@ class Decompressed:
         scale = self._source.specs[f"{module}.{_SCALE}"]
         shape = (*spec.shape[:-1], spec.cols * self._format.per_code)
         wanted = (*spec.shape[:-1], self._format.groups(shape[-1]))
-        if spec.type != self._format.type or scale.type not in _FLOATS or scale.shape != wanted:
+        if spec.type != self._format.type or scale.type not in TRAINED or scale.shape != wanted:
             raise UserError(
                 f"{spec.name}: {spec.type} {spec.shape} with scales {scale.type} {scale.shape} is not what "
                 f"config.json declares ({self._format}, scales {wanted}); the folder is damaged."
@@ -71,7 +71,7 @@ class Decompressed:
         """That of the inputs of a decoded weight. Raises UserError where it has none, or none above 0."""
         stored = f"{name.removesuffix('.weight')}.{_INPUT}"
         spec = self._source.specs.get(stored)
-        if spec is None or spec.size != 1 or spec.type not in _FLOATS:
+        if spec is None or spec.size != 1 or spec.type not in TRAINED:
             raise UserError(
                 f"{stored}: config.json declares one number, which is not there; use the original."
             )

@@ -19,7 +19,7 @@ _END_BYTES = 1 << 16
 
 
 def common_facts(model: Model) -> dict[str, str]:
-    """What any output of this model depends on."""
+    """What any output of this model depends on; callers add what else theirs does."""
     found = {
         "jquant": VERSION,
         "jax": f"{version('jax')} with jaxlib {version('jaxlib')} on {jax.default_backend()}",
@@ -30,8 +30,12 @@ def common_facts(model: Model) -> dict[str, str]:
 
 def fingerprint(model: Model, facts: Mapping[str, str]) -> str:
     """Of these facts and the times of the model's files, to tell whether a run can continue another."""
-    times = [file.stat().st_mtime_ns for file in model.files]
-    return digest([json.dumps([dict(facts), times]).encode()])
+    return digest([json.dumps([dict(facts), times_of(model)]).encode()])
+
+
+def times_of(model: Model) -> list[int]:
+    """When each of the model's files was changed. Copies of them may differ in it."""
+    return [file.stat().st_mtime_ns for file in model.files]
 
 
 def _ends(file: AnyPath) -> Iterator[bytes]:

@@ -43,7 +43,7 @@ def specs_of(layout: Layout, spec: TensorSpec) -> list[TensorSpec]:
     if out % CODES:
         raise UserError(
             f"{spec.name}: {layout.method.upper()} needs a multiple of {CODES} outputs; got {out}. "
-            "Leave it out with --keep, or choose W4A16."
+            "Leave it out with keep=…, or choose W4A16."
         )
     module, groups = spec.name.removesuffix(".weight"), inputs // (layout.group_size or inputs)
     rows = (inputs // CODES, out) if layout.method == "gptq" else (inputs, out // CODES)

@@ -49,6 +49,11 @@ class Scheme:
         return self.activations == "int8-asymmetric"
 
     @property
+    def smooths(self) -> bool:
+        """Whether outliers of inputs are worth moving into weights: integers have few levels for the rest."""
+        return self.activations in ("int8", "int8-asymmetric")
+
+    @property
     def transposed(self) -> Layout | None:
         """How the weights are stored, where not as compressed-tensors has them."""
         if self.layout == "gptq":
@@ -112,7 +117,7 @@ def fitting(scheme: Scheme, widths: Iterable[int]) -> Scheme:
     odd = next(width for width in widths if width % GROUP_SIZES[-1])
     raise UserError(
         f"{scheme.name}: rows of {odd} weights are no multiple of {GROUP_SIZES[-1]}, the smallest group that "
-        "runtimes read; leave these matrices out with --keep, or choose W8A8."
+        "runtimes read; leave these matrices out with keep=…, or choose W8A8."
     )
 
 

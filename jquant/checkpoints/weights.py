@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.checkpoints._transcode import FLOAT_DTYPES
-from jquant.core import QuantizedTensor, Source, TensorSpec, UserError, dequantize
+from jquant.core import FLOAT_DTYPES, QuantizedTensor, Source, TensorSpec, UserError, dequantize
 from jquant.formats import FORMATS
 
 

@@ -13,7 +13,8 @@ from jax import Array, lax
 from jaxtyping import Float, UInt8
 
 from jquant.core._effort import Effort, at_effort
-from jquant.core._format import SCALE_DTYPES, Format, QuantizedTensor, ScaledFormat
+from jquant.core._files import FLOAT_DTYPES
+from jquant.core._format import Format, QuantizedTensor, ScaledFormat
 from jquant.core._grain import CPU_GRAIN, grain
 
 
@@ -124,7 +125,7 @@ def _encode_scaled(x: Array, importance: Array | None, format: ScaledFormat) -> 
         return jnp.broadcast_to(a, x.shape).astype(jnp.float32).reshape(-1, cols // groups)
 
     found = format.fit(grouped(x), None if importance is None else grouped(importance))
-    dtype = SCALE_DTYPES[format.scale_type]
+    dtype = FLOAT_DTYPES[format.scale_type]
     stored = lax.optimization_barrier(jax.tree.map(lambda a: a.astype(dtype), found))
     codes = format.assign(grouped(x), jax.tree.map(lambda a: a.astype(jnp.float32), stored))
     by_name = zip(format.scale_parts, jax.tree.leaves(stored), strict=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import gguf
+import ml_dtypes
 import numpy as np
 
 from jquant.core._errors import UserError
@@ -24,6 +25,16 @@ _BLOCKS |= {"Q2_0": (64, 18)}
 _ONLY_SAFETENSORS = {"BOOL": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8}
 _ONLY_SAFETENSORS |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 _BLOCKS |= {name: (1, size) for name, size in _ONLY_SAFETENSORS.items()}
+
+# Stored types that are floats. In TRAINED ones models are trained and published, and scales stored.
+FLOAT_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+TRAINED = ("F32", "F16", "BF16")
 
 
 def block_and_bytes(type: str) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import PyTree
 
@@ -103,9 +102,6 @@ class ScaledFormat:
     def scale_parts(self) -> tuple[str, ...]:
         """What the arrays of the scales are called."""
         return ("weight_scale", "weight_zero_point") if self.zeros else ("weight_scale",)
-
-
-SCALE_DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=("format",))

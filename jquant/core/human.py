@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+
+from jquant.core._errors import UserError
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -14,6 +17,15 @@ def human_size(nbytes: int | float) -> str:
         nbytes /= 1000
         unit += 1
     return f"{nbytes:.2f} {_UNITS[unit]}" if unit else f"{nbytes:.0f} B"
+
+
+def size_in_bytes(text: str) -> int:
+    """'89248832B' → 89248832, '2GB' → 2 · 10⁹, '1.5GiB' → 1.5 · 2³⁰. Raises UserError for what is no size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i)?B?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise UserError(f"expected a size such as 2GB or 1.5GiB; got {text!r}")
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def human_shape(shape: Sequence[int]) -> str:

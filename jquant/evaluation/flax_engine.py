@@ -17,13 +17,13 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from jquant import models
+from jquant.calibration import embed_into, run_through
 from jquant.calibration.activations import Scratch
 from jquant.checkpoints.model import open_model
-from jquant.checkpoints.weights import Weights
 from jquant.core import UserError, versions
 from jquant.evaluation.engine import Progress
 from jquant.int8.rounding import ROUNDINGS, STATIC_ROUNDINGS
-from jquant.models import Decoder, run_block
+from jquant.models import Decoder
 from jquant.text import token_ids
 
 LOGITS_BYTES = 1 << 27  # of predictions on the device at once
@@ -40,7 +40,7 @@ class FlaxEngine:
                 f"{path}: architecture {architecture!r} is not known to the engine jax; install "
                 "llama-cpp-python (pip install llama-cpp-python) and use --engine llama.cpp."
             )
-        self._decoder = models.decoder(Weights(model.source), model.metadata)
+        self._decoder = model.decoder()
         if model.rounding is not None:
             kind, tensors, scales = model.rounding
             rounding = ROUNDINGS[kind] if scales is None else STATIC_ROUNDINGS[kind]
@@ -71,14 +71,15 @@ class FlaxEngine:
         total = sum(per_block) + per_row * sum(map(len, rows))
 
         x = self._embed(sequences, longest)
-        for i in range(len(decoder.blocks)):
-            _through_block(decoder, i, x)
-            progress(sum(per_block[: i + 1]) / total)
+        batch = min(max(BATCH_TOKENS // longest, 1), len(x))
+        run_through(
+            decoder, x, batch=batch, progress=lambda done, count: progress(sum(per_block[:done]) / total)
+        )
         done = sum(per_block)
-        for found in self._project(x, rows):
-            done += per_row * len(found)
+        for logits in self._project(x, rows):
+            done += per_row * len(logits)
             progress(done / total)
-            yield found
+            yield logits
 
     def close(self) -> None:
         pass
@@ -86,11 +87,7 @@ class FlaxEngine:
     def _embed(self, sequences: Sequence[np.ndarray], longest: int) -> np.ndarray:
         """float32 [sequence, longest, width]; zeros behind the end, which no earlier token sees."""
         x = Scratch().activations(0, (len(sequences), longest, self._decoder.width))
-        step = max(2**20 // longest, 1)  # one pass over the embedding for so many
-        for start in range(0, len(sequences), step):
-            part = sequences[start : start + step]
-            tokens = np.array([np.pad(one, (0, longest - len(one))) for one in part], np.int32)
-            x[start : start + len(part)] = self._decoder.embed(tokens)
+        embed_into(x, self._decoder, np.array([np.pad(one, (0, longest - len(one))) for one in sequences]))
         return x
 
     def _project(self, x: np.ndarray, rows: list[range]) -> Iterator[np.ndarray]:
@@ -105,11 +102,11 @@ class FlaxEngine:
         wanted, held = iter(map(len, rows)), 0
         need = next(wanted)
         for start in range(0, len(sequence), most):
-            given = x[sequence[start : start + most], position[start : start + most]]
-            padded = np.pad(given, ((0, most - len(given)), (0, 0)))[None]
-            made = np.asarray(decoder.logits(jnp.asarray(padded)))[0, : len(given)]
-            parts.append(made)
-            held += len(made)
+            inputs = x[sequence[start : start + most], position[start : start + most]]
+            padded = np.pad(inputs, ((0, most - len(inputs)), (0, 0)))[None]
+            logits = np.asarray(decoder.logits(jnp.asarray(padded)))[0, : len(inputs)]
+            parts.append(logits)
+            held += len(logits)
             while need is not None and held >= need:
                 whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
                 yield whole[:need]
@@ -120,19 +117,8 @@ class FlaxEngine:
 def _active(decoder: Decoder, i: int) -> list[int]:
     """Weights of block i's matrices that a token is multiplied by."""
     block = decoder.blocks[i]
-    found = []
+    active = []
     for _, shape in block.shapes:
         share = getattr(block, "experts_used", 0) / shape[0] if len(shape) == 3 else 1
-        found.append(int(np.prod(shape) * share))
-    return found
-
-
-def _through_block(decoder: Decoder, i: int, x: np.ndarray) -> None:
-    """All sequences through block i, in place."""
-    params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, x.shape[1]))
-    batch = min(max(BATCH_TOKENS // x.shape[1], 1), len(x))
-    for start in range(0, len(x), batch):
-        part = x[start : start + batch]
-        padded = np.pad(part, ((0, batch - len(part)), (0, 0), (0, 0)))  # one shape, one compilation
-        out = run_block(decoder.blocks[i], params, jnp.asarray(padded), angles)
-        x[start : start + batch] = np.asarray(out)[: len(part)]
+        active.append(int(np.prod(shape) * share))
+    return active

@@ -44,19 +44,6 @@ def predict(logits: Float[Array, "n vocab"], targets: Int[Array, " n"]) -> Predi
     return Prediction(logp, nll, jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
 
-@jax.jit
-def kl_divergence(logp: Float[Array, "n vocab"], logq: Float[Array, "n vocab"]) -> Float[Array, " n"]:
-    """Σ p log(p/q), nats.
-
-    Written as Σ (q − p + p log(p/q)), whose terms are ≥ 0: the same for distributions, and an error δ in the
-    normalisation of either changes it by δ² rather than δ, so that it stays exact for files that are almost
-    equal. 0 log 0 is 0; a token that p expects and q excludes makes it infinite.
-    """
-    p = jnp.exp(logp)
-    cost = jnp.where(p > 0, p * (logp - logq), jnp.zeros_like(p))
-    return jnp.sum(jnp.exp(logq) - p + cost, axis=-1)
-
-
 class Tokens(NamedTuple):
     """A file at every scored token; what compares it is None where there is no original."""
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from jquant.core import UserError
+from jquant.core import UserError, kl_divergence
 from jquant.evaluation import coherence
 from jquant.evaluation import metrics as evaluate
 from jquant.evaluation.coherence import Sample
@@ -121,8 +120,7 @@ def _compared(path: Path, logits: np.ndarray, targets: np.ndarray, base: Rows | 
     _check(path, nll)
     if base is None:
         return Tokens(nll)
-    logp = jax.nn.log_softmax(log_probs.decode(base), axis=-1)
-    kld = np.asarray(evaluate.kl_divergence(logp, found.logp))
+    kld = np.asarray(kl_divergence(log_probs.decode(base), logits))
     return Tokens(nll, kld, base.nll, base.top == np.asarray(found.top))
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -15,6 +12,7 @@ from jaxtyping import UInt8
 from jquant.core import OutputError, Rows, TensorSpec
 from jquant.io._journal import Done, Journal
 from jquant.io._shards import Shard
+from jquant.io.write_errors import reporting_to_resume
 
 # Between two syncs: so much work may be lost when the machine (not the process) goes down. A sync of this
 # size takes well under a second on the disks in use, and the kernel would have to write these bytes anyway.
@@ -40,7 +38,7 @@ class Partial:
     def create(self) -> None:
         """Make the files at full size with their headers, or open them as an earlier run made them."""
         for shard in self.shards:
-            with reporting(shard.partial):
+            with reporting_to_resume(shard.partial):
                 fd = self._open(shard, os.O_RDWR | os.O_CREAT)
                 os.ftruncate(fd, shard.size)  # padding between tensors is never written: it reads as zeros
                 _write_at(fd, shard.header, 0)
@@ -53,7 +51,7 @@ class Partial:
                     f"{shard.partial}: is not what process 0 has just made; write to a folder that all "
                     "processes share."
                 )
-            with reporting(shard.partial):
+            with reporting_to_resume(shard.partial):
                 self._open(shard, os.O_RDWR)
 
     def _open(self, shard: Shard, flags: int) -> int:
@@ -73,7 +71,7 @@ class Partial:
                 f"{name}: {spec.rows} rows of {spec.row_bytes} bytes; got {rows.shape} at row {start}."
             )
         shard, fd, offset = self._where[name]
-        with reporting(shard.partial):
+        with reporting_to_resume(shard.partial):
             _write_at(fd, np.ascontiguousarray(rows).data, offset + start * spec.row_bytes)
         with self._lock:
             self._written[name] += len(rows)
@@ -82,7 +80,7 @@ class Partial:
         """Rows [start, stop) of a finished tensor, as they were written."""
         spec = self._layout[name]
         shard, fd, offset = self._where[name]
-        with reporting(shard.partial):
+        with reporting_to_resume(shard.partial):
             count = (spec.rows if stop is None else stop) - start
             data = os.pread(fd, count * spec.row_bytes, offset + start * spec.row_bytes)
         return np.frombuffer(data, np.uint8).reshape(count, spec.row_bytes)
@@ -95,7 +93,7 @@ class Partial:
             if self._written[name] < count:
                 raise ValueError(f"{name}: {count - self._written[name]} rows are still to be written.")
             self._written[name] -= count
-            with reporting(self._journal.path):
+            with reporting_to_resume(self._journal.path):
                 done = Done(name) if count == spec.rows else Done(name, start, stop)
                 self._journal.finish(done)
                 self._add(done)
@@ -154,20 +152,6 @@ class Partial:
     def close(self) -> None:
         while self._fds:
             os.close(self._fds.pop())
-
-
-@contextlib.contextmanager
-def reporting(path: Path) -> Iterator[None]:
-    """What the operating system refuses, told as the user can mend it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(
-                f"{path}: no space is left ({os.strerror(error.errno)}); free some and continue with "
-                "--resume, or delete the .partial files."
-            ) from error
-        raise OutputError(f"{path}: cannot be written: {error.strerror}.") from error
 
 
 def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:

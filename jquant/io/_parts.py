@@ -11,8 +11,9 @@ from jaxtyping import UInt8
 
 from jquant.core import TensorSpec
 from jquant.io._journal import Journal
-from jquant.io._partial import Partial, reporting
+from jquant.io._partial import Partial
 from jquant.io._shards import Shard
+from jquant.io.write_errors import reporting_to_resume
 
 
 class Part:
@@ -34,7 +35,7 @@ class Part:
 
         Raises OutputError where they are not here.
         """
-        with reporting(journal):
+        with reporting_to_resume(journal):
             self._journal = Journal(journal)
         self._partial = Partial(files, layout, self._journal)
         self._closed = False
@@ -59,7 +60,7 @@ class Part:
             return
         self._closed = True
         if self._partial.wrote:
-            with reporting(self._journal.path):
+            with reporting_to_resume(self._journal.path):
                 self._partial.sync()
         self._partial.close()
         self._journal.close(remove=not self._partial.wrote)

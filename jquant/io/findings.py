@@ -16,7 +16,8 @@ import numpy as np
 
 from jquant.core import OutputError, UserError
 from jquant.io._journal import Journal
-from jquant.io.resume import read_arrays, reporting, write_arrays
+from jquant.io.resume import read_arrays, write_arrays
+from jquant.io.write_errors import reporting_to_resume
 
 _MARK = ".jquant"
 
@@ -33,7 +34,7 @@ class Findings:
         """
         self._folder = out.with_name(out.name + ".partial.findings")
         mark = self._folder / _MARK
-        with reporting(self._folder):
+        with reporting_to_resume(self._folder):
             if self._folder.exists() and not mark.is_file():
                 raise OutputError(f"{self._folder}: is in the way and none of ours; move it.")
             self._folder.mkdir(exist_ok=True)
@@ -57,7 +58,7 @@ class Findings:
 
     def remember(self, step: str, block: int, arrays: Mapping[str, np.ndarray]) -> None:
         path = self._path(step, block)
-        with reporting(path):
+        with reporting_to_resume(path):
             write_arrays(path, arrays)
 
     def _path(self, step: str, block: int) -> Path:

@@ -14,9 +14,10 @@ from jaxtyping import UInt8
 
 from jquant.core import Metadata, OutputError, Rows, TensorSpec
 from jquant.io._journal import Done, Journal, Record
-from jquant.io._partial import Partial, reporting
+from jquant.io._partial import Partial
 from jquant.io._parts import Part, adopt, open_journals
 from jquant.io._shards import headers_of, shards
+from jquant.io.write_errors import reporting_to_resume
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -67,7 +68,7 @@ class GgufSink:
 
         _check_folder(path)
         journal_path = _journal_path(path)
-        with reporting(journal_path):
+        with reporting_to_resume(journal_path):
             created = not journal_path.exists()
             self._journal = Journal(journal_path)
         self._partial = Partial(self._shards, layout, self._journal)
@@ -110,7 +111,7 @@ class GgufSink:
         return sorted(p for p in self.path.parent.iterdir() if pattern.fullmatch(p.name))
 
     def _parts(self) -> list[Journal]:
-        with reporting(self.path):
+        with reporting_to_resume(self.path):
             return open_journals(self._part_paths())
 
     def adopt_parts(self) -> None:
@@ -119,7 +120,7 @@ class GgufSink:
         Raises OutputError where a part is not closed.
         """
         parts = self._parts()
-        with reporting(self._journal.path):
+        with reporting_to_resume(self._journal.path):
             adopt(parts, self._fingerprint, self._journal, self._partial)
 
     def _check_absent(self, force: bool) -> None:
@@ -151,7 +152,7 @@ class GgufSink:
             )
 
     def _discard(self, stale: Record | None) -> None:
-        with reporting(self.path):
+        with reporting_to_resume(self.path):
             for name in _stale_names(stale):
                 self.path.with_name(name).unlink(missing_ok=True)
             for shard in self._shards:
@@ -201,7 +202,7 @@ class GgufSink:
             raise ValueError(
                 f"{self.path}: {len(missing)} tensors are not finished, the first is {missing[0]}."
             )
-        with reporting(self.path):
+        with reporting_to_resume(self.path):
             if not self._renaming:
                 self._partial.sync()
                 self._journal.committing()

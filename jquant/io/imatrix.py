@@ -24,10 +24,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from jquant.core import Metadata, MetadataValue, OutputError, TensorSpec, UserError
+from jquant.core import Metadata, MetadataValue, TensorSpec, UserError
 from jquant.io._gguf_header import MAGIC
 from jquant.io.gguf import GgufSource
 from jquant.io.gguf_sink import GgufSink, check_target
+from jquant.io.write_errors import reporting
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _METHOD = "jquant.method"
@@ -310,8 +311,6 @@ def write_dat(path: Path, imatrix: Imatrix) -> None:
     dataset = (imatrix.datasets or [""])[-1].encode("utf-8", "surrogateescape")
     parts.append(struct.pack("<ii", imatrix.chunk_count, len(dataset)) + dataset)
     partial = path.with_name(path.name + ".partial")
-    try:
+    with reporting(path):
         partial.write_bytes(b"".join(parts))
         partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}.") from error

@@ -13,7 +13,6 @@ File: one line of JSON ("key", "chunks", "rows", "vocab"), then for each chunk n
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -25,9 +24,9 @@ from typing import BinaryIO, NamedTuple, cast
 import numpy as np
 from jaxtyping import Float32, Int32, UInt16
 
-from jquant.core import OutputError
 from jquant.core.human import human_size
 from jquant.io.space import reserve
+from jquant.io.write_errors import reporting
 
 RANGE = 64.0  # nats below the largest that are told apart; e⁻⁶⁴ is 1.6e-28
 _LEVELS = 65535
@@ -169,14 +168,10 @@ def _header(key: str, shape: tuple[int, int, int]) -> bytes:
     return json.dumps({"key": key, "chunks": chunks, "rows": rows, "vocab": vocab}).encode() + b"\n"
 
 
-@contextlib.contextmanager
-def _reporting(folder: Path, total: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "score fewer --chunks, or name a folder of another disk" if full else "name another folder"
-        raise OutputError(
-            f"{folder}: cannot take {human_size(total)} of the original's predictions: {error.strerror}; "
-            f"{remedy} with --cache-dir."
-        ) from error
+def _reporting(folder: Path, total: int) -> contextlib.AbstractContextManager[None]:
+    return reporting(
+        folder,
+        what=f"take {human_size(total)} of the original's predictions",
+        full="score fewer --chunks, or name a folder of another disk with --cache-dir",
+        refused="name another folder with --cache-dir",
+    )

@@ -20,10 +20,11 @@ import numpy as np
 
 from jquant.core import OutputError, TensorSpec, UserError, block_and_bytes
 from jquant.io._journal import Journal
-from jquant.io._partial import Partial, reporting
+from jquant.io._partial import Partial
 from jquant.io._parts import Part, adopt, open_journals
 from jquant.io._shards import Shard, headers_of
 from jquant.io.safetensors import INDEX, SINGLE
+from jquant.io.write_errors import reporting_to_resume
 
 SHARD_BYTES = 5_000_000_000
 _MARK = ".jquant"  # says that a partial folder is ours
@@ -83,12 +84,12 @@ class ModelFolder:
         self._layout = layout
         self._closed = False
         self._others = False  # whether what lies there is another run's, and stays
-        with reporting(self._folder):
+        with reporting_to_resume(self._folder):
             self._journal = _claim(self._folder)
         self._partial = Partial(self._files, layout, self._journal)
         self._fingerprint = _named(fingerprint, self._files)
         try:
-            with reporting(self._folder):
+            with reporting_to_resume(self._folder):
                 self._begin(resume)
                 self._write_beside(config, copied)
         except BaseException:
@@ -146,7 +147,7 @@ class ModelFolder:
 
     def adopt_parts(self) -> None:
         """What its parts have finished is ours. Raises OutputError where one is not closed."""
-        with reporting(self._folder):
+        with reporting_to_resume(self._folder):
             adopt(open_journals(self._part_paths()), self._fingerprint, self._journal, self._partial)
 
     def __enter__(self) -> ModelFolder:
@@ -173,7 +174,7 @@ class ModelFolder:
         left = self._partial.left()
         if left:
             raise ValueError(f"{self.path}: {left[0].name} was not written whole.")
-        with reporting(self.path):
+        with reporting_to_resume(self.path):
             self._partial.sync()
             self._partial.close()
             replaced = self.path.with_name(self.path.name + ".replaced")

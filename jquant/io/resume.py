@@ -12,8 +12,6 @@ the same bytes; over another mesh or number of processes, sums in another order.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import zipfile
@@ -25,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jquant.core import OutputError, UserError
+from jquant.core import UserError
 from jquant.io.space import reserve
+from jquant.io.write_errors import reporting_to_resume
 
 _RUN = "run.json"
 _PAGE = 1 << 16  # bytes: the largest of any common machine
@@ -56,7 +55,7 @@ class Checkpoint:
         done = self.done()
         for block in range(done):
             yield read_stats(block_file(self.folder, block))
-        with reporting(self.folder):
+        with reporting_to_resume(self.folder):
             for block in range(done):  # a run may have been killed before it deleted them
                 activations_file(self.folder, block).unlink(missing_ok=True)
 
@@ -68,7 +67,7 @@ class Checkpoint:
     def finish(self, block: int, stats: dict[str, dict[str, Array]]) -> None:
         """The activations behind this block go to the disk before its file appears."""
         sync_activations(self.folder, block + 1)
-        with reporting(self.folder):
+        with reporting_to_resume(self.folder):
             write_stats(block_file(self.folder, block), stats)
             activations_file(self.folder, block).unlink(missing_ok=True)
 
@@ -86,7 +85,7 @@ def block_file(folder: Path, block: int) -> Path:
 def sync_activations(folder: Path, block: int) -> None:
     """What this process has written of what goes into the block is on the disk, if anything goes into it."""
     path = activations_file(folder, block)
-    with reporting(path):
+    with reporting_to_resume(path):
         if path.exists():
             sync(path)
 
@@ -102,7 +101,7 @@ def open_run(folder: Path, run: Mapping[str, object], *, resume: bool) -> None:
     """Make a checkpoint's folder, or see that the one there is of the same run. Errors: as `Checkpoint`."""
     path = folder / _RUN
     wanted = json.loads(json.dumps(run))
-    with reporting(folder):
+    with reporting_to_resume(folder):
         if path.exists():
             if not resume:
                 raise UserError(f"{folder}: holds a checkpoint; add --resume, or delete the folder.")
@@ -117,7 +116,7 @@ def open_run(folder: Path, run: Mapping[str, object], *, resume: bool) -> None:
 def map_file(path: Path, shape: tuple[int, ...], *, new: bool) -> np.ndarray:
     """float32, in a file: a new one whose space is reserved, or the one that an earlier run left."""
     size = 4 * int(np.prod(shape, dtype=np.int64))
-    with reporting(path):
+    with reporting_to_resume(path):
         if new:
             with path.open("wb") as file:
                 reserve(file, size)
@@ -187,14 +186,3 @@ def _write_whole(path: Path, data: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)
     partial.replace(path)
-
-
-@contextlib.contextmanager
-def reporting(path: Path) -> Iterator[None]:
-    """Errors of the file system as OutputError."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space and continue with --resume" if full else "choose another folder"
-        raise OutputError(f"{path}: cannot be written: {error.strerror}; {remedy}.") from error

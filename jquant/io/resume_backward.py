@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from jax import Array
 
-from jquant.io.resume import map_file, open_run, read_stats, reporting, sync, write_stats
+from jquant.io.resume import map_file, open_run, read_stats, sync, write_stats
+from jquant.io.write_errors import reporting_to_resume
 
 
 class GradientCheckpoint:
@@ -52,7 +53,7 @@ class GradientCheckpoint:
 
     def keep(self, i: int) -> None:
         path = self._file("activations", i)
-        with reporting(path):
+        with reporting_to_resume(path):
             sync(path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
 
@@ -62,7 +63,7 @@ class GradientCheckpoint:
 
     def finish(self, block: int, stats: dict[str, dict[str, Array]]) -> None:
         before = self._file("cotangents", block)
-        with reporting(before):
+        with reporting_to_resume(before):
             if before.exists():
                 sync(before)
             write_stats(self._file("block", block, ".npz"), stats)
@@ -70,7 +71,7 @@ class GradientCheckpoint:
 
     def _delete_used(self, block: int) -> None:
         names = ("activations", block), ("activations", block + 1), ("cotangents", block + 1)
-        with reporting(self.folder):
+        with reporting_to_resume(self.folder):
             for name, i in names:
                 self._file(name, i).unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import PyTree, UInt8
 
-from jquant.core import SCALE_DTYPES, Format, QuantizedTensor, ScaledFormat
+from jquant.core import FLOAT_DTYPES, Format, QuantizedTensor, ScaledFormat
 
 SCALE_BYTES = 4
 
@@ -41,7 +41,7 @@ def _by_blocks(format: ScaledFormat, size: int) -> Format:
 
 def _fit(format: ScaledFormat, blocks: Array, importance: Array | None = None) -> PyTree:
     scales = format.fit(blocks.T, None if importance is None else importance.T)
-    dtype = SCALE_DTYPES[format.scale_type]
+    dtype = FLOAT_DTYPES[format.scale_type]
     return jax.tree.map(lambda a: a.astype(dtype).astype(jnp.float32), scales)
 
 
@@ -70,7 +70,7 @@ def taken_apart(data: UInt8[Array, "rows bytes"], format: ScaledFormat, blocked:
     """What was coded in `blocked`, the format by its groups, as codes and scales."""
     rows = data.shape[0]
     codes, scales = _unpack(format, data.reshape(-1, blocked.block_bytes).T)
-    dtype = SCALE_DTYPES[format.scale_type]
+    dtype = FLOAT_DTYPES[format.scale_type]
     stored = [a.reshape(rows, -1).astype(dtype) for a in jax.tree.leaves(scales)]
     by_name = zip(format.scale_parts, stored, strict=True)
     return QuantizedTensor({format.part: format.pack(codes.T.reshape(rows, -1)), **dict(by_name)}, format)

@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Int
 
-from jquant.calibration import Progress, embed_into, real_tokens, shared_inputs, within_block
+from jquant.calibration import Progress, embed_into, real_tokens, shape_of, shared_inputs, within_block
 from jquant.calibration.activations import IN_MEMORY, scratch
 from jquant.core import BlockwiseModel, Format, Head, QuantizedTensor, dequantize
 from jquant.distributed.team import ALONE, Team
@@ -87,10 +87,8 @@ def feed_back(
 
     Raises UserError, with tensor, where a statistic is no finite number.
     """
-    samples, length = tokens.shape
-    real, batch = real_tokens(tokens, lengths), min(batch, samples)
-    shape = (samples, length, model.embed(tokens[:0]).shape[-1])
-    x0, x = (scratch(shape, folder, IN_MEMORY // 2) for _ in range(2))
+    real, batch = real_tokens(tokens, lengths), min(batch, len(tokens))
+    x0, x = (scratch(shape_of(model, tokens), folder, IN_MEMORY // 2) for _ in range(2))
     for stream in (x0, x):
         embed_into(stream, model, tokens)
     fitter = Fitter(settings, threads, team)

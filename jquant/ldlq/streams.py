@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -30,9 +29,11 @@ from jquant.calibration import (
     Stats,
     add,
     add_rows,
+    batches,
     count_of,
     padded,
     shared_inputs,
+    turn,
     weights_of,
     within_block,
 )
@@ -40,7 +41,7 @@ from jquant.calibration.activations import IN_MEMORY
 from jquant.core import Block, BlockwiseModel, Format, Head, QuantizedTensor, UserError, dequantize
 from jquant.distributed.team import ALONE, Team
 from jquant.ldlq.correction import Moments
-from jquant.models import stage, stages
+from jquant.models import inputs_of, run_block, stage, stages
 
 CAP = 4.0
 
@@ -60,17 +61,17 @@ def open_streams(
     team: Team = ALONE,
 ) -> Streams:
     """Before block i. samples: of the whole run, where these activations are part of it."""
-    original = model.load_block(i)
+    _, block, original, angles = turn(model, i, x.shape[1])
     first = {within_block(name): within_block(one) for name, one in shared_inputs(model, i).items()}
     widths = [original[name]["weight"].shape[-1] for name in _worth_keeping(first, original)]
     size = 2 * 4 * (samples or len(x)) * x.shape[1] * sum(widths)
     return Streams(
         i,
-        model.blocks[i],
+        block,
         original,
         dict(original),
         first,
-        jnp.asarray(model.angles(i, x.shape[1])),
+        angles,
         x0,
         x,
         real,
@@ -150,9 +151,8 @@ class Streams:
         """Both streams through the block."""
         for part in self._parts():
             for stream, (params, x) in enumerate(self._streams):
-                y = _output(
-                    self.block, params, self._given(stream, part), padded(x[part], self.batch), self.angles
-                )
+                given = self._given(stream, part)
+                y = run_block(self.block, params, padded(x[part], self.batch), self.angles, given)
                 x[part] = y[: part.stop - part.start]
 
     def gather(self, members: Iterable[str]) -> Gathered:
@@ -166,9 +166,9 @@ class Streams:
             shown = self._shown(part, inputs)
             halves[number % 2] = _add_batch(halves[number % 2], *shown, counted)
             stacks = _add_batch(stacks, *shown, counted)
-        found = Gathered(*self.team.sum((halves[0], halves[1], stacks)))
-        found.check_finite(f"blk.{self.i}.")
-        return found
+        gathered = Gathered(*self.team.sum((halves[0], halves[1], stacks)))
+        gathered.check_finite(f"blk.{self.i}.")
+        return gathered
 
     def _nothing(self, inputs: tuple[str, ...]) -> dict[str, Stats]:
         """Statistics of no tokens."""
@@ -180,7 +180,7 @@ class Streams:
         return (self.original, self.x0), (self.quantized, self.x)
 
     def _parts(self) -> Iterator[slice]:
-        return _batches(len(self.x), self.batch)
+        return batches(len(self.x), self.batch)
 
     def _inputs_of(self, members: Iterable[str]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self.first[name] for name in members))
@@ -194,7 +194,7 @@ class Streams:
         """Kept where that saves work later."""
         params, x = self._streams[stream]
         given = self._given(stream, part, but=names)
-        shown = _inputs(self.block, params, given, padded(x[part], self.batch), self.angles, names)
+        shown = inputs_of(self.block, params, padded(x[part], self.batch), self.angles, names, given)
         for name in _worth_keeping(self.first, self.original) if self.keeps else ():
             if name in shown and shown[name]["x"].ndim == 3:  # a router's are [tokens, width]
                 value, kept = shown[name]["x"], self.kept[stream]
@@ -205,8 +205,8 @@ class Streams:
 
     def _given(self, stream: int, part: slice, but: tuple[str, ...] = ()) -> Shown:
         """What is known of the inputs of a batch, by every matrix that has them."""
-        known = {name: values for name, values in self.kept[stream].items() if name not in but}
-        kept = {name: padded(values[part], self.batch) for name, values in known.items()}
+        values_of = {name: values for name, values in self.kept[stream].items() if name not in but}
+        kept = {name: padded(values[part], self.batch) for name, values in values_of.items()}
         return {name: {"x": kept[one]} for name, one in self.first.items() if one in kept}
 
 
@@ -216,43 +216,19 @@ def gather_head(
     """The statistics of the output matrix's inputs, all and in halves. x0, x: what the last block gives."""
     name = head.output_name.removesuffix(".weight")
     halves = [{name: _none(x.shape[-1])} for _ in range(2)]
-    for number, part in enumerate(_batches(len(x), batch), start=team.me):
+    for number, part in enumerate(batches(len(x), batch), start=team.me):
         given0, given, count = (padded(a[part], batch) for a in (x0, x, real))
         shown0, shown = ({name: {"x": head.output_inputs(a)}} for a in (given0, given))
         halves[number % 2] = _add_batch(halves[number % 2], shown0, shown, weights_of(given, count))
-    found = Gathered(*team.sum((halves[0], halves[1], {})))
-    found.check_finite("")
-    return found.of(name)
-
-
-def _batches(samples: int, batch: int) -> Iterator[slice]:
-    for start in range(0, samples, batch):
-        yield slice(start, min(start + batch, samples))
+    gathered = Gathered(*team.sum((halves[0], halves[1], {})))
+    gathered.check_finite("")
+    return gathered.of(name)
 
 
 def _none(width: int, experts: tuple[int, ...] = ()) -> Stats:
     """Statistics of no tokens."""
-    made = {"H": jnp.zeros((*experts, width, width)), "count": jnp.zeros(experts, jnp.int32)}
-    return made if experts else {**made, "C": jnp.zeros((width, width))}
-
-
-@partial(jax.jit, static_argnums=(0, 5))
-def _inputs(
-    block: Block,
-    params: Params,
-    given: Shown,
-    x: Float[Array, "s t width"],
-    angles: Float[Array, "t pairs"],
-    names: tuple[str, ...],
-) -> Shown:
-    """What these matrices are given. What lies behind is not computed, nor what leads to inputs given."""
-    shown = block.apply({"params": params, "given": given}, x, angles, mutable="inputs")[1]["inputs"]
-    return {name: shown[name] for name in names}
-
-
-@partial(jax.jit, static_argnums=0)
-def _output(block: Block, params: Params, given: Shown, x: Array, angles: Array) -> Array:
-    return block.apply({"params": params, "given": given}, x, angles, mutable="inputs")[0]
+    stats = {"H": jnp.zeros((*experts, width, width)), "count": jnp.zeros(experts, jnp.int32)}
+    return stats if experts else {**stats, "C": jnp.zeros((width, width))}
 
 
 @jax.jit

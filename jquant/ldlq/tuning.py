@@ -29,7 +29,7 @@ from jaxtyping import Float, Int, UInt8
 
 from jquant.calibration import embed_into, padded, real_tokens, run_through
 from jquant.calibration.activations import IN_MEMORY, scratch
-from jquant.core import Source, UserError
+from jquant.core import Source, UserError, kl_divergence, kl_gradient
 from jquant.ldlq import _tunable as moving
 from jquant.ldlq._tunable import Changes, Formats, Numbers, Stored
 from jquant.models import Decoder
@@ -116,10 +116,10 @@ def tune(
             divergence = student.learn(heads, _taken(all_, np.sort(part)))
             done += 1
             progress(done, count, divergence)
-        found = judge()
-        progress(done, count, found)
-        if found < least:
-            least, best = found, student.changes()
+        divergence = judge()
+        progress(done, count, divergence)
+        if divergence < least:
+            least, best = divergence, student.changes()
     return Tuned(Gain(before, least), student.numbers(best) if least < before else {})
 
 
@@ -130,8 +130,8 @@ def apply(
     which some have been applied already gives the same bytes."""
     for i in range(len(quantized.blocks)):
         formats, stored = moving.load(quantized, source, i)
-        own = {name: tuned[f"blk.{i}.{name}"] for name in (*dict(formats), *stored.vectors)}
-        for name, data in moving.with_numbers(formats, stored, own).items():
+        numbers = {name: tuned[f"blk.{i}.{name}"] for name in (*dict(formats), *stored.vectors)}
+        for name, data in moving.with_numbers(formats, stored, numbers).items():
             yield f"blk.{i}.{name}", data
     if NORM in tuned:
         yield NORM, np.asarray(tuned[NORM][0], "<f4")[None].view(np.uint8)
@@ -141,9 +141,7 @@ def _outputs(model: Decoder, tokens: np.ndarray, batch: int, folder: Path | None
     """What the last block makes of all samples."""
     x = scratch((*tokens.shape, model.width), folder, IN_MEMORY)
     embed_into(x, model, tokens)
-    for i, block in enumerate(model.blocks):
-        angles = jnp.asarray(model.angles(i, tokens.shape[1]))
-        run_through(block, model.load_block(i), angles, x, x, min(batch, len(tokens)))
+    run_through(model, x, batch=min(batch, len(tokens)))
     return x
 
 
@@ -162,7 +160,7 @@ class _Heads:
         self, batch: _Batch, x: Float[Array, "s t width"], norm: Float[Array, " width"]
     ) -> tuple[float, int]:
         """Summed over tokens, and how many these are."""
-        total = sum(float(found) for _, found, _, _ in self._parts(batch, x, norm))
+        total = sum(float(divergence) for _, divergence, _, _ in self._parts(batch, x, norm))
         return _finite(total), int(batch.real.sum())
 
     def gradients(
@@ -170,9 +168,9 @@ class _Heads:
     ) -> tuple[float, np.ndarray, Array]:
         """The mean divergence, and its gradients with respect to x and to the norm."""
         total, of_x, of_norm = 0.0, np.empty(x.shape, np.float32), jnp.zeros_like(norm)
-        for part, found, g, pull in self._parts(batch, x, norm):
+        for part, divergence, g, pull in self._parts(batch, x, norm):
             of_x[part], more = pull(g)
-            total, of_norm = total + float(found), of_norm + more
+            total, of_norm = total + float(divergence), of_norm + more
         return _finite(total) / max(int(batch.real.sum()), 1), of_x, of_norm
 
     def _parts(self, batch: _Batch, x: Array, norm: Array) -> Iterator[tuple[slice, Array, Array, Callable]]:
@@ -190,8 +188,8 @@ class _Heads:
             wanted = self._models[0].project(self._rows[0], jnp.asarray(batch.outputs[part]))
             logits, pull = jax.vjp(project, x[part], norm)
             counted = np.arange(length)[None] < batch.real[part, None]
-            found, g = _divergence(wanted, logits, jnp.asarray(counted), count)
-            yield part, found, g, pull
+            divergence, g = _divergence(wanted, logits, jnp.asarray(counted), count)
+            yield part, divergence, g, pull
 
 
 def _finite(divergence: float) -> float:
@@ -211,11 +209,8 @@ def _divergence(
     count: Float[Array, ""],
 ) -> tuple[Float[Array, ""], Float[Array, "s t vocab"]]:
     """Σ KL(p ‖ q) over the tokens that count, and the gradient of its mean with respect to q's logits."""
-    log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(logits)
-    p = jnp.exp(log_p)
-    each = jnp.sum(p * (log_p - log_q), axis=-1)
-    g = jnp.where(counted[..., None], (jnp.exp(log_q) - p) / count, 0.0)
-    return jnp.sum(jnp.where(counted, each, 0.0)), g
+    g = jnp.where(counted[..., None], kl_gradient(wanted, logits) / count, 0.0)
+    return jnp.sum(jnp.where(counted, kl_divergence(wanted, logits), 0.0)), g
 
 
 class _Student:
@@ -277,14 +272,14 @@ class _Student:
 
     def numbers(self, changes: tuple[list[Changes], Array]) -> Numbers:
         """All that moves, changed and rounded, on the host."""
-        found: Numbers = {}
-        for i, own in enumerate(changes[0]):
+        numbers: Numbers = {}
+        for i, of_block in enumerate(changes[0]):
             formats, stored = self._load(i)
-            new = moving.numbers(formats, moving.written(formats, stored, own))
-            found |= {f"blk.{i}.{name}": value for name, value in jax.device_get(new).items()}
+            new = moving.numbers(formats, moving.written(formats, stored, of_block))
+            numbers |= {f"blk.{i}.{name}": value for name, value in jax.device_get(new).items()}
         if self._norm_moves:
-            found[NORM] = (np.asarray(self._norm_before * (1 + changes[1])),)
-        return found
+            numbers[NORM] = (np.asarray(self._norm_before * (1 + changes[1])),)
+        return numbers
 
     def _changed_norm(self) -> Array:
         return self._norm_before * (1 + self._norm)

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import gguf
-import ml_dtypes
 import numpy as np
 
-from jquant.core import MetadataValue, Source, TensorSpec, UserError
+from jquant.core import FLOAT_DTYPES, TRAINED, MetadataValue, Source, TensorSpec, UserError
 from jquant.models import _config
 from jquant.models._config import REQUIRED, Config, Rope
-from jquant.models._decoder import Traits
+from jquant.models._header import Traits
 
 HIDDEN = "hidden_size"
 Q_ROWS = "num_attention_heads * head_dim"
@@ -39,8 +38,6 @@ DECODER_KEYS: Mapping[str, object] = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
-
-_FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 # Buffers that old versions of transformers saved; they follow from the config.
 _DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
@@ -337,8 +334,8 @@ def _spec(name: str, entry: Weight, source: Source, config: Config) -> TensorSpe
                 "They belong to different models, or config.json was edited."
             )
     if entry.shift:
-        if not types <= _FLOATS.keys():
-            raise UserError(f"{entry.parts[0]}: is stored as {types.pop()}; expected {' or '.join(_FLOATS)}.")
+        if not types <= set(TRAINED):
+            raise UserError(f"{entry.parts[0]}: is stored as {types.pop()}; expected {' or '.join(TRAINED)}.")
         types = {"F32"}
     if len(types) > 1:
         raise UserError(f"{name}: the experts are stored in different types: {', '.join(sorted(types))}.")
@@ -390,7 +387,7 @@ class _GgufView:
 
     def _read_shifted(self, made: _Made) -> np.ndarray:
         (part,) = made.parts
-        stored = self._source.read(part).view(_FLOATS[self._source.specs[part].type])
+        stored = self._source.read(part).view(FLOAT_DTYPES[self._source.specs[part].type])
         return (stored.astype(np.float32) + np.float32(made.shift)).view(np.uint8)
 
     def _read_paired(self, made: _Made, start: int, stop: int) -> np.ndarray:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,29 +15,14 @@ from jax import Array
 from jaxtyping import Float, Float32, Int
 
 from jquant.core import Metadata, TensorSpec, UserError, block_parameters, output_name
+from jquant.models._header import Header, Traits
+from jquant.models._kinds import kind_of, matrix, unknown_of
 from jquant.models._layers import PRECISION, Block, Precision, Rounding, rms_norm
 from jquant.models._rope import Rotary, angles
 
 SLAB_WEIGHTS = 1 << 24  # weights of an embedding that are decoded at once
 
 Parameters = dict[str, dict[str, Array]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traits:
-    """What an architecture's name says of its function and the header does not. The default is Qwen2's."""
-
-    rotary_pairs: bool = False  # neighbouring rows of q and k are turned together, else halves of a head
-    gelu: bool = False
-    experts_normalized: bool = True
-    embedding_scaled: bool = False  # by √width
-    window: int | None = None  # where the header has none
-    window_period: int = 0  # every so many blocks one attends to everything; 0: none does
-    window_rotary_base: float | None = None  # of the blocks with a window, which are then not scaled
-    attention_softcap: float = 0.0
-    final_softcap: float = 0.0
-    # Models of so many blocks divide q·k by √(width/heads) rather than √head_dim.
-    blocks_scaled_by_width: int | None = None
 
 
 @runtime_checkable
@@ -173,20 +157,16 @@ def _project(norm: Array, output: Array, x: Array, eps: float, softcap: float) -
     return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
-@partial(jax.jit, static_argnames="block")
-def run_block(
-    block: Block, params: Parameters, x: Float[Array, "s t width"], angles: Float[Array, "t pairs"]
-) -> Float[Array, "s t width"]:
-    """The output of a block: compiled once for all blocks of a kind."""
-    return cast(Array, block.apply({"params": params}, x, angles))
-
-
 def matrices(params: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
-    """The weights of a block's matrices and stacks, or what has their places; those of norms are none."""
+    """The weights of a block's matrices and stacks, or what has their places; those of norms are none, nor is
+    what the table of its kind calls no linear layer."""
     return {
         name: of["weight"]
         for name, of in params.items()
-        if "weight" in of and of["weight"].ndim > 1 and "norm" not in name
+        if "weight" in of
+        and of["weight"].ndim > 1
+        and "norm" not in name
+        and ((row := matrix(name)) is None or row.form != "other")
     }
 
 
@@ -196,7 +176,7 @@ def open_decoder(tensors: Tensors, metadata: Metadata, traits: Mapping[str, Trai
     Raises UserError for an architecture that is not among them, a header that lacks something, or a tensor
     that no part of the block would use.
     """
-    header = _Header(metadata)
+    header = Header(metadata)
     if header.architecture not in traits:
         raise UserError(
             f"architecture {header.architecture!r}: its forward pass is not known; known: "
@@ -221,108 +201,23 @@ def open_decoder(tensors: Tensors, metadata: Metadata, traits: Mapping[str, Trai
     )
 
 
-# Tensors of a block that the layers know: norms, matrices that may have a bias, stacks of experts.
-_KNOWN = re.compile(
-    r"(attn|ffn|post_attention|post_ffw|attn_q|attn_k)_norm\.weight"
-    r"|(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_shexp)?|ffn_gate_inp(_shexp)?)\.(weight|bias)"
-    r"|ffn_(gate|up|down)_exps\.weight"
-)
-
-
 def _shapes(specs: Mapping[str, TensorSpec], i: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Tensors of block i, without "blk.i.", sorted."""
     prefix = f"blk.{i}."
     found = sorted((n.removeprefix(prefix), s.shape) for n, s in specs.items() if n.startswith(prefix))
-    for name, _ in found:
-        if not _KNOWN.fullmatch(name):
-            raise UserError(
-                f"{prefix}{name}: what the model does with this tensor is not known; calibrating without it "
-                "would measure another model."
-            )
     if not found:
         raise UserError(f"the header says that there is a block {i}, but it has no tensors.")
     return tuple(found)
 
 
 def _block(
-    header: _Header, traits: Traits, i: int, count: int, shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    header: Header, traits: Traits, i: int, count: int, shapes: tuple[tuple[str, tuple[int, ...]], ...]
 ) -> tuple[Block, Rotary]:
-    width, heads = header.integer("embedding_length"), header.integer("attention.head_count", at=i)
-    head_dim = header.integer("attention.key_length", width // heads)
-    windowed, window = _window(header, traits, i)
-    dims = header.integer("rope.dimension_count", head_dim)
-    scaling = header.text("rope.scaling.type", "linear")
-    factor = header.number("rope.scaling.factor", header.number("rope.scale_linear", 1.0)) or 1.0
-    rotary = Rotary(
-        dims=dims,
-        base=header.number("rope.freq_base", 10000.0),
-        factor=1.0 if scaling == "none" else factor,
-        yarn=scaling == "yarn",
-        original_context=header.integer(
-            "rope.scaling.original_context_length", header.integer("context_length", 0)
-        ),
-        attention_factor=header.number("rope.scaling.attn_factor", 1.0),
-    )
-    if windowed and traits.window_rotary_base is not None:
-        base = header.number("rope.freq_base_swa", traits.window_rotary_base)
-        rotary = Rotary(dims=dims, base=base)
-    by_width = traits.blocks_scaled_by_width == count
-    block = Block(
-        shapes=shapes,
-        heads=heads,
-        kv_heads=header.integer("attention.head_count_kv", heads, at=i),
-        head_dim=head_dim,
-        value_dim=header.integer("attention.value_length", width // heads),
-        eps=header.number("attention.layer_norm_rms_epsilon"),
-        attention_scale=1 / math.sqrt(width // heads if by_width else head_dim),
-        rotary_dims=dims,
-        rotary_pairs=traits.rotary_pairs,
-        rotary_magnitude=rotary.magnitude,
-        window=window if windowed else None,
-        attention_softcap=header.number("attn_logit_softcapping", traits.attention_softcap),
-        gelu=traits.gelu,
-        experts_used=header.integer("expert_used_count", 0),
-        experts_normalized=traits.experts_normalized,
-    )
-    return block, rotary
-
-
-def _window(header: _Header, traits: Traits, i: int) -> tuple[bool, int]:
-    """Whether block i sees a window only, and how many tokens it has."""
-    window = header.integer("attention.sliding_window", traits.window or 0)
-    if not window:
-        return False, 0
-    pattern = header.metadata.get(f"{header.architecture}.attention.sliding_window_pattern")
-    if isinstance(pattern, np.ndarray | list):
-        return bool(pattern[i]), window
-    period = header.integer("attention.sliding_window_pattern", traits.window_period)
-    return period == 0 or i % period < period - 1, window
-
-
-@dataclass(frozen=True)
-class _Header:
-    """Values of "ARCHITECTURE.key"; some are one for all blocks or one for each."""
-
-    metadata: Metadata
-
-    @property
-    def architecture(self) -> str:
-        return str(self.metadata.get("general.architecture", ""))
-
-    def integer(self, key: str, default: int | None = None, at: int = 0) -> int:
-        return int(self._get(key, default, at))
-
-    def number(self, key: str, default: float | None = None) -> float:
-        return float(self._get(key, default, 0))
-
-    def text(self, key: str, default: str) -> str:
-        return str(self.metadata.get(f"{self.architecture}.{key}", default))
-
-    def _get(self, key: str, default: int | float | None, at: int) -> float:
-        name = f"{self.architecture}.{key}"
-        value = self.metadata.get(name, default)
-        if isinstance(value, np.ndarray) and value.ndim:
-            value = value[at] if at < len(value) else None
-        if value is None or isinstance(value, str | list):
-            raise UserError(f"the model's header has no usable {name} (found {value!r}); convert it again.")
-        return float(value)
+    """Block i, of the kind that knows its tensors."""
+    kind = kind_of(shapes)
+    if kind is None:
+        raise UserError(
+            f"blk.{i}.{unknown_of(shapes)}: what the model does with this tensor is not known; calibrating "
+            "without it would measure another model."
+        )
+    return kind.block(header, traits, i, count, shapes)

@@ -1,9 +1,5 @@
-"""The block that all decoders here are made of, in Flax. Parameters have the names of GGUF tensors.
+"""What the blocks of decoders are made of, in Flax. Parameters have the names of GGUF tensors.
 
-    h = x + post(Wo attention(rope(norm(Wq n)), rope(norm(Wk n)), Wv n)),   n = rmsnorm(x)
-    y = h + post(down(act(gate m) · up m)),                                 m = rmsnorm(h)
-
-What a file has no tensor for is left out: biases, the norms of q and k, the norms after a sublayer, experts.
 A matrix `blk.3.attn_q.weight` of the file is the parameter attn_q/weight of block 3.
 
 Every product with a matrix goes through Linear or Experts, which show what they are given in the collection
@@ -135,42 +131,23 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return x * scale * jnp.broadcast_to(weight, x.shape)
 
 
-class Block(nn.Module):
-    """One block of a decoder. Hashable: a static jit argument; blocks of one kind are equal.
+class Block(nn.Module, kw_only=True):
+    """What every kind of block is made of. Hashable: a static jit argument; blocks of one kind are equal.
+
+    A kind of block is a subclass with a `__call__(x, angles)`, which reaches its matrices by `_linear` and
+    `_experts_of`: so they show their inputs, round them, and take nudges.
 
     shapes: tensors of the block, such as ("attn_q.weight", (rows, columns)).
     """
 
     shapes: Shapes
-    heads: int
-    kv_heads: int
-    head_dim: int  # of q and k
-    value_dim: int
     eps: float
-    attention_scale: float
-    rotary_dims: int
-    rotary_pairs: bool  # neighbours are turned together; else row i of a head with row i + dims/2
-    rotary_magnitude: float = 1.0
-    window: int | None = None  # tokens that a token attends to, itself among them
-    attention_softcap: float = 0.0  # scores → cap · tanh(scores / cap)
     gelu: bool = False  # else SiLU
     experts_used: int = 0
     experts_normalized: bool = True  # the weights of the experts in use sum to one
     rounding: Rounding | None = None
     rounded: frozenset[str] = frozenset()  # matrices, such as "attn_q"
     precision: Precision = "float32"  # of the factors of products
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "s t width"], angles: Float[Array, "t pairs"]
-    ) -> Float[Array, "s t width"]:
-        """angles: what each pair of each head is turned by at each position, radians."""
-        attended = self._attention(self._factor(self._norm("attn_norm", x)), angles)
-        attended = self._linear("attn_output")(self._factor(attended))
-        h = x + self._norm_if_any("post_attention_norm", attended)
-        m = self._factor(self._norm("ffn_norm", h))
-        fed = self._experts(m) if self._has("ffn_gate_inp") else self._feed_forward(m)
-        return h + self._norm_if_any("post_ffw_norm", fed)
 
     def _factor(self, x: Array) -> Array:
         return x.astype(self.precision)
@@ -195,34 +172,11 @@ class Block(nn.Module):
     def _norm_if_any(self, name: str, x: Array) -> Array:
         return self._norm(name, x) if self._has(name) else x
 
-    def _attention(self, n: Array, angles: Array) -> Array:
-        s, t, _ = n.shape
-        if self._has("attn_qkv"):
-            rows = self.heads * self.head_dim, self.kv_heads * self.head_dim
-            q, k, v = jnp.split(self._linear("attn_qkv")(n), (rows[0], rows[0] + rows[1]), axis=-1)
-        else:
-            q, k, v = (self._linear(f"attn_{name}")(n) for name in "qkv")
-        q = self._norm_if_any("attn_q_norm", q.reshape(s, t, self.heads, self.head_dim))
-        k = self._norm_if_any("attn_k_norm", k.reshape(s, t, self.kv_heads, self.head_dim))
-        v = v.reshape(s, t, self.kv_heads, self.value_dim)
-        q, k = (self._turn(y, angles) for y in (q, k))
-        q, k, v = (self._factor(y) for y in (q * self.attention_scale, k, v))
-        out = attend(q, k, v, window=self.window, softcap=self.attention_softcap)
-        return out.reshape(s, t, self.heads * self.value_dim)
-
-    def _turn(self, y: Array, angles: Array) -> Array:
-        """y [s, t, heads, head_dim] with each pair (a, b) turned by its angle."""
-        shape = (1, y.shape[1], 1, self.rotary_dims // 2)
-        cos, sin = (f(angles).reshape(shape) * self.rotary_magnitude for f in (jnp.cos, jnp.sin))
-        turned, rest = jnp.split(y, (self.rotary_dims,), axis=-1)
-        if self.rotary_pairs:
-            a, b = turned[..., 0::2], turned[..., 1::2]
-            pair = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)  # [s, t, heads, pair, 2]
-            turned = pair.reshape(turned.shape)
-        else:
-            a, b = jnp.split(turned, 2, axis=-1)
-            turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-        return jnp.concatenate([turned, rest], axis=-1)
+    def _fed_forward(self, h: Array) -> Array:
+        """h + post(down(act(gate m) · up m)), m = rmsnorm(h); of experts, where there is a router."""
+        m = self._factor(self._norm("ffn_norm", h))
+        fed = self._experts(m) if self._has("ffn_gate_inp") else self._feed_forward(m)
+        return h + self._norm_if_any("post_ffw_norm", fed)
 
     def _activate(self, gate: Array) -> Array:
         return jax.nn.gelu(gate, approximate=True) if self.gelu else jax.nn.silu(gate)

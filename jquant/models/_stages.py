@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import groupby
 
+from jquant.models._kinds import MIXER_IN, MIXER_OUT, MLP_IN, MLP_OUT, matrix
+
 
 def stage(name: str) -> int:
-    """Of a matrix, named within its block: those of one stage do not see each other's output."""
-    if name.startswith("attn"):
-        return int(name == "attn_output")
-    return 2 + int(name.startswith("ffn_down"))
+    """Of a matrix, named within its block: those of one stage do not see each other's output.
+
+    A name that no kind has, of an architecture without a forward pass, tells its place as GGUF's names do.
+    """
+    row = matrix(name)
+    if row is not None:
+        return row.stage
+    if name.startswith("ffn"):
+        return MLP_OUT if name.startswith("ffn_down") else MLP_IN
+    return MIXER_OUT if name.startswith("attn_output") else MIXER_IN
 
 
 def stages(names: Iterable[str]) -> list[list[str]]:

@@ -28,7 +28,7 @@ from jquant.models._architecture import (
     sliding_window,
     weight,
 )
-from jquant.models._decoder import Traits
+from jquant.models._header import Traits
 
 BLOCKS_OF_27B = 46  # llama.cpp knows by this that scores are divided by √(width / heads), not by √head_dim
 

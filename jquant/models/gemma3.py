@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import gguf
 
 from jquant.models._architecture import DECODER_KEYS, Architecture, Config, Weight, sliding_window
-from jquant.models._decoder import Traits
+from jquant.models._header import Traits
 from jquant.models.gemma2 import GEMMA_ONLY, check_score_scale, gemma_weights
 
 BLOCKS_OF_27B = 62

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import gguf
 
 from jquant.models._architecture import DECODER_KEYS, Architecture, Config, Weight, attention, decoder, mlp
-from jquant.models._decoder import Traits
+from jquant.models._header import Traits
 
 
 def weights(config: Config) -> Iterator[Weight]:

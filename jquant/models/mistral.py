@@ -20,7 +20,7 @@ from jquant.models._architecture import (
     mlp,
     sliding_window,
 )
-from jquant.models._decoder import Traits
+from jquant.models._header import Traits
 
 
 def weights(config: Config) -> Iterator[Weight]:

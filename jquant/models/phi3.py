@@ -24,7 +24,7 @@ from jquant.models._architecture import (
     sliding_window,
     weight,
 )
-from jquant.models._decoder import Traits
+from jquant.models._header import Traits
 
 
 def weights(config: Config) -> Iterator[Weight]:

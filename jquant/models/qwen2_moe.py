@@ -24,7 +24,7 @@ from jquant.models._architecture import (
     routed_experts,
     weight,
 )
-from jquant.models._decoder import Traits
+from jquant.models._header import Traits
 from jquant.models.qwen2 import check_square
 
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from jquant.core import UserError
+from jquant.models import matrix
 from jquant.plan.mixtures import layer
 from jquant.plan.mixtures import role as mixture_role
 
@@ -19,6 +20,11 @@ def roles(name: str, *, is_tied: bool) -> frozenset[str]:
         return frozenset({"output"})
     if what == "token_embd":
         return frozenset({"embedding", "output"} if is_tied else {"embedding"})
+    if part := re.fullmatch(r"blk\.\d+\.(.+)\.(weight|bias)", name):
+        row = matrix(part[1])
+        if row is not None:
+            return frozenset({row.role})
+    # Of an architecture whose blocks are not known here, GGUF's names tell it.
     if "_exps." in name:
         return frozenset({"expert"})
     part = re.match(r"blk\.\d+\.(attn|ffn)", name)

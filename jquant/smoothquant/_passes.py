@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from jquant.calibration import embed_into, real_tokens, weights_of
-from jquant.models import Block, Decoder, Parameters
+from jquant.calibration import batches, real_tokens, walk, weights_of
+from jquant.models import Block, Decoder, Parameters, run_and_show
 from jquant.smoothquant import _smooth as smooth
 from jquant.smoothquant._block_error import Data
 from jquant.text.samples import Samples
@@ -37,9 +35,7 @@ def embedded(
 ) -> tuple[Float[Array, "s t width"], Int[Array, " s"]]:
     """What goes into the first block of a part of the samples, so many tokens of each; their real tokens."""
     ids, lengths = cut(samples, part, tokens)
-    x = np.empty((*ids.shape, decoder.width), np.float32)
-    embed_into(x, decoder, ids)
-    return jnp.asarray(x), jnp.asarray(lengths, jnp.int32)
+    return jnp.asarray(decoder.embed(ids)), jnp.asarray(lengths, jnp.int32)
 
 
 def through_blocks(
@@ -52,11 +48,11 @@ def through_blocks(
     """Block after block its number, parameters and angles, and what goes through it of each part of the
     samples, so many tokens of each. fisher: of each part, where it is known."""
     x, real = zip(*(embedded(decoder, samples, part, tokens) for part in parts), strict=True)
-    for i, block in enumerate(decoder.blocks):
-        params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, x[0].shape[1]))
-        felt = [None if known is None else jnp.asarray(known[i]) for known in fisher]
-        passed = [through(block, params, *one, angles) for one in zip(x, real, felt, strict=True)]
-        yield i, block, params, angles, passed
+    for at in walk(decoder, x[0].shape[1]):
+        felt = [None if costs is None else jnp.asarray(costs[at.i]) for costs in fisher]
+        block = decoder.blocks[at.i]
+        passed = [through(block, at.params, *one, at.angles) for one in zip(x, real, felt, strict=True)]
+        yield at.i, block, at.params, at.angles, passed
         x = tuple(one.data.y for one in passed)
 
 
@@ -75,23 +71,15 @@ def through(
         for place in smooth.couplings(block)
         if place.experts is None
     }
-    batches = [
-        _step(block, params, x[k : k + BATCH], angles, tuple(dense.values())) for k in range(0, len(x), BATCH)
-    ]
-    ys, given = zip(*batches, strict=True)
-    shown = {place: jnp.concatenate([one[name] for one in given]) for place, name in dense.items()}
+    names = tuple(dense.values())
+    passed = [run_and_show(block, params, x[k], angles, names) for k in batches(len(x), BATCH)]
+    ys, inputs = zip(*passed, strict=True)
+    shown = {
+        place: jnp.concatenate([one[name]["x"].reshape(-1, one[name]["x"].shape[-1]) for one in inputs])
+        for place, name in dense.items()
+    }
     y, weight = jnp.concatenate(ys), weights_of(x, real)
     if fisher is None:
         size = jnp.sum(jnp.square(y), axis=-1).reshape(-1)
         return Passed(Data(x, y, weight, weight / jnp.where(size > 0, size, 1.0)), shown)
     return Passed(Data(x, y, weight, fisher.reshape(-1)), shown)
-
-
-@partial(jax.jit, static_argnums=(0, 4))
-def _step(
-    block: Block, params: Parameters, x: Array, angles: Array, names: tuple[str, ...]
-) -> tuple[Array, dict[str, Array]]:
-    """What comes out, and what these matrices are given, [n, width]."""
-    y, found = block.apply({"params": params}, x, angles, mutable="inputs")
-    shown = {name: cast(Array, found["inputs"][name]["x"]) for name in names}
-    return cast(Array, y), {name: a.reshape(-1, a.shape[-1]) for name, a in shown.items()}

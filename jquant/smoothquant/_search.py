@@ -134,6 +134,7 @@ def search_block(
     """The factors of one block. inputs: max|x| of the channels of each place. shown: what its matrices are
     given of `train`, by place. rounding: of inputs."""
     places = smooth.couplings(block)
+    before_mixing = {place.name for place in places if place.before_mixing}
     weights = {place.name: smooth.weight_maxima(place, params) for place in places}
     none: Logs = {place.name: jnp.zeros(place.shape, jnp.float32) for place in places}
 
@@ -173,7 +174,7 @@ def search_block(
     first = slice(settings.few)
     tokens = slice(settings.few * train.x.shape[1])
     few = Data(train.x[first], train.y[first], train.weight[tokens], train.fisher[tokens])
-    logs = {name: fixed[name] for name in fixed if name not in own or name == "attn_norm"}
+    logs = {name: fixed[name] for name in fixed if name not in own or name in before_mixing}
     state, waited = _optimizer(settings).init(logs), 0
     for _ in range(0, settings.steps, settings.every):
         logs, state = _adam(block, quantized, settings, rounding, params, fixed, logs, state, few, angles)
@@ -208,8 +209,7 @@ def _seen(
             continue
         x = shown[place.name]
         order = rng.permutation(len(x))
-        # An error in what attention is given is felt by other tokens too.
-        counts = train.weight if place.name == "attn_norm" else train.fisher
+        counts = train.weight if place.before_mixing else train.fisher
         x, tokens = x[order], (counts / jnp.sum(counts))[order]
         alone = []
         for name in consumers:

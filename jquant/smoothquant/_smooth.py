@@ -3,12 +3,11 @@
     y = W x = (W diag(s)) (diag(s)⁻¹ x),   s_j = max|x_j|^α / max|W_·j|^(1−α)
 
 Nothing is left to compute for diag(s)⁻¹: what makes x is divided by s instead, so that the model computes the
-same. Four places of a block allow it:
+same. A block's kind says which of its places allow it; those of attention and an MLP are
 
     norm → q, k, v      norm → gate, up, experts, router      v → output      up → down
 
-Attention mixes tokens, not channels: a channel of v is one of the output's inputs for each head that shares
-it. down takes act(gate) · up, which is linear in up. Source: Xiao et al. 2023, SmoothQuant, equation 4.
+Source: Xiao et al. 2023, SmoothQuant, equation 4.
 
 Tensors have GGUF names without "blk.N." and ".weight". Channels are those of what makes the input.
 """
@@ -16,76 +15,24 @@ Tensors have GGUF names without "blk.N." and ".weight". Channels are those of wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
 from jquant.checkpoints.rescaled import Factors
+from jquant.models import Block, Coupling, kind_of, matrix
 
 SPAN = 1e4  # no factor is farther from 1: float16 has to hold what is divided by it
 
 
-@runtime_checkable
-class Heads(Protocol):
-    """What is asked of a block."""
-
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-
-
-class Coupling(NamedTuple):
-    """Channels that `producer` gives and `consumers` take."""
-
-    name: str  # "attn_norm" or "ffn_up": the producer's name, or the part of it
-    producer: str
-    start: int  # the first row of the producer that is a channel
-    channels: int
-    consumers: tuple[str, ...]
-    experts: int | None = None  # of a stack, each with its own channels
-    heads: tuple[int, int] | None = None  # (heads that give, heads that take from each)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the factors."""
-        return (self.channels,) if self.experts is None else (self.experts, self.channels)
-
-
-def couplings(block: Heads) -> tuple[Coupling, ...]:
+def couplings(block: Block) -> tuple[Coupling, ...]:
     """All of a block. Raises ValueError for one with none: smoothing does not know its form."""
-    shapes = {name.removesuffix(".weight"): shape for name, shape in block.shapes if name.endswith(".weight")}
-    width = shapes.get("attn_norm", (0,))[0]
-    q_rows, kv_rows = block.heads * block.head_dim, block.kv_heads * block.head_dim
-    found = []
-
-    def add(name: str, producer: str, start: int, consumers: Sequence[str], **more) -> None:
-        there = tuple(consumer for consumer in consumers if consumer in shapes)
-        if producer in shapes and there:
-            channels = width if "norm" in producer else shapes[there[0]][-1]
-            if more.get("heads"):
-                channels //= more["heads"][1]
-            found.append(Coupling(name, producer, start, channels, there, **more))
-
-    add("attn_norm", "attn_norm", 0, ("attn_q", "attn_k", "attn_v", "attn_qkv"))
-    fused = "attn_qkv" in shapes
-    shared = (block.kv_heads, block.heads // block.kv_heads)
-    value = "attn_qkv" if fused else "attn_v"
-    add("attn_v", value, q_rows + kv_rows if fused else 0, ("attn_output",), heads=shared)
-    routed = ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps")
-    shexp = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_gate_inp_shexp")
-    add("ffn_norm", "ffn_norm", 0, ("ffn_gate", "ffn_up", *routed, *shexp))
-    gated = "ffn_gate" in shapes
-    add("ffn_up", "ffn_up", 0 if gated else shapes.get("ffn_down", (0, 0))[-1], ("ffn_down",))
-    experts = shapes["ffn_up_exps"][0] if "ffn_up_exps" in shapes else None
-    add("ffn_up_exps", "ffn_up_exps", 0, ("ffn_down_exps",), experts=experts)
-    add("ffn_up_shexp", "ffn_up_shexp", 0, ("ffn_down_shexp",))
+    kind = kind_of(block.shapes)
+    found = () if kind is None else kind.couplings(block)
     if not found:
-        raise ValueError(f"no place to smooth among {', '.join(shapes)}.")
-    return tuple(found)
+        raise ValueError(f"no place to smooth among {', '.join(name for name, _ in block.shapes)}.")
+    return found
 
 
 def of_channels(coupling: Coupling, inputs: Float[Array, "*stack width"]) -> Float[Array, "*stack channels"]:
@@ -107,7 +54,7 @@ def of_inputs(coupling: Coupling, factors: Float[Array, "*stack channels"]) -> F
 
 def without_routers(consumers: Sequence[str]) -> tuple[str, ...]:
     """Those that are quantized."""
-    return tuple(name for name in consumers if "gate_inp" not in name)
+    return tuple(name for name in consumers if (row := matrix(name)) is None or row.is_quantized)
 
 
 def weight_maxima(
@@ -141,7 +88,7 @@ def smooth(
     return jnp.clip(logs, -jnp.log(SPAN), jnp.log(SPAN))
 
 
-def factors_of(block: Heads, scales: Mapping[str, Array]) -> dict[str, Factors]:
+def factors_of(block: Block, scales: Mapping[str, Array]) -> dict[str, Factors]:
     """What each tensor of the block is multiplied by. scales: s by the name of its coupling; others stay."""
     rows_of = dict(block.shapes)
     found: dict[str, Factors] = {}
@@ -171,7 +118,7 @@ def multiplied(tensor: Float[Array, "..."], factors: Factors, *, vector: bool) -
 
 
 def smoothed(
-    block: Heads, params: Mapping[str, Mapping[str, Array]], scales: Mapping[str, Array]
+    block: Block, params: Mapping[str, Mapping[str, Array]], scales: Mapping[str, Array]
 ) -> dict[str, dict[str, Array]]:
     """Parameters of a block that computes the same with other weights."""
     return with_factors(params, factors_of(block, scales))

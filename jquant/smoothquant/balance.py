@@ -9,25 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from statistics import fmean
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
-from jquant import models
-from jquant.calibration import Progress, embed_into, padded, real_tokens, weights_of
+from jquant.calibration import Progress, Turn, batches, padded, real_tokens, walk, weights_of
 from jquant.checkpoints.fingerprint import digest_of_arrays
 from jquant.checkpoints.model import Model
 from jquant.checkpoints.rescaled import Factors, ScaledSource
-from jquant.checkpoints.weights import Weights
 from jquant.core import UserError
 from jquant.distributed.team import ALONE, Team
 from jquant.io.imatrix import Imatrix
-from jquant.models import Block, Parameters
+from jquant.models import Parameters, run_and_show
 from jquant.smoothquant import _balance as balance
 from jquant.smoothquant import _smooth as smooth
 from jquant.smoothquant._smooth import Coupling
@@ -85,19 +83,18 @@ def balance_model(
     team: processes that all call this; they get the factors of the first.
     Raises UserError for inputs that are not finite, and for an architecture that we do not know.
     """
-    decoder = models.decoder(Weights(model.source), model.metadata)
+    decoder = model.decoder()
     few = sorted({int(at) for at in np.linspace(0, len(samples.tokens) - 1, SAMPLES)})
     tokens = samples.tokens[few][:, :TOKENS]
     lengths = np.minimum(real_tokens(samples.tokens, samples.lengths)[few], TOKENS)
-    x = np.empty((len(few), tokens.shape[1], decoder.width), np.float32)
-    embed_into(x, decoder, tokens)
+    x = decoder.embed(tokens)
     real = weights_of(jnp.asarray(x), jnp.asarray(lengths, jnp.int32))
     places: list[Place] = []
     factors: dict[str, Factors] = {}
-    for i, block in enumerate(decoder.blocks):
-        params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, x.shape[1]))
+    for at in walk(decoder, x.shape[1]):
+        i, block, params = at.i, decoder.blocks[at.i], at.params
         couplings = {_seen(c, params): c for c in smooth.couplings(block) if _has_blocks(c)}
-        seen = _through(block, tuple(couplings), params, x, angles, batch)
+        seen = _through(at, tuple(couplings), x, batch)
         scales: dict[str, Array] = {}
         for coupling, (maxima, sizes) in zip(couplings.values(), seen, strict=True):
             if not np.isfinite(sizes).all():
@@ -107,8 +104,8 @@ def balance_model(
             scales[coupling.name] = jnp.repeat(jnp.exp(best.logs), balance.GROUP)
             kept = float(best.after / best.before) if best.before > 0 else 1.0
             places.append(Place(i, coupling.name, kept))
-        made = jax.device_get(smooth.factors_of(block, scales))
-        factors |= {f"blk.{i}.{tensor}": value for tensor, value in made.items()}
+        of_block = jax.device_get(smooth.factors_of(block, scales))
+        factors |= {f"blk.{i}.{tensor}": value for tensor, value in of_block.items()}
         progress(i + 1, len(decoder.blocks))
     factors = team.first(factors)
     source = ScaledSource(model.source, factors)
@@ -138,25 +135,21 @@ def _energies(coupling: Coupling, params: Parameters) -> Array:
 
 
 def _through(
-    block: Block, names: tuple[str, ...], params: Parameters, x: np.ndarray, angles: Array, batch: int
+    at: Turn, names: tuple[str, ...], x: np.ndarray, batch: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """All samples through the block, in place; of the inputs of these matrices groups' maxima and |x|²."""
     seen: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in names]
-    for start in range(0, len(x), batch):
-        part = slice(start, min(start + batch, len(x)))
-        rows = (part.stop - start) * x.shape[1]
-        y, inputs = _step(block, names, params, padded(x[part], batch), angles)
-        for so_far, (maxima, sizes) in zip(seen, inputs, strict=True):
-            so_far.append((np.asarray(maxima)[:rows], np.asarray(sizes)[:rows]))
-        x[part] = y[: part.stop - start]
+    for part in batches(len(x), batch):
+        count = part.stop - part.start
+        y, inputs = run_and_show(at.block, at.params, padded(x[part], batch), at.angles, names)
+        for so_far, name in zip(seen, names, strict=True):
+            maxima, sizes = _sizes(inputs[name]["x"].reshape(-1, x.shape[-1]))
+            so_far.append((np.asarray(maxima)[: count * x.shape[1]], np.asarray(sizes)[: count * x.shape[1]]))
+        x[part] = y[:count]
     return [(np.concatenate([m for m, _ in of]), np.concatenate([s for _, s in of])) for of in seen]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _step(
-    block: Block, names: tuple[str, ...], params: Parameters, x: Array, angles: Array
-) -> tuple[Array, list[tuple[Array, Array]]]:
-    y, shown = block.apply({"params": params}, x, angles, mutable="inputs")
-    inputs = cast(Mapping[str, Mapping[str, Array]], shown["inputs"])
-    rows = (inputs[name]["x"].reshape(-1, x.shape[-1]) for name in names)
-    return cast(Array, y), [(balance.group_maxima(r), jnp.sum(jnp.square(r), axis=-1)) for r in rows]
+@jax.jit
+def _sizes(x: Float[Array, "n width"]) -> tuple[Float[Array, "n groups"], Float[Array, " n"]]:
+    """The largest of each group of each token's input, and |x|²."""
+    return balance.group_maxima(x), jnp.sum(jnp.square(x), axis=-1)

@@ -17,7 +17,7 @@ def advice(smoothing: Smoothing, place: Place, stored: Stored) -> str:
     """What would help; "" where nothing needs to."""
     if smoothing.stands_out(place):
         left = smoothing.kept[place.block][place.name]
-        return f"keep in 16 bit: --keep '{_pattern(place, stored)}', leaves {left:.2e}"
+        return f"keep in 16 bit: keep='{_pattern(place, stored)}', leaves {left:.2e}"
     if not smoothing.errors and place.after > OUTLIERS and place.alpha is not None and place.alpha < 0.9:
         return "higher alpha"
     return ""

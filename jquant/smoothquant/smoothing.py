@@ -15,12 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jquant import models
 from jquant.calibration import Progress, Stats, collect
 from jquant.calibration.ranges import EXTREMES
 from jquant.checkpoints import rescaled
 from jquant.checkpoints.model import Model
-from jquant.checkpoints.weights import Weights
 from jquant.core import UserError
 from jquant.models import Block, Decoder, Parameters
 from jquant.smoothquant import _smooth as smooth
@@ -85,10 +83,6 @@ class Smoothing(NamedTuple):
         return self._replace(errors=tuple(errors), kept={})
 
 
-def open_decoder(model: Model) -> Decoder:
-    return models.decoder(Weights(model.source), model.metadata)
-
-
 @dataclass(frozen=True)
 class Smoothed:
     """A BlockwiseModel: the decoder's function with smoothed weights. factors: see `factors`."""
@@ -124,7 +118,7 @@ def measure(
 ) -> dict[str, Stats]:
     """Absolute maxima and second moments of the inputs of every matrix, by GGUF name."""
     return collect(
-        open_decoder(model),
+        model.decoder(),
         samples.tokens,
         EXTREMES,
         lengths=samples.lengths,

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jquant.calibration import Progress, Stats, shared_inputs, token_fisher, within_block
+from jquant.calibration import Progress, Stats, shared_inputs, token_fisher, walk, within_block
 from jquant.core import UserError
 from jquant.int8.rounding import LARGEST, STATIC_ROUNDINGS
-from jquant.models import Block, Decoder, Parameters, run_block, stage
+from jquant.models import Block, Decoder, Parameters, stage
 from jquant.smoothquant import _smooth as smooth
 from jquant.smoothquant._passes import cut, embedded
 from jquant.smoothquant._search import DEFAULT, Search
@@ -63,9 +63,8 @@ def calibrate(
     tokens, lengths = cut(samples, part, settings.tokens)
     fisher = token_fisher(decoder, tokens, lengths=lengths)
     found: dict[str, np.float32] = {}
-    for i, block in enumerate(decoder.blocks):
-        params, angles = decoder.load_block(i), jnp.asarray(decoder.angles(i, x.shape[1]))
-        y = run_block(block, params, x, angles)
+    for at in walk(decoder, x.shape[1]):
+        i, block, params, y = at.i, decoder.blocks[at.i], at.params, at.run(x)
         divisors: dict[str, Array] = {}
         if smoothing is not None:
             scales = {name: jnp.asarray(s) for name, s in smoothing.scales(i).items()}
@@ -79,7 +78,7 @@ def calibrate(
         matrices = [name for names in places.values() for name in names]
         here = frozenset(map(within_block, matrices))
         rounded = block.clone(rounding=STATIC_ROUNDINGS[kind], rounded=here)
-        error = partial(_error_with, rounded, params, x, y, jnp.asarray(fisher[i]), angles)
+        error = partial(_error_with, rounded, params, x, y, jnp.asarray(fisher[i]), at.angles)
         largest = {name: _largest(name, stats, divisors) / LARGEST[kind] for name in matrices}
         found |= _fitted(places, largest, dtypes, error)
         progress(i + 1, len(decoder.blocks))

@@ -40,7 +40,7 @@ def feed_back(
     learns from a part of the samples, and all get the same weights. findings: of one process; blocks that an
     interrupted run has fed are recalled."""
     model, chosen = checkpoint.model, set(plan.quantized)
-    decoder = smoothing.open_decoder(model)
+    decoder = model.decoder()
     architecture = models.for_config(checkpoint.config)
     config = architecture.read_config(checkpoint.config)
     formats = {

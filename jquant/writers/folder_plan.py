@@ -23,13 +23,9 @@ from jquant.checkpoints.rescaled import Factors, RowFactors, factors_for
 from jquant.checkpoints.schemes import METHODS, Scheme, fitting
 from jquant.core import QuantizedTensor, ScaledFormat, Source, TensorSpec, UserError
 from jquant.io import SafetensorsSource
+from jquant.io.paths import local
 from jquant.models import Weight
 from jquant.smoothquant.smoothing import Smoothing
-
-# Matrices that schemes quantize, by GGUF name: linear layers, without routers, embedding and output.
-_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp)?)\.weight")
-# What else transformers builds as a linear layer.
-_OTHER_LINEAR = re.compile(r"output\.weight|blk\.\d+\.ffn_gate_inp(_shexp)?\.weight")
 
 INPUT_SCALE = ".input_scale"
 
@@ -42,6 +38,7 @@ class Checkpoint(NamedTuple):
     source: Source
     weights: Mapping[str, Weight]  # GGUF name → the tensors that it is made of
     model: Model
+    title: str = ""  # what the user calls it, where that is not the folder
 
 
 class FolderPlan(NamedTuple):
@@ -61,20 +58,57 @@ class FedWeight(NamedTuple):
 
 def open_checkpoint(path: Path, *, name: str | None = None, pre_tokenizer: str | None = None) -> Checkpoint:
     """Reads headers only. Raises UserError where `path` is no such folder, or is quantized already."""
+    _original_config(path)
+    return checkpoint_of(open_model(path, name=name, pre_tokenizer=pre_tokenizer))
+
+
+def checkpoint_of(model: Model) -> Checkpoint:
+    """The folder that a model was opened from. Raises UserError as `open_checkpoint`, and for a model that is
+    not on this machine, or was rescaled since it was opened: a folder is made from what is stored."""
+    path = local(model.path, "a folder of codes")
+    if model.changes:
+        raise UserError(f"{path}: this model was rescaled since it was opened; open the original.")
+    config = _original_config(path)
+    architecture = models.for_config(config)
+    weights = architecture.named(architecture.read_config(config))
+    return Checkpoint(_folder_of(path), config, SafetensorsSource(path), weights, model)
+
+
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _original_config(path: Path) -> dict[str, object]:
+    """config.json of a folder that is not quantized."""
     if path.suffix == ".gguf" or (path.is_dir() and not any(path.glob("*.safetensors*"))):
         raise UserError(
             f"{path}: give the model's Hugging Face folder (config.json, *.safetensors): what vLLM and "
             "transformers load is made of its names and tokenizer files, which a GGUF file lacks."
         )
-    folder = path if path.is_dir() else path.parent
+    folder = _folder_of(path)
     config = read_config(folder)
     declared = config.get("quantization_config")
     if isinstance(declared, dict) and declared.get("quant_method") in METHODS:
         raise UserError(f"{folder}: is quantized already; start from the original.")
-    model = open_model(path, name=name, pre_tokenizer=pre_tokenizer)
-    architecture = models.for_config(config)
-    weights = architecture.named(architecture.read_config(config))
-    return Checkpoint(folder, config, SafetensorsSource(path), weights, model)
+    return config
+
+
+def _matrix(name: str) -> models.Matrix | None:
+    """Of a GGUF name, blk.3.attn_q.weight."""
+    part = re.fullmatch(r"blk\.\d+\.(.+)\.weight", name)
+    return models.matrix(part[1]) if part else None
+
+
+def _is_quantized(name: str) -> bool:
+    """Whether schemes quantize it: linear layers of blocks, without routers."""
+    row = _matrix(name)
+    return row is not None and row.is_quantized
+
+
+def _is_other_linear(name: str) -> bool:
+    """What else transformers builds as a linear layer."""
+    row = _matrix(name)
+    return name == "output.weight" or (row is not None and row.form == "router")
 
 
 def plan_folder(checkpoint: Checkpoint, scheme: Scheme, keep: Sequence[str] = ()) -> FolderPlan:
@@ -84,12 +118,12 @@ def plan_folder(checkpoint: Checkpoint, scheme: Scheme, keep: Sequence[str] = ()
     """
     patterns = [_pattern(text) for text in keep]
     specs = checkpoint.source.specs
-    linear = [part for n, w in checkpoint.weights.items() if _LINEAR.fullmatch(n) for part in w.parts]
-    other = [part for n, w in checkpoint.weights.items() if _OTHER_LINEAR.fullmatch(n) for part in w.parts]
+    linear = [part for n, w in checkpoint.weights.items() if _is_quantized(n) for part in w.parts]
+    other = [part for n, w in checkpoint.weights.items() if _is_other_linear(n) for part in w.parts]
     for pattern in patterns:
         if not any(pattern.search(name) for name in linear):
             raise UserError(
-                f"--keep {pattern.pattern!r}: matches none of the {len(linear)} weights, such as {linear[0]}."
+                f"keep={pattern.pattern!r}: matches none of the {len(linear)} weights, such as {linear[0]}."
             )
     kept = [name for name in linear if any(pattern.search(name) for pattern in patterns)]
     stays = set(kept)
@@ -97,7 +131,7 @@ def plan_folder(checkpoint: Checkpoint, scheme: Scheme, keep: Sequence[str] = ()
         some = [part for part in weight.parts if part in stays]
         if some and len(some) < len(weight.parts):
             raise UserError(
-                f"--keep: matches {some[0]} but not all {len(weight.parts)} experts of its stack, which "
+                f"keep=: matches {some[0]} but not all {len(weight.parts)} experts of its stack, which "
                 "runtimes hold in one type; keep all or none."
             )
     quantized = [name for name in linear if name not in stays]
@@ -131,7 +165,7 @@ def _pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
-        raise UserError(f"--keep {text!r}: not a regular expression ({error}).") from None
+        raise UserError(f"keep={text!r}: not a regular expression ({error}).") from None
 
 
 def _made(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:

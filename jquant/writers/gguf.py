@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jquant.checkpoints import LOW_BPW
-from jquant.checkpoints.fingerprint import common_facts, digest, fingerprint
+from jquant.checkpoints.fingerprint import common_facts, digest, digest_of_arrays, fingerprint
 from jquant.checkpoints.model import Model
 from jquant.core import Effort, Rows, UserError
 from jquant.distributed.mesh import SharedError, agree, exchange, is_first, local_devices
@@ -31,6 +31,7 @@ from jquant.io import GgufPart, GgufSink, headers_digest
 from jquant.io.imatrix import Imatrix
 from jquant.ldlq import sequential, tuning
 from jquant.plan import Plan
+from jquant.plan.header import digest as imatrix_digest
 from jquant.plan.header import output_metadata
 from jquant.writers import gguf_feedback as fitting
 from jquant.writers._loop import Progress, relative_errors, run
@@ -81,16 +82,11 @@ def facts(
     if kept:
         found["protected weights"] = digest([str(kept).encode()])
     if feedback is not None:
-        arrays = feedback.samples.tokens.tobytes(), feedback.samples.lengths.tobytes()
-        found["feedback"] = digest(
-            [f"{feedback.settings} {feedback.batch} {feedback.tuning}\n".encode(), *arrays]
-        )
+        arrays = digest_of_arrays((feedback.samples.tokens, feedback.samples.lengths))
+        options = f"{feedback.settings} {feedback.batch} {feedback.tuning} {arrays}"
+        found["feedback"] = digest([options.encode()])
     if imatrix is not None:
-        found["imatrix"] = digest(
-            part
-            for name, values in imatrix.entries.items()
-            for part in (name.encode(), np.ascontiguousarray(values).tobytes())
-        )
+        found["imatrix"] = imatrix_digest(imatrix)
     return found
 
 

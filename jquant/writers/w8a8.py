@@ -63,7 +63,7 @@ def smooth_model(
     Raises UserError for a bad alpha, and for inputs that are not finite.
     """
     stats = _measured(checkpoint, samples, batch, findings, progress)
-    decoder = smoothing.open_decoder(checkpoint.model)
+    decoder = checkpoint.model.decoder()
     quantized = _quantized(checkpoint, plan)
     per_token = by_range if plan.scheme.asymmetric else by_token
     rounding = by_tensor if plan.scheme.static else per_token
@@ -146,7 +146,7 @@ def _scales(
     stats: Mapping[str, Stats],
     found: Smoothing | None,
 ) -> dict[str, np.float32]:
-    decoder, kind = smoothing.open_decoder(checkpoint.model), plan.scheme.activations
+    decoder, kind = checkpoint.model.decoder(), plan.scheme.activations
     assert kind is not None, f"{plan.scheme.name} leaves inputs as they are"
     dtypes = {
         name: FLOAT_DTYPES[checkpoint.source.specs[checkpoint.weights[name].parts[0]].type]

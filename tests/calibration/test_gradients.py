@@ -10,19 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.decoders import opened
+from helpers.tables import rows
 from helpers.tiny_models import write_tiny
 from scipy.special import softmax
 from scipy.stats import chisquare
 
 from jquant import models
 from jquant.calibration import SECOND_MOMENTS, collect, merge
+from jquant.calibration._forward_back import ScratchTape
 from jquant.calibration.gradients import (
     FISHER,
     FISHER_COLUMNS,
     FISHER_ROWS,
     GRADIENT,
     OUTPUT_PRODUCTS,
-    ScratchTape,
     collect_gradients,
     sampled_labels,
     text_labels,
@@ -67,7 +68,7 @@ def assert_close(got, wanted, name: str) -> None:
     np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", rows(ARCHITECTURES, {"LlamaForCausalLM", "Qwen2MoeForCausalLM"}))
 def test_gradients_are_those_of_the_whole_model(architecture, tmp_path):
     decoder = opened(write_tiny(tmp_path, architecture))
     found = collect_gradients(decoder, TOKENS[:3], GRADIENT, text_labels, batch=2)
@@ -78,7 +79,10 @@ def test_gradients_are_those_of_the_whole_model(architecture, tmp_path):
         assert_close(stats["gradient"], sum(g[name] for g in whole), name)
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma2ForCausalLM", "Qwen2MoeForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture",
+    rows(("LlamaForCausalLM", "Gemma2ForCausalLM", "Qwen2MoeForCausalLM"), {"LlamaForCausalLM"}),
+)
 def test_where_a_matrix_is_used_once_the_fisher_diagonal_is_the_mean_squared_gradient(architecture, tmp_path):
     """Of two tokens the second has no next one: nothing that is computed at it changes the loss."""
     decoder = opened(write_tiny(tmp_path, architecture))
@@ -99,7 +103,9 @@ def test_output_products_are_those_of_the_gradients_of_biases(tmp_path):
             assert_close(found[name]["ggt"], sum(g @ g.T for g in of_bias), name)
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2MoeForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", rows(("LlamaForCausalLM", "Qwen2MoeForCausalLM"), {"LlamaForCausalLM"})
+)
 def test_columns_and_rows_are_the_sums_of_the_fisher_diagonal(architecture, tmp_path):
     decoder = opened(write_tiny(tmp_path, architecture))
     for name, s in collect_gradients(decoder, TOKENS, ALL, text_labels, lengths=LENGTHS).items():
@@ -109,8 +115,16 @@ def test_columns_and_rows_are_the_sums_of_the_fisher_diagonal(architecture, tmp_
 
 @pytest.mark.parametrize(
     ("architecture", "labels"),
-    [("Gemma3ForCausalLM", text_labels), ("Qwen3MoeForCausalLM", sampled_labels(7))],
-    ids=["Gemma3ForCausalLM-text", "Qwen3MoeForCausalLM-sampled"],
+    [
+        pytest.param("LlamaForCausalLM", text_labels, id="LlamaForCausalLM-text"),
+        *(
+            pytest.param(name, labels, id=f"{name}-{kind}", marks=pytest.mark.every)
+            for name, labels, kind in (
+                ("Gemma3ForCausalLM", text_labels, "text"),
+                ("Qwen3MoeForCausalLM", sampled_labels(7), "sampled"),
+            )
+        ),
+    ],
 )
 def test_two_halves_merge_to_the_whole(architecture, labels, tmp_path):
     decoder = opened(write_tiny(tmp_path, architecture))
@@ -124,7 +138,9 @@ def test_two_halves_merge_to_the_whole(architecture, labels, tmp_path):
             assert_close(merged[tensor][key], value, f"{tensor} {key}")
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", rows(("LlamaForCausalLM", "MixtralForCausalLM"), {"LlamaForCausalLM"})
+)
 def test_padding_counts_for_nothing(architecture, tmp_path):
     decoder = opened(write_tiny(tmp_path, architecture))
     lengths = LENGTHS[:4]

@@ -11,9 +11,11 @@ from helpers.calibrators import CALIBRATORS, LENGTHS, TOKENS
 from helpers.commands import JQUANT
 from helpers.decoders import opened
 from helpers.processes import JOIN, Ended, free_address, run, start, wait
+from helpers.tables import rows
 from helpers.text import cats
 from helpers.tiny_models import write_tiny
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 from jquant.calibration import collect
 from jquant.calibration import sharded as parallel
@@ -21,7 +23,9 @@ from jquant.core import UserError
 from jquant.distributed import team
 from jquant.distributed.mesh import make_mesh
 from jquant.io import imatrix
+from jquant_cli.main import app
 
+QUICK = {"LlamaForCausalLM"}
 TOLERANCE = 1e-5  # of the largest of a statistic: terms of some sums cancel
 
 
@@ -37,9 +41,9 @@ def assert_same(found, expected):
                 np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol, err_msg=f"{name} {key}")
 
 
-@pytest.mark.parametrize("model", [1, 2])
-@pytest.mark.parametrize("kind", CALIBRATORS)
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2MoeForCausalLM"])
+@pytest.mark.parametrize("model", [pytest.param(1, marks=pytest.mark.every), 2])
+@pytest.mark.parametrize("kind", rows(CALIBRATORS, {"hessian"}))
+@pytest.mark.parametrize("architecture", rows(("LlamaForCausalLM", "Qwen2MoeForCausalLM"), QUICK))
 def test_two_devices_measure_what_one_does(architecture, kind, model, tmp_path):
     decoder = opened(write_tiny(tmp_path, architecture))
     through = parallel.over(make_mesh({"model": model}))
@@ -49,7 +53,7 @@ def test_two_devices_measure_what_one_does(architecture, kind, model, tmp_path):
     assert_same(both, alone)
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2MoeForCausalLM"])
+@pytest.mark.parametrize("architecture", rows(("LlamaForCausalLM", "Qwen2MoeForCausalLM"), QUICK))
 def test_devices_along_model_have_rows_of_a_hessian_each(architecture, tmp_path, monkeypatch):
     decoder = opened(write_tiny(tmp_path, architecture))
     seen = {}
@@ -147,14 +151,15 @@ with mesh.together():
 )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("processes", "devices", "sizes"),
     [
         (2, 2, "model=2"),
-        pytest.param(1, 8, "data=8", marks=pytest.mark.slow),
-        pytest.param(1, 8, "data=2,model=4", marks=pytest.mark.slow),
-        pytest.param(3, 1, "data=3", marks=pytest.mark.slow),
-        pytest.param(4, 2, "data=4,model=2", marks=pytest.mark.slow),
+        (1, 8, "data=8"),
+        (1, 8, "data=2,model=4"),
+        (3, 1, "data=3"),
+        (4, 2, "data=4,model=2"),
     ],
 )
 def test_processes_and_devices_measure_what_one_does(processes, devices, sizes, tmp_path):
@@ -190,6 +195,7 @@ def folder_and_text(tmp_path_factory):
     return folder / "model", ["--calibration", text, "--samples", 6, "--sequence-length", 64]
 
 
+@pytest.mark.processes
 def test_analyze_in_two_processes_writes_what_one_measures(folder_and_text, tmp_path):
     model, options = folder_and_text
     one, two = tmp_path / "one.gguf", tmp_path / "two.gguf"
@@ -205,7 +211,8 @@ def test_analyze_in_two_processes_writes_what_one_measures(folder_and_text, tmp_
         np.testing.assert_array_equal(ours.counts[name], theirs.counts[name])
 
 
-@pytest.mark.parametrize("method", ["hessian", pytest.param("ranges", marks=pytest.mark.slow)])
+@pytest.mark.processes
+@pytest.mark.parametrize("method", ["hessian", "ranges"])
 def test_statistics_of_two_processes_are_those_of_one(method, folder_and_text, tmp_path):
     model, options = folder_and_text
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
@@ -235,6 +242,7 @@ with mesh.together():
 )
 
 
+@pytest.mark.processes
 def test_an_output_that_only_the_first_process_makes_ends_all(folder_and_text, tmp_path):
     model, options = folder_and_text
     out = tmp_path / "h.safetensors"
@@ -245,6 +253,7 @@ def test_an_output_that_only_the_first_process_makes_ends_all(folder_and_text, t
     assert out.read_bytes() == b"mine"
 
 
+@pytest.mark.processes
 def test_processes_of_which_one_has_a_checkpoint_are_refused_and_leave_nothing(folder_and_text, tmp_path):
     model, options = folder_and_text
     kept = ("--checkpoint-dir", tmp_path / "kept")
@@ -256,6 +265,7 @@ def test_processes_of_which_one_has_a_checkpoint_are_refused_and_leave_nothing(f
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.processes
 def test_processes_with_other_samples_are_refused(folder_and_text, tmp_path):
     model, options = folder_and_text
     for ended in analyze(2, model, "-o", tmp_path / "m.gguf", *options, others=("--seed", 3)):
@@ -266,6 +276,7 @@ def test_processes_with_other_samples_are_refused(folder_and_text, tmp_path):
 
 def test_a_wrong_mesh_is_told_before_anything_is_computed(folder_and_text, tmp_path):
     model, options = folder_and_text
-    (ended,) = analyze(1, model, "-o", tmp_path / "m.gguf", *options, "--mesh", "data=3", devices=2)
-    assert ended.code == 3
-    assert "--mesh data=3,model=1: makes 3 devices, but there are 2 (cpu)" in ended.err
+    command = ["analyze", model, "-o", tmp_path / "m.gguf", *options, "--mesh", "data=3"]
+    ended = CliRunner().invoke(app, [*map(str, command)])
+    assert ended.exit_code == 3
+    assert "--mesh data=3,model=1: makes 3 devices, but there are 2 (cpu)" in ended.stderr

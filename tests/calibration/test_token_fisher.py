@@ -9,7 +9,6 @@ from jax import Array
 
 from jquant.calibration import token_fisher
 from jquant.calibration.gradients import sampled_labels
-from jquant.smoothquant import smoothing
 from jquant.writers.folder_plan import open_checkpoint
 
 TOKENS = np.random.default_rng(1).integers(3, 350, (6, 24)).astype(np.int32)
@@ -18,7 +17,7 @@ TOKENS = np.random.default_rng(1).integers(3, 350, (6, 24)).astype(np.int32)
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
     folder = write_tiny(tmp_path_factory.mktemp("models") / "llama", "LlamaForCausalLM")
-    return smoothing.open_decoder(open_checkpoint(folder).model)
+    return open_checkpoint(folder).model.decoder()
 
 
 def outputs(decoder, errors: Array) -> Array:

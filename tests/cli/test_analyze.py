@@ -85,8 +85,8 @@ def test_a_folder_and_its_gguf_file_give_the_same_importance(model, text, tmp_pa
 def test_quantize_takes_what_analyze_writes(model, text, tmp_path, suffix):
     made = tmp_path / f"im.{suffix}"
     run("analyze", model, "-o", made, "-c", text, *SMALL)
-    run("quantize", model, tmp_path / "with.gguf", "-t", "Q4_K_M", "--imatrix", made, "-q")
-    run("quantize", model, tmp_path / "without.gguf", "-t", "Q4_K_M", "-q")
+    run("quantize", model, tmp_path / "with.gguf", "-t", "Q4_0", "--pure", "--imatrix", made, "-q")
+    run("quantize", model, tmp_path / "without.gguf", "-t", "Q4_0", "--pure", "-q")
     with_, without = (
         {t.name: t.data for t in gguf.GGUFReader(str(tmp_path / f"{name}.gguf")).tensors}
         for name in ("with", "without")

@@ -17,14 +17,16 @@ from jquant_cli.main import app
 def folder(tmp_path_factory) -> Path:
     """A tiny model, and text.txt beside it."""
     folder = tmp_path_factory.mktemp("command")
-    write_tiny(folder / "model", "LlamaForCausalLM", hidden_size=256, intermediate_size=256)
-    write_tiny(folder / "mixtral", "MixtralForCausalLM", hidden_size=256, intermediate_size=256)
+    # ffn_down is wide enough for two bits a weight, and the rest is small.
+    write_tiny(folder / "model", "LlamaForCausalLM", intermediate_size=256)
+    write_tiny(folder / "mixtral", "MixtralForCausalLM", intermediate_size=256)
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     return folder
 
 
 def quantize(folder: Path, out: Path, *options: str, model: str = "model", code: int = 0):
-    text = ["-c", str(folder / "text.txt"), "--samples", "9", "--sequence-length", "64"]
+    reads = {"--analyze", "--feedback"} & {*options}
+    text = ["-c", str(folder / "text.txt"), "--samples", "9", "--sequence-length", "32"] if reads else []
     command = ["quantize", str(folder / model), str(out), *text, "--json", *options]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == code, done.output
@@ -34,11 +36,11 @@ def quantize(folder: Path, out: Path, *options: str, model: str = "model", code:
 @pytest.mark.parametrize(
     ("options", "fed"),
     [
-        (["--analyze", "--type", "Q2_K"], True),
-        (["--analyze", "--type", "Q2_K", "--no-feedback"], False),
-        (["--analyze", "--type", "Q4_K_M"], False),
-        (["--feedback", "--type", "Q4_K_M"], True),
-        (["--type", "Q2_K"], False),
+        (["--analyze", "--type", "TQ2_0"], True),
+        (["--analyze", "--type", "TQ2_0", "--no-feedback"], False),
+        (["--analyze", "--type", "Q4_0"], False),
+        (["--feedback", "--type", "Q4_0"], True),
+        (["--type", "TQ2_0"], False),
     ],
 )
 def test_feedback_is_the_default_where_text_is_read_and_bits_are_few(tmp_path, folder, options, fed):
@@ -53,7 +55,7 @@ def test_feedback_is_the_default_where_text_is_read_and_bits_are_few(tmp_path, f
 
 
 def test_the_best_effort_tunes_and_says_what_it_gained(tmp_path, folder):
-    done = quantize(folder, tmp_path / "out.gguf", "--feedback", "--effort", "best", "--type", "Q2_K")
+    done = quantize(folder, tmp_path / "out.gguf", "--feedback", "--effort", "best", "--type", "TQ2_0")
     gain = json.loads(done.stdout)["tuning"]
     assert 0 < gain["after"] <= gain["before"]
     assert "step 2 of 2" in done.stderr  # 9 samples, of which 2 are set aside, 4 a step, in 2 epochs
@@ -61,9 +63,9 @@ def test_the_best_effort_tunes_and_says_what_it_gained(tmp_path, folder):
 
 
 def test_experts_that_saw_too_little_are_named(tmp_path, folder):
-    done = quantize(folder, tmp_path / "out.gguf", "--feedback", "--type", "Q2_K", model="mixtral")
+    done = quantize(folder, tmp_path / "out.gguf", "--feedback", "--type", "TQ2_0", model="mixtral")
     starved = json.loads(done.stdout)["starved_experts"]
-    assert starved  # 576 tokens, two of four experts each, of matrices with 256 columns
+    assert starved  # 288 tokens, two of four experts each, of matrices with 256 columns
     assert any(f"{name}: {experts}" in done.stderr for name, experts in starved.items())
 
 

@@ -16,8 +16,6 @@ from typer.testing import CliRunner
 import jquant
 from jquant_cli.main import app
 
-DATA = Path(jquant.__file__).resolve().parents[2] / "shared" / "data"
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
@@ -31,7 +29,9 @@ def folder(tmp_path_factory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("models") / "llama", "LlamaForCausalLM")
 
 
-def the_page(folder: Path, text: Path, out: Path, length: int) -> jquant.evaluation.Evaluation:
+def the_page(
+    folder: Path, text: Path, out: Path, length: int, alpha: float | None = None
+) -> jquant.evaluation.Evaluation:
     """From a model to smaller files and how far they have moved, in public names only."""
     model = jquant.open_model(folder)
     samples = jquant.load_samples(model, text, samples=8, sequence_length=length)
@@ -40,7 +40,7 @@ def the_page(folder: Path, text: Path, out: Path, length: int) -> jquant.evaluat
     jquant.to_gguf(model, out / "original.gguf", type="F32")
     jquant.to_gguf(model, out / "small.gguf", type="IQ4_NL", imatrix=imatrix, feedback=samples)
     jquant.to_gguf(model, out / "target.gguf", target=jquant.Target(bpw=6), imatrix=imatrix)
-    jquant.to_folder(model, out / "w8a8", scheme="W8A8", samples=samples)
+    jquant.to_folder(model, out / "w8a8", scheme="W8A8", samples=samples, alpha=alpha)
     files = [out / name for name in ("original.gguf", "small.gguf", "target.gguf", "w8a8")]
     return jquant.evaluate(files, text=text, context=length, chunks=4, engine="jax", cache=False)
 
@@ -54,14 +54,13 @@ def check_page(found: jquant.evaluation.Evaluation) -> None:
 
 
 def test_the_job_is_a_page_of_python(folder, text, tmp_path):
-    check_page(the_page(folder, text, tmp_path, 32))
+    """With one alpha for all inputs: their search is the real model's."""
+    check_page(the_page(folder, text, tmp_path, 32, alpha=0.5))
 
 
 @pytest.mark.slow
-def test_the_job_is_a_page_of_python_on_a_real_model(tmp_path):
-    model, text = DATA / "models/stories15M", DATA / "text/tinystories-130kB.txt"
-    if not (model.exists() and text.exists()):
-        pytest.skip("needs ../shared/data/models/stories15M")
+def test_the_job_is_a_page_of_python_on_a_real_model(shared, tmp_path):
+    model, text = shared("data/models/stories15M"), shared("data/text/tinystories-130kB.txt")
     check_page(the_page(model, text, tmp_path, 256))
 
 
@@ -196,6 +195,7 @@ def test_a_mistake_names_the_argument(call, message):
         call()
 
 
+@pytest.mark.processes
 def test_mistakes_in_shapes_name_the_argument():
     """In a process of its own: here jaxtyping would answer, before the function does."""
     code = """

@@ -70,6 +70,17 @@ def test_no_wing_addresses_the_private_parts_of_another():
     assert not private
 
 
+def test_the_command_line_and_benchmarks_address_no_private_part():
+    paths = [*(ROOT / "cli").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    private = [
+        (str(path), name)
+        for path in paths
+        for name in imported_modules(path)
+        if name.startswith("jquant.") and any(p[0] == "_" and p[:2] != "__" for p in name.split("."))
+    ]
+    assert not private
+
+
 def test_nothing_imports_the_command_line_nor_another_framework():
     library = {
         name.split(".")[0] for path, names in IMPORTS.items() if JQUANT in path.parents for name in names

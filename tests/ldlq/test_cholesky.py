@@ -9,7 +9,7 @@ import pytest
 
 from jquant.ldlq._cholesky import PANEL, by_panels, cholesky, solve, solve_by_panels
 
-WIDTHS = [1, 100, PANEL, 2 * PANEL, 700]
+WIDTHS = [pytest.param(width, marks=pytest.mark.every) for width in (100, 2 * PANEL)] + [1, PANEL, 700]
 
 
 def positive(width: int) -> np.ndarray:

@@ -24,19 +24,29 @@ from jquant.writers.gguf import write_gguf
 from jquant.writers.gguf_feedback import Feedback
 
 TEXT = cats(900)
-ENCODED = [pytest.param(f, id=f.name) for f in FORMATS.values() if f.can_encode and f.block_size > 1]
+# One number a block, and two of each superblock.
+QUICK = {"Q4_0", "Q3_K", "MXFP4"}
+ENCODED = [
+    pytest.param(f, id=f.name, marks=[] if f.name in QUICK else [pytest.mark.every])
+    for f in FORMATS.values()
+    if f.can_encode and f.block_size > 1
+]
 STILL = {"MXFP4", "NVFP4"}  # their scales are integers
 
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory):
-    """A tiny model, its file of Q2_K, and samples."""
+    """A tiny model, its file of Q4_0, and samples."""
     folder = tmp_path_factory.mktemp("tuning")
-    write_tiny(folder / "model", "LlamaForCausalLM", hidden_size=256, intermediate_size=256)
-    model = open_model(folder / "model")
-    write_gguf(model, plan(model.source.specs, model.metadata, "Q2_K"), folder / "q2_k.gguf")
-    samples = load_samples(model, TEXT, samples=24, sequence_length=64)
-    return model, open_model(folder / "q2_k.gguf"), samples
+    model = open_model(write_tiny(folder / "model", "LlamaForCausalLM"))
+    write_gguf(model, planned_in(model), folder / "q4_0.gguf")
+    samples = load_samples(model, TEXT, samples=24, sequence_length=32)
+    return model, open_model(folder / "q4_0.gguf"), samples
+
+
+def planned_in(model, type="Q4_0"):
+    """Every matrix in one type, which is one program for all of a width."""
+    return plan(model.source.specs, model.metadata, type, pure=True)
 
 
 def decoder(model):
@@ -68,8 +78,9 @@ def test_ggml_reads_what_was_changed(format):
     np.testing.assert_allclose(after, 1.25 * before, atol=1e-3 * np.abs(before).max())
 
 
-def test_numbers_put_in_twice_are_put_in_once():
-    format = FORMATS["Q2_K"]
+@pytest.mark.parametrize("name", ["Q4_1", pytest.param("Q2_K", marks=pytest.mark.every)])
+def test_numbers_put_in_twice_are_put_in_once(name):
+    format = FORMATS[name]
     formats, one = (("a.weight", format),), stored(format)
     changes = jax.tree.map(lambda a: a + 0.1, moving.no_changes(formats, one))
     new = moving.written(formats, one, changes)
@@ -88,7 +99,7 @@ def test_a_step_goes_down_the_gradient_of_the_divergence(quantized):
     tokens = samples.tokens[:2]
     student = tuning._Student(model, file.source, optax.sgd(1.0), 2)
     heads = tuning._Heads(decoder(original), model)
-    batch = tuning._Batch(tokens, np.full(2, 64), tuning._outputs(decoder(original), tokens, 2, None))
+    batch = tuning._Batch(tokens, np.full(2, 32), tuning._outputs(decoder(original), tokens, 2, None))
     student.learn(heads, batch)
     steps, of_norm = student.changes()  # minus the gradient
 
@@ -99,7 +110,7 @@ def test_a_step_goes_down_the_gradient_of_the_divergence(quantized):
         return moved.learn(heads, batch)
 
     slope = sum(float(jnp.sum(a * a)) for a in jax.tree.leaves((steps, of_norm)))
-    size = 0.01 / slope**0.5
+    size = 0.07 / slope**0.5  # what float16 rounds of smaller steps shows
     assert (at(-size) - at(size)) / (2 * size) == pytest.approx(slope, rel=0.02)
 
 
@@ -151,20 +162,20 @@ def test_padding_counts_for_nothing(quantized):
     longer = np.pad(samples.tokens[:8], ((0, 0), (0, 16)))
     found = [
         tuning.tune(
-            decoder(original), decoder(file), file.source, tokens, aside=4, lengths=np.full(8, 64)
+            decoder(original), decoder(file), file.source, tokens, aside=4, lengths=np.full(8, 32)
         ).gain
         for tokens in (samples.tokens[:8], longer)
     ]
     np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "Gemma2ForCausalLM", "Phi3ForCausalLM"])
 def test_every_architecture_is_tuned(tmp_path, name):
-    write_tiny(tmp_path / "model", name, hidden_size=256, intermediate_size=256)
-    model = open_model(tmp_path / "model")
-    write_gguf(model, plan(model.source.specs, model.metadata, "Q2_K"), tmp_path / "out.gguf")
+    model = open_model(write_tiny(tmp_path / "model", name))
+    write_gguf(model, planned_in(model), tmp_path / "out.gguf")
     file = open_model(tmp_path / "out.gguf")
-    samples = load_samples(model, TEXT, samples=10, sequence_length=64)
+    samples = load_samples(model, TEXT, samples=10, sequence_length=32)
     settings = tuning.Settings(epochs=2, rate=0.01, batch=4)
     tuned = tuning.tune(
         decoder(model), decoder(file), file.source, samples.tokens, aside=2, settings=settings
@@ -175,7 +186,7 @@ def test_every_architecture_is_tuned(tmp_path, name):
 
 def test_a_run_cut_short_while_it_changes_the_file_ends_with_the_same_bytes(tmp_path, quantized, monkeypatch):
     model, _, samples = quantized
-    planned = plan(model.source.specs, model.metadata, "Q2_K")
+    planned = planned_in(model)
     feedback = Feedback(samples, tuning=tuning.Settings(epochs=2, rate=0.01))
     whole = write_gguf(model, planned, tmp_path / "whole.gguf", feedback=feedback)
     assert whole.tuned is not None
@@ -212,5 +223,5 @@ def test_one_sample_cannot_be_learned_from_and_judged(tmp_path, quantized):
     one = replace(samples, tokens=samples.tokens[:1], lengths=samples.lengths[:1])
     feedback = Feedback(one, tuning=tuning.Settings())
     with pytest.raises(UserError, match="two samples"):
-        write_gguf(model, plan(model.source.specs, model.metadata, "Q2_K"), tmp_path / "x", feedback=feedback)
+        write_gguf(model, planned_in(model), tmp_path / "x", feedback=feedback)
     assert not list(tmp_path.iterdir())

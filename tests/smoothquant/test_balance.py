@@ -14,6 +14,7 @@ from helpers.decoders import logits
 from helpers.divergence import divergence
 from helpers.outliers import calibration, with_outliers
 from helpers.shapes import WIDE
+from helpers.tables import rows
 from helpers.tiny_models import LINES, write_gguf, write_tiny
 from safetensors.numpy import load_file, save_file
 
@@ -29,7 +30,6 @@ from jquant.models import ARCHITECTURES
 from jquant.smoothquant import _balance as balance
 from jquant.smoothquant import _smooth as smooth
 from jquant.smoothquant import balance as balancing
-from jquant.smoothquant.smoothing import open_decoder
 
 TOKENS = np.random.default_rng(7).integers(3, 350, (1, 40)).astype(np.int32)
 FEW = ("--samples", 6, "--sequence-length", 48)
@@ -37,7 +37,7 @@ FEW = ("--samples", 6, "--sequence-length", 48)
 
 def at_random(model: Model) -> dict[str, Factors]:
     """Factors of all places, those of norms too."""
-    decoder, rng = open_decoder(model), np.random.default_rng(0)
+    decoder, rng = model.decoder(), np.random.default_rng(0)
     found = {}
     for i, block in enumerate(decoder.blocks):
         scales = {
@@ -48,17 +48,20 @@ def at_random(model: Model) -> dict[str, Factors]:
     return found
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", rows(ARCHITECTURES, {"LlamaForCausalLM", "Qwen2MoeForCausalLM"}))
 def test_any_factors_leave_the_function_as_it_was(architecture, tmp_path):
     model = open_model(write_tiny(tmp_path, architecture))
     changed = model._replace(source=ScaledSource(model.source, at_random(model)))
-    wanted, found = (logits(open_decoder(m), TOKENS) for m in (model, changed))
+    wanted, found = (logits(m.decoder(), TOKENS) for m in (model, changed))
     np.testing.assert_allclose(found, wanted, atol=2e-3, rtol=2e-3)
     values = ([Weights(m.source).tensor(name) for m in (model, changed)] for name in model.source.specs)
     assert sum(not np.array_equal(*pair) for pair in values) >= 0.6 * len(model.source.specs)
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture",
+    rows(("LlamaForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM"), {"MixtralForCausalLM"}),
+)
 def test_rows_are_those_of_the_whole_tensor(architecture, tmp_path):
     model = open_model(write_tiny(tmp_path, architecture))
     source = ScaledSource(model.source, at_random(model))
@@ -131,7 +134,9 @@ def text(tmp_path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", rows(("LlamaForCausalLM", "MixtralForCausalLM"), {"LlamaForCausalLM"})
+)
 def test_an_imatrix_becomes_that_of_the_balanced_model(architecture, tmp_path):
     model = open_model(write_tiny(tmp_path, architecture, **WIDE))
     samples = calibration(model)
@@ -149,13 +154,15 @@ def test_an_imatrix_becomes_that_of_the_balanced_model(architecture, tmp_path):
 @pytest.mark.parametrize("feedback", [(), pytest.param(("--feedback",), marks=pytest.mark.slow)], ids=str)
 def test_llama_cpp_loses_less(loud, text, feedback, tmp_path):
     """Both files run in llama.cpp, which rounds inputs; the original is in float32."""
-    options = ["--type", "Q6_K", "--pure", "-q", "-c", text, *FEW, *feedback]
+    options, reading = ["--type", "Q6_K", "--pure", "-q", *feedback], ["-c", text, *FEW]
     model = open_model(loud)
     wanted = by_llama_cpp(write_gguf(tmp_path / "original.gguf", model.metadata, model.source))
     lost, reports, sizes, recipes = [], [], [], []
     for name, more in {"plain": [], "balanced": ["--balance-inputs"]}.items():
         file = tmp_path / f"{name}.gguf"
-        done = attempt("quantize", loud, file, *options, *more, "--json")
+        done = attempt(
+            "quantize", loud, file, *options, *more, *(reading if feedback or more else []), "--json"
+        )
         assert done.exit_code == 0, done.output
         reports.append(json.loads(done.stdout))
         lost.append(divergence(wanted, by_llama_cpp(file)))
@@ -174,14 +181,21 @@ def by_llama_cpp(file: Path) -> np.ndarray:
         return np.stack(list(engine.logits(list(TOKENS), [0] * len(TOKENS))))
 
 
-def test_a_run_with_other_factors_does_not_continue_one(loud, text, tmp_path):
-    """Nor is what was measured for a target of the model as it was used for the balanced one."""
-    model, out, kept = open_model(loud), tmp_path / "out.gguf", tmp_path / "kept.json"
+def test_a_run_with_other_factors_does_not_continue_one(loud):
+    model = open_model(loud)
     balanced = balancing.balance_model(model, calibration(model)).model
     assert common_facts(model) != common_facts(balanced)
-    options = ["--target-bpw", 5, "-q", "-c", text, *FEW, "--sensitivity", kept, "--force"]
-    assert attempt("quantize", loud, out, *options, "--balance-inputs").exit_code == 0
-    assert attempt("quantize", loud, out, *options, "--balance-inputs").exit_code == 0
+
+
+@pytest.mark.slow
+def test_what_was_measured_for_a_target_of_the_model_as_it_was_is_not_used_for_the_balanced_one(
+    loud, text, tmp_path
+):
+    out, kept = tmp_path / "out.gguf", tmp_path / "kept.json"
+    options = ["--target-bpw", 5, "-q", "--sensitivity", kept, "--force"]
+    balance = ["--balance-inputs", "-c", text, *FEW]
+    assert attempt("quantize", loud, out, *options, *balance).exit_code == 0
+    assert attempt("quantize", loud, out, *options, *balance).exit_code == 0
     refused = attempt("quantize", loud, out, *options)
     assert refused.exit_code == 3
     assert kept.name in refused.output

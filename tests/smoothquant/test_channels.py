@@ -42,7 +42,7 @@ def lost(own: Seen, s: np.ndarray, steps: str = "token") -> float:
 
 
 @pytest.mark.parametrize("steps", ["token", "tensor", "range"])
-@pytest.mark.parametrize("alpha", [None, 0.5, 0.8])
+@pytest.mark.parametrize("alpha", [None, 0.5, pytest.param(0.8, marks=pytest.mark.every)])
 def test_the_estimate_is_what_rounding_costs(alpha, steps):
     own = seen()
     largest = (jnp.max(jnp.abs(a), axis=0) for a in (own.x, own.weight))

@@ -16,6 +16,7 @@ from helpers.divergence import divergence
 from helpers.folders import config_of, decoded, read, run
 from helpers.outliers import TOKENS, calibration, with_outliers
 from helpers.shapes import GROUPED
+from helpers.tables import rows
 from helpers.tiny_models import DTYPES, LINES, open_tiny, write_tiny
 
 from jquant.core import UserError
@@ -30,6 +31,7 @@ from jquant.smoothquant.report import advice, smoothing_report
 from jquant.smoothquant.smoothing import Place, Smoothing, outlier_ratio
 from jquant.writers.folder_plan import as_stored, factors_by_part, open_checkpoint
 
+QUICK_ARCHITECTURES = {"LlamaForCausalLM", "Qwen2MoeForCausalLM"}
 QUICK = Search(alphas=(0.3, 0.5, 0.7), samples=2, checked=2, tokens=48)
 
 
@@ -46,12 +48,12 @@ def text(tmp_path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", rows(ARCHITECTURES, QUICK_ARCHITECTURES))
 def test_a_smoothed_checkpoint_predicts_the_same(architecture, tmp_path):
     """The factors as the folder's writer applies them, against the oracle in float64."""
     folder = write_tiny(tmp_path, architecture)
     checkpoint = open_checkpoint(folder)
-    decoder, rng = smoothing.open_decoder(checkpoint.model), np.random.default_rng(0)
+    decoder, rng = checkpoint.model.decoder(), np.random.default_rng(0)
     places = tuple(
         Place(i, c.name, c.consumers, np.exp(rng.standard_normal(c.shape)).astype(np.float32), None, 1.0, 1.0)
         for i, block in enumerate(decoder.blocks)
@@ -69,11 +71,11 @@ def test_a_smoothed_checkpoint_predicts_the_same(architecture, tmp_path):
     assert changed >= 0.6 * len(tensors)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", rows(DTYPES, {"bfloat16"}))
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma2ForCausalLM"])
 def test_what_a_stored_norm_rounds_the_factors_take_up(architecture, dtype, tmp_path):
     checkpoint = open_checkpoint(write_tiny(tmp_path, architecture, torch_dtype=dtype))
-    decoder, rng = smoothing.open_decoder(checkpoint.model), np.random.default_rng(0)
+    decoder, rng = checkpoint.model.decoder(), np.random.default_rng(0)
     places = tuple(
         Place(0, c.name, c.consumers, np.exp(rng.standard_normal(c.shape)).astype(np.float32), None, 1.0, 1.0)
         for c in smooth.couplings(decoder.blocks[0])
@@ -96,7 +98,7 @@ def test_extremes_are_those_of_the_inputs(model):
     checkpoint = open_checkpoint(model)
     samples = calibration(checkpoint.model)
     stats = smoothing.measure(checkpoint.model, samples)
-    decoder = smoothing.open_decoder(checkpoint.model)
+    decoder = checkpoint.model.decoder()
     x = jnp.asarray(decoder.embed(samples.tokens))
     params, angles = decoder.load_block(0), jnp.asarray(decoder.angles(0, 48))
     shown = decoder.blocks[0].apply({"params": params}, x, angles, mutable="inputs")[1]["inputs"]
@@ -109,7 +111,7 @@ def test_extremes_are_those_of_the_inputs(model):
 def test_one_alpha_takes_outliers_away_and_brings_the_predictions_back(model, text, tmp_path):
     for name, options in {"plain": ["--no-smooth"], "half": ["--alpha", "0.5", "-c", text]}.items():
         run(model, tmp_path / name, "--type", "W8A8", "-q", *options)
-    wanted = logits(smoothing.open_decoder(open_checkpoint(model).model), TOKENS)[:, :-1]
+    wanted = logits(open_checkpoint(model).model.decoder(), TOKENS)[:, :-1]
     plain, half = (
         divergence(wanted, np.stack(list(FlaxEngine(tmp_path / name).logits(list(TOKENS), [0] * 3))))
         for name in ("plain", "half")
@@ -120,7 +122,7 @@ def test_one_alpha_takes_outliers_away_and_brings_the_predictions_back(model, te
 
 def test_the_search_is_never_worse_than_any_alpha_on_the_samples_that_decide(model):
     checkpoint = open_checkpoint(model)
-    decoder, samples = smoothing.open_decoder(checkpoint.model), calibration(checkpoint.model)
+    decoder, samples = checkpoint.model.decoder(), calibration(checkpoint.model)
     stats = smoothing.measure(checkpoint.model, samples)
     quantized = frozenset(n for n in stats if "gate_inp" not in n)
     fisher = smooth_search.fisher_of(decoder, samples, QUICK)
@@ -147,7 +149,7 @@ def test_the_search_is_never_worse_than_any_alpha_on_the_samples_that_decide(mod
 def test_channels_change_their_sign_where_codes_have_a_zero(model):
     """All places keep what they compute, and tokens have smaller ranges."""
     checkpoint = open_checkpoint(model)
-    decoder, samples = smoothing.open_decoder(checkpoint.model), calibration(checkpoint.model)
+    decoder, samples = checkpoint.model.decoder(), calibration(checkpoint.model)
     stats = smoothing.measure(checkpoint.model, samples)
     quantized = frozenset(stats)
     fisher = smooth_search.fisher_of(decoder, samples, QUICK)
@@ -173,7 +175,7 @@ def test_channels_change_their_sign_where_codes_have_a_zero(model):
 
 def test_factors_of_their_own_fit_samples_better_than_any_alpha(model):
     checkpoint = open_checkpoint(model)
-    decoder, samples = smoothing.open_decoder(checkpoint.model), calibration(checkpoint.model)
+    decoder, samples = checkpoint.model.decoder(), calibration(checkpoint.model)
     stats = smoothing.measure(checkpoint.model, samples)
     block, params = decoder.blocks[0], decoder.load_block(0)
     x, angles = jnp.asarray(decoder.embed(samples.tokens[:3, :48])), jnp.asarray(decoder.angles(0, 48))
@@ -194,7 +196,7 @@ def test_maxima_do_not_hold_the_search_to_the_host(model):
     """They are made of statistics that are committed to it, and what a GPU's arrays are combined with that is
     committed to the host is computed on the host."""
     opened = open_checkpoint(model).model
-    decoder, stats = smoothing.open_decoder(opened), smoothing.measure(opened, calibration(opened))
+    decoder, stats = opened.decoder(), smoothing.measure(opened, calibration(opened))
     assert all(s["absmax"].committed for s in stats.values())
     assert not any(smoothing.maxima(c, 0, stats).committed for c in smooth.couplings(decoder.blocks[0]))
 
@@ -202,7 +204,7 @@ def test_maxima_do_not_hold_the_search_to_the_host(model):
 def test_gradients_of_the_search_point_downhill(model):
     """Rounding hides the slope of a single channel, not that of a step along the gradient."""
     checkpoint = open_checkpoint(model)
-    decoder, samples = smoothing.open_decoder(checkpoint.model), calibration(checkpoint.model)
+    decoder, samples = checkpoint.model.decoder(), calibration(checkpoint.model)
     block, params = decoder.blocks[0], decoder.load_block(0)
     x, angles = jnp.asarray(decoder.embed(samples.tokens[:3, :48])), jnp.asarray(decoder.angles(0, 48))
     y, ones = block.apply({"params": params}, x, angles), jnp.ones(3 * 48)
@@ -231,7 +233,7 @@ def test_the_command_searches_and_reports_every_place(model, text, tmp_path):
         assert row["smoothed_block_error"] < 0.2 * row["block_error"]
     norms = [row for row in report if row["place"].endswith("norm")]
     assert all(row["outlier_ratio"] > 50 > 10 > row["smoothed_outlier_ratio"] for row in norms)
-    wanted = logits(smoothing.open_decoder(open_checkpoint(model).model), TOKENS)[:, :-1]
+    wanted = logits(open_checkpoint(model).model.decoder(), TOKENS)[:, :-1]
     found = np.stack(list(FlaxEngine(tmp_path / "out").logits(list(TOKENS), [0] * 3)))
     assert divergence(wanted, found) < 0.02
     # The rest of the folder is the model's own.
@@ -244,20 +246,20 @@ def test_a_bad_alpha_is_refused(model, text, tmp_path):
     run(model, tmp_path / "out", "--type", "FP8", "--alpha", "0.5", code=2)
     run(model, tmp_path / "out", "--type", "W8A8", "--analyze", code=2)
     assert not (tmp_path / "out").exists()
-    decoder = smoothing.open_decoder(open_checkpoint(model).model)
+    decoder = open_checkpoint(model).model.decoder()
     with pytest.raises(UserError, match="between 0 and 1"):
         smoothing.fixed(decoder, {}, 1.01)
     with pytest.raises(UserError, match=r"blk\.0\.attn_q\.weight: nothing is known"):
         smoothing.fixed(decoder, {}, 0.5)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", rows(ARCHITECTURES, QUICK_ARCHITECTURES))
 def test_advice_names_the_matrices_of_the_best_place(architecture, tmp_path):
     checkpoint = open_checkpoint(write_tiny(tmp_path, architecture))
     weights = {name: weight for name, weight in checkpoint.weights.items() if name.endswith(".weight")}
     stored = {name: weight.parts for name, weight in weights.items()}
     names = {name for parts in stored.values() for name in parts}
-    found = smooth.couplings(smoothing.open_decoder(checkpoint.model).blocks[1])
+    found = smooth.couplings(checkpoint.model.decoder().blocks[1])
     places = [Place(1, c.name, c.consumers, np.ones(4, np.float32), None, 1.0, 1.0) for c in found]
 
     def advised(left: list[float]) -> list[str]:
@@ -288,6 +290,12 @@ def test_an_alpha_that_leaves_outliers_is_to_be_higher():
     assert [row["alpha"] for row in report] == [0.5, None]
 
 
+def test_keeping_what_is_advised_needs_smoothing(model, tmp_path):
+    run(model, tmp_path / "bad", "--type", "W8A8", "--no-smooth", "--keep", "auto", code=2)
+    run(model, tmp_path / "bad", "--type", "FP8", "--keep", "auto", code=2)
+
+
+@pytest.mark.slow
 def test_what_is_advised_leaves_the_error_that_it_names(model, text, tmp_path, monkeypatch):
     monkeypatch.setattr(smoothing, "OUTSTANDING", 1.0)  # for the tiny model's places are much alike
 
@@ -321,5 +329,3 @@ def test_what_is_advised_leaves_the_error_that_it_names(model, text, tmp_path, m
             errors[i] - sum(saved), abs=1e-3 * errors[i]
         )
     assert not any(row["advice"] for row in made)
-    run(model, tmp_path / "bad", "--type", "W8A8", "--no-smooth", "--keep", "auto", code=2)
-    run(model, tmp_path / "bad", "--type", "FP8", "--keep", "auto", code=2)

@@ -16,6 +16,7 @@ from helpers.divergence import divergence
 from helpers.folders import FORMATS, config_of, decoded, read, run
 from helpers.outliers import TOKENS, calibration, with_outliers
 from helpers.shapes import GROUPED
+from helpers.tables import rows
 from helpers.tiny_models import LINES, open_tiny, write_tiny
 
 from jquant.core import UserError
@@ -76,7 +77,9 @@ ROUND = {
 
 
 @pytest.mark.parametrize("scheme", ROUND)
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Phi3ForCausalLM", "Qwen2MoeForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", rows(("LlamaForCausalLM", "Phi3ForCausalLM", "Qwen2MoeForCausalLM"), {"LlamaForCausalLM"})
+)
 def test_the_engine_computes_what_the_folder_declares(
     architecture, scheme, calibrated, tmp_path, monkeypatch
 ):
@@ -102,7 +105,7 @@ def test_the_engine_computes_what_the_folder_declares(
 def test_a_scale_clips_where_the_output_of_the_block_gains_by_it(model):
     """Never beyond the largest input seen, and better than where nothing is clipped."""
     checkpoint = open_checkpoint(model)
-    samples, decoder = calibration(checkpoint.model), smoothing.open_decoder(checkpoint.model)
+    samples, decoder = calibration(checkpoint.model), checkpoint.model.decoder()
     stats = smoothing.measure(checkpoint.model, samples)
     dtypes = dict.fromkeys(stats, np.dtype(np.float32))
     found = input_scales.calibrate(decoder, samples, stats, dtypes, "int8")
@@ -125,7 +128,7 @@ def test_smoothing_comes_before_the_scale(model, calibrated, tmp_path):
     with_outliers(write_tiny(tmp_path / "in", "LlamaForCausalLM", **GROUPED))
     for name, options in {"plain": ["--no-smooth"], "smooth": ["--alpha", "0.5"]}.items():
         run(tmp_path / "in", tmp_path / name, "--type", "W8A8", *options, *calibrated)
-    wanted = logits(smoothing.open_decoder(open_checkpoint(tmp_path / "in").model), TOKENS)[:, :-1]
+    wanted = logits(open_checkpoint(tmp_path / "in").model.decoder(), TOKENS)[:, :-1]
     plain, smooth = (
         divergence(wanted, np.stack(list(FlaxEngine(tmp_path / name).logits(list(TOKENS), [0] * 3))))
         for name in ("plain", "smooth")
@@ -151,7 +154,7 @@ def test_what_is_missing_or_no_scale_is_named(model, calibrated, tmp_path):
         save_file(rest if broken is None else {**rest, name: broken}, out / "model.safetensors")
         with pytest.raises(UserError, match=rf"{name}: .*{said}"):
             FlaxEngine(out)
-    decoder = smoothing.open_decoder(open_checkpoint(model).model)
+    decoder = open_checkpoint(model).model.decoder()
     samples = calibration(open_checkpoint(model).model)
     with pytest.raises(UserError, match=r"blk\.0\.attn_q\.weight: nothing is known of its inputs"):
         input_scales.calibrate(decoder, samples, {}, {"blk.0.attn_q.weight": np.dtype(np.float32)}, "int8")

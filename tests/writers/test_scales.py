@@ -50,7 +50,7 @@ def test_factors_and_scales_rebuild_the_folder(model, calibrated, tmp_path):
     assert len(found) == 4 * 14
 
 
-@pytest.mark.parametrize("type", ["W4A16", "GPTQ"])
+@pytest.mark.parametrize("type", ["W4A16", pytest.param("GPTQ", marks=pytest.mark.every)])
 def test_without_calibration_there_are_scales_of_weights(model, type, tmp_path):
     file = tmp_path / "scales.safetensors"
     run(model, tmp_path / "out", "--type", type, "-q", "--export-scales", file)
