@@ -301,7 +301,7 @@ def test_processes_with_another_model_or_version_are_refused(what, tiny, tmp_pat
         if what == "model":
             return write(other)
         with pytest.MonkeyPatch.context() as newer:
-            newer.setattr("jquant.checkpoints.fingerprint.version", lambda name: "9.9")
+            newer.setattr("jquant.checkpoints.fingerprint.VERSION", "9.9")
             return write(tiny)
 
     beside(monkeypatch, theirs)
