@@ -230,7 +230,7 @@ def test_a_full_disk_is_told_before_anything_is_mapped(tmp_path, monkeypatch):
 
     made = Checkpoint(tmp_path / "run", {"data": "x"}, resume=False)
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(OutputError, match=r"activations-00000: cannot be written: No space left.*resume=True"):
+    with pytest.raises(OutputError, match=r"activations-00000: cannot be written: No space.*resume=True"):
         made.activations(0, (2, 3))
     with pytest.raises(OutputError, match="cannot take 24 B of activations: No space left"):
         between.Scratch(tmp_path, in_memory=0).activations(0, (2, 3))

@@ -63,7 +63,10 @@ REFUSED = {
     "yarn beta": ({"rope_scaling": {**YARN, "beta_fast": 16}}, "'beta_fast' = 16"),
     "partial": ({"partial_rotary_factor": 0.5}, r"'partial_rotary_factor' = 0\.5"),
     "missing": ({"vocab_size": DROP}, "needs 'vocab_size', which is missing"),
-    "no number": ({"hidden_size": "64"}, "'hidden_size' must be a positive whole number below 2147483648; got '64'"),
+    "no number": (
+        {"hidden_size": "64"},
+        "'hidden_size' must be a positive whole number below 2147483648; got '64'",
+    ),
     "negative": ({"rms_norm_eps": -1.0}, r"'rms_norm_eps' must be a positive number; got -1\.0"),
     "kv heads": ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads 3"),
     "heads": ({"num_attention_heads": 3, "num_key_value_heads": 3}, "no multiple of num_attention_heads 3"),
