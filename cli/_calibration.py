@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from . import _errors, _options, _runtime, _show
+from . import _options, _show
 
 if TYPE_CHECKING:
     from jquant.calibration import Progress
     from jquant.checkpoints.model import Model
     from jquant.io.imatrix import Imatrix
-    from jquant.ldlq.sequential import Fed
     from jquant.text.samples import Samples
 
 
@@ -35,16 +34,6 @@ def read(model: Model, texts: _options.Texts, *, quiet: bool) -> Samples:
     return data
 
 
-def importance(model: Model, data: Samples, *, batch: int, quiet: bool) -> Imatrix:
-    """The importance matrix, measured on all devices."""
-    from jquant import calibration
-
-    shown = progress(data, quiet=quiet)
-    found = calibration.importance(model, data, batch=batch, mesh=_runtime.mesh(None), progress=shown)
-    unreached(found, quiet=quiet)
-    return found
-
-
 def unreached(found: Imatrix, *, quiet: bool) -> dict[str, list[int]]:
     """Experts whose importance is a guess, by tensor; they are named."""
     from jquant import calibration
@@ -54,17 +43,6 @@ def unreached(found: Imatrix, *, quiet: bool) -> dict[str, list[int]]:
         for note in calibration.unreached_notes(guessed):
             _show.remark(f"note: {note}")
     return guessed
-
-
-def starved(fed: Mapping[str, Fed], *, quiet: bool) -> dict[str, list[int]]:
-    """Experts that error feedback fitted with fewer tokens than they have columns, by tensor; an example is
-    named."""
-    from jquant.writers import quality
-
-    found = quality.starved(fed)
-    if found and not quiet:
-        _show.remark(f"note: {_errors.as_options(quality.starved_note(found))}")
-    return found
 
 
 def progress(data: Samples, *, quiet: bool) -> Progress:

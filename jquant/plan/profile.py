@@ -274,7 +274,7 @@ class _Reader(NamedTuple):
         self.check_keys(data, _RULE_KEYS, "rule", i)
         pattern = self.string(data, "match", "rule", i)
         if pattern is not None:
-            check_pattern(pattern, f"{self.at('rule', i, 'match')} ({pattern!r})")
+            check_pattern(pattern, self.at("rule", i, "match"))
         wanted = self.strings(data, "role", "rule", i)
         for role in wanted:
             if role not in ROLES:

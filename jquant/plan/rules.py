@@ -43,7 +43,7 @@ def check_pattern(pattern: str, where: str) -> None:
             warnings.simplefilter("ignore", FutureWarning)  # of what a later Python may read otherwise
             re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise UserError(f"{where}: {error} in the regular expression.") from None
+        raise UserError(f"{where}: {error} in {pattern!r}.") from None
 
 
 def tensor_type(name: str, where: str) -> str:

@@ -120,6 +120,7 @@ def test_one_alpha_takes_outliers_away_and_brings_the_predictions_back(model, te
     assert half < plain / 20
 
 
+@pytest.mark.slow
 def test_the_search_is_never_worse_than_any_alpha_on_the_samples_that_decide(model):
     checkpoint = open_checkpoint(model)
     decoder, samples = checkpoint.model.decoder(), calibration(checkpoint.model)
@@ -146,6 +147,7 @@ def test_the_search_is_never_worse_than_any_alpha_on_the_samples_that_decide(mod
         x = y
 
 
+@pytest.mark.slow
 def test_channels_change_their_sign_where_codes_have_a_zero(model):
     """All places keep what they compute, and tokens have smaller ranges."""
     checkpoint = open_checkpoint(model)

@@ -265,7 +265,7 @@ def test_rows_of_one_tensor_are_shared_and_those_that_are_there_are_kept(model, 
 
 @pytest.mark.parametrize("others", [["--type", "Q8_0"], ["--effort", "best"], ["--resume"]], ids=" ".join)
 def test_processes_with_other_options_are_refused(others, tiny, tmp_path, monkeypatch):
-    arguments = ["quantize", str(tiny), str(tmp_path / "m.gguf"), "--type", "Q4_0"]
+    arguments = ["quantize", str(tiny), str(tmp_path / "m.gguf")]
     beside(monkeypatch, lambda: CliRunner().invoke(app, [*arguments, *others], catch_exceptions=False))
     ended = CliRunner().invoke(app, arguments)
     assert ended.exit_code == 3
@@ -278,7 +278,7 @@ def test_processes_with_other_options_are_refused(others, tiny, tmp_path, monkey
 @pytest.mark.processes
 def test_processes_of_a_command_with_other_options_end_with_one_line(model, tmp_path):
     out = tmp_path / "m.gguf"
-    for ended in quantize(2, model, out, "--type", "Q4_K_M", others=("--type", "Q8_0")):
+    for ended in quantize(2, model, out, others=("--type", "Q8_0")):  # beside the default, Q4_K_M
         assert ended.code == 3
         assert "process 1 has" in ended.err
         assert "need the same version, model and options" in ended.err

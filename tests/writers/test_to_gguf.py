@@ -23,6 +23,10 @@ TEXT = ["-c", "text.txt", "--samples", 4, "--sequence-length", 32]
 IMPORTANCE = ["--imatrix", "importance.gguf"]
 
 
+def _every(*arguments: object):
+    return pytest.param(*arguments, marks=pytest.mark.every)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tiny model, and text.txt and importance.gguf beside it."""
@@ -44,17 +48,18 @@ def texts(folder) -> Texts:
     ("arguments", "options"),
     [
         ({"type": "Q4_0"}, ["--type", "Q4_0"]),
-        ({"type": "IQ2_XXS", "imatrix": "importance.gguf"}, ["-t", "IQ2_XXS", *IMPORTANCE]),
         ({"type": "Q8_0", "rules": ["attn_v=F16"], "max_shard_size": "500kB"},
          ["-t", "Q8_0", "--rule", "attn_v=F16", "--max-shard-size", "500kB"]),
-        ({"profile": "balanced", "output_type": "Q8_0"}, ["--profile", "balanced", "--output-type", "Q8_0"]),
-        ({"type": "Q4_0", "feedback": True, "samples": ...}, ["-t", "Q4_0", "--feedback", *TEXT]),
-        ({"type": "Q4_0", "protect_super_weights": True, "balance_inputs": True, "samples": ...},
-         ["-t", "Q4_0", "--protect-super-weights", "--balance-inputs", *TEXT]),
-        ({"target": Target(bpw=6), "analyze": True, "feedback": False, "samples": ...},
-         ["--target-bpw", 6, "--analyze", "--no-feedback", *TEXT]),
-        ({"target": Target(nbytes=400_000), "sensitivity": "outputs", "samples": ...},
-         ["--target-size", "400kB", "--weights", "outputs", *TEXT]),
+        _every({"type": "IQ2_XXS", "imatrix": "importance.gguf"}, ["-t", "IQ2_XXS", *IMPORTANCE]),
+        _every({"profile": "balanced", "output_type": "Q8_0"},
+               ["--profile", "balanced", "--output-type", "Q8_0"]),
+        _every({"type": "Q4_0", "feedback": True, "samples": ...}, ["-t", "Q4_0", "--feedback", *TEXT]),
+        _every({"type": "Q4_0", "protect_super_weights": True, "balance_inputs": True, "samples": ...},
+               ["-t", "Q4_0", "--protect-super-weights", "--balance-inputs", *TEXT]),
+        _every({"target": Target(bpw=6), "analyze": True, "feedback": False, "samples": ...},
+               ["--target-bpw", 6, "--analyze", "--no-feedback", *TEXT]),
+        _every({"target": Target(nbytes=400_000), "sensitivity": "outputs", "samples": ...},
+               ["--target-size", "400kB", "--weights", "outputs", *TEXT]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
