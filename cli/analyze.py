@@ -139,7 +139,7 @@ def analyze(
     from jquant.calibration import super_weights as protection
     from jquant.calibration.report import as_json, rows, table
     from jquant.checkpoints import open_model
-    from jquant.io import check_target
+    from jquant.io import check_no_input, check_target
     from jquant.io import imatrix as imatrix_file
     from jquant.text.samples import check
 
@@ -147,12 +147,15 @@ def analyze(
     # Slips of the command line show before a download, and those that need the model before the calibration.
     if output is not None:
         check_target(output, force=force)
+        check_no_input(output, [model, *(merge or ()), *(calibration or ())])
     if figures is not None:
         report.check_figures(figures, force=force)
     earlier = [imatrix_file.read(file) for file in merge or []]
     for name in calibration or ():
         check(name)
     opened = open_model(model, pre_tokenizer=pre_tokenizer, revision=revision)
+    if output is not None:
+        check_no_input(output, opened.files)
     for file, matrix in zip(merge or [], earlier, strict=True):
         imatrix_file.check_model(file, matrix, opened.source.specs)
         imatrix_file.check_method(file, matrix, method.value)

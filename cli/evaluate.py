@@ -128,12 +128,13 @@ def evaluate(
     from jquant.core.human import human_size
     from jquant.evaluation import page as evaluate_html
     from jquant.evaluation import report as evaluate_report
-    from jquant.io import check_target
+    from jquant.io import check_no_input, check_target
     from jquant.text.held_out import read_held_out
 
     # Slips of the command line show before a download.
     for target in filter(None, (csv, markdown, html)):
         check_target(target, force=force)
+        check_no_input(target, [original, *(candidates or ()), text, choices])
     held_out = None if no_text else read_held_out(text)
     if not quiet and held_out is not None:
         for remark in held_out.remarks:

@@ -1,5 +1,6 @@
 """Everything that touches files: readers, the writer, importance matrices, tokenizers, the hub."""
 
+from jquant.io._inputs import check_no_input
 from jquant.io._shards import file_bytes
 from jquant.io.gguf import GgufSource
 from jquant.io.gguf_sink import GgufPart, GgufSink, check_target, headers_digest
@@ -18,6 +19,7 @@ __all__ = [
     "ModelFolder",
     "SafetensorsSource",
     "check_folder",
+    "check_no_input",
     "check_target",
     "file_bytes",
     "headers_digest",

@@ -13,7 +13,7 @@ from jquant.allocation import SensitivityKind, Target
 from jquant.calibration import Texts
 from jquant.core import Effort, OutputError, UserError, default_threads
 from jquant.core.human import size_in_bytes
-from jquant.io import check_target
+from jquant.io import check_no_input, check_target
 from jquant.io import imatrix as imatrix_file
 from jquant.io.imatrix import Imatrix
 from jquant.plan import (
@@ -134,14 +134,18 @@ def read_options(
         if isinstance(value, str) and value not in get_args(allowed):
             raise UserError(f"{name}={value!r}: expected one of {', '.join(get_args(allowed))}.")
     _check_numbers(protection_coverage, search_seconds, threads, batch)
+    profile_file = profile
     profile = read_profile(profile) if isinstance(profile, str | os.PathLike) else profile
     with _naming("type", type):
         kind = file_type(type or (profile and profile.file_type) or "Q4_K_M").name
     out = None if out is None else Path(out)
     with _naming("max_shard_size", max_shard_size):
         shard = size_in_bytes(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-    if out is not None and not shard:
-        check_target(out, force=force or resume)
+    if out is not None:
+        named = samples.calibration if isinstance(samples, Texts) else None
+        check_no_input(out, [imatrix, like, profile_file, record, *(named or ())])
+        if not shard:
+            check_target(out, force=force or resume)
     with _naming("runtime", runtime):
         runtime_types(runtime)
     fed = feedback if isinstance(feedback, Samples) else None

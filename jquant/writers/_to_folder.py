@@ -21,7 +21,7 @@ from jquant.checkpoints.model import Model
 from jquant.core import SILENT, Progress, Reporter, UserError
 from jquant.distributed import mesh
 from jquant.distributed.team import everyone
-from jquant.io import hub
+from jquant.io import check_no_input, hub
 from jquant.io import scales as scales_file
 from jquant.io.findings import Findings
 from jquant.io.imatrix import Imatrix
@@ -131,6 +131,8 @@ def to_folder(
         batch=batch,
     )
     checkpoint = _opened(model, asked)
+    if asked.export_scales is not None:
+        check_no_input(asked.export_scales, checkpoint.model.files)
     plan = plan_folder(checkpoint, asked.scheme, asked.patterns)
     group = plan.scheme.weights.group_size
     if group not in (None, _USUAL_GROUP):

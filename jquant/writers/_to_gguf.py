@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Mapping, Sequence
 
 from jquant.allocation import SensitivityKind, Target
@@ -10,6 +11,7 @@ from jquant.calibration import super_weights as protection
 from jquant.checkpoints import AnyModel, Model
 from jquant.checkpoints import opened as opened_model
 from jquant.core import SILENT, Effort, Reporter
+from jquant.io import check_no_input
 from jquant.io.imatrix import Imatrix
 from jquant.plan import Profile, Rule, check_encodable, protect
 from jquant.plan.report import remarks
@@ -126,6 +128,10 @@ def to_gguf(
         batch=batch,
     )
     opened = model() if callable(model) else opened_model(model)
+    if asked.out is not None:
+        splits = asked.out.parent.glob(f"{glob.escape(asked.out.stem)}-?????-of-?????.gguf")
+        for file in (asked.out, *(splits if asked.max_shard_bytes else ())):
+            check_no_input(file, opened.files)
     for remark in opened.remarks:
         reporter.note(remark)
     known = measure(opened, asked, reporter)
