@@ -9,9 +9,6 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-import jax
-
-from jquant import calibration
 from jquant.allocation import Allocated, allocate
 from jquant.calibration import SuperWeight
 from jquant.calibration import super_weights as protection
@@ -31,6 +28,7 @@ from jquant.smoothquant.balance import Balanced, balance_model
 from jquant.text.samples import Samples
 from jquant.writers._gguf_file import GgufFile
 from jquant.writers._gguf_options import Options
+from jquant.writers._measured import measured_importance
 from jquant.writers.gguf import write_gguf
 from jquant.writers.gguf_feedback import Feedback, pays
 from jquant.writers.quality import assess, starved, starved_note
@@ -61,7 +59,7 @@ def measure(model: Model, asked: Options, reporter: Reporter) -> Known:
         model = balanced.model
         imatrix = imatrix and balanced.imatrix(imatrix)
     if asked.target is not None and asked.analyze and samples is not None:
-        imatrix = importance_of(model, samples, asked, reporter)
+        imatrix = measured_importance(model, samples, batch=asked.batch, reporter=reporter)
     specs = model.source.specs
     protected = protection.of_profile(asked.profile, specs) if asked.profile else {}
     if asked.protects and samples is not None:
@@ -69,20 +67,6 @@ def measure(model: Model, asked: Options, reporter: Reporter) -> Known:
         covered = protection.protected(harmful, specs, asked.protection_coverage)
         protected = protection.united_positions(protected, covered)
     return Known(model, samples, imatrix, harmful, protected, balanced)
-
-
-def importance_of(model: Model, samples: Samples, asked: Options, reporter: Reporter) -> Imatrix:
-    """Measured on all devices."""
-    found = calibration.importance(
-        model,
-        samples,
-        batch=asked.batch,
-        mesh=mesh.make_mesh() if jax.device_count() > 1 else None,
-        progress=reporter.steps("importance", tokens=int(samples.lengths.sum())),
-    )
-    for note in calibration.unreached_notes(calibration.unreached(found)):
-        reporter.note(note)
-    return found
 
 
 def types_of(known: Known, asked: Options, reporter: Reporter) -> Allocated:

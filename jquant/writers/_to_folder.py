@@ -12,9 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
-from jquant import calibration
 from jquant.calibration import Texts
 from jquant.checkpoints.fingerprint import digest_of_arrays, fingerprint
 from jquant.checkpoints.model import Model
@@ -28,6 +25,7 @@ from jquant.io.imatrix import Imatrix
 from jquant.io.paths import local
 from jquant.text.samples import Samples
 from jquant.writers._folder_options import AnyFile, FolderOptions, read_options
+from jquant.writers._measured import measured_importance
 from jquant.writers._quantized_folder import QuantizedFolder
 from jquant.writers.folder import Ingredients, WrittenFolder, plan_facts, write_folder
 from jquant.writers.folder_feedback import enough, feed_back
@@ -258,7 +256,7 @@ def _ingredients(
     """What weights are made with, the same in all processes."""
     importance = asked.imatrix
     if asked.analyze and text is not None:
-        importance = _importance(checkpoint.model, text, asked, reporter)
+        importance = measured_importance(checkpoint.model, text, batch=asked.batch, reporter=reporter)
     weights = importance.by_tensor(checkpoint.model.source.specs.values()) if importance else {}
     if importance and not weights:
         raise UserError(
@@ -273,20 +271,6 @@ def _ingredients(
             input_scales=calibrated.input_scales or {},
         )
     return everyone().first(made)  # machines may differ in a last bit, and norms and matrices must agree
-
-
-def _importance(model: Model, text: Samples, asked: FolderOptions, reporter: Reporter) -> Imatrix:
-    """Measured on all devices."""
-    found = calibration.importance(
-        model,
-        text,
-        batch=asked.batch,
-        mesh=mesh.make_mesh() if jax.device_count() > 1 else None,
-        progress=reporter.steps("importance", tokens=_tokens(text)),
-    )
-    for note in calibration.unreached_notes(calibration.unreached(found)):
-        reporter.note(note)
-    return found
 
 
 class _Fed(NamedTuple):

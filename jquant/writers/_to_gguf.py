@@ -18,7 +18,8 @@ from jquant.plan.report import remarks
 from jquant.text.samples import Samples
 from jquant.writers._gguf_file import GgufFile
 from jquant.writers._gguf_options import AnyFile, read_options
-from jquant.writers._gguf_steps import feedback_of, importance_of, measure, types_of, write
+from jquant.writers._gguf_steps import feedback_of, measure, types_of, write
+from jquant.writers._measured import measured_importance
 from jquant.writers.gguf_feedback import check_importance
 
 
@@ -143,7 +144,8 @@ def to_gguf(
     if known.super_weights is not None:
         reporter.note(protection.note(known.super_weights, known.protected))
     if asked.analyze and known.imatrix is None and known.samples is not None and asked.out is not None:
-        known = known._replace(imatrix=importance_of(known.model, known.samples, asked, reporter))
+        found = measured_importance(known.model, known.samples, batch=asked.batch, reporter=reporter)
+        known = known._replace(imatrix=found)
     if fitting is not None and asked.out is not None:
         check_importance(plan, known.protected, known.imatrix)
     for remark in remarks(plan, known.imatrix and known.imatrix.entries):
