@@ -48,7 +48,9 @@ def the_page(
 def check_page(found: jquant.evaluation.Evaluation) -> None:
     original, small, target, folder = found.records()
     assert "kld_mean" not in original
-    assert 4.5 <= small["bpw"] < target["bpw"] <= 6.01 < folder["bpw"] < original["bpw"]
+    # IQ4_NL is 4.5 bits, and more where the output matrix, of a larger type, is much of the model.
+    assert 4.5 <= small["bpw"] < folder["bpw"] < original["bpw"]
+    assert target["bpw"] <= 6.01 < folder["bpw"]
     assert 0 < folder["kld_mean"] < small["kld_mean"] < 1
     assert str(found).splitlines()[0].split()[:3] == ["file", "size", "bpw"]
 
