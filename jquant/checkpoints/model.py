@@ -75,7 +75,8 @@ def open_model(
     pre_tokenizer: str | None = None,
     revision: str | None = None,
 ) -> Model:
-    """A GGUF file of any architecture, or a Hugging Face folder of one that we know. Reads headers only.
+    """A GGUF file of any architecture, or a Hugging Face folder of one that we know. Reads headers only, and
+    where config.json ties an output matrix that is stored all the same, both, to hold one against the other.
 
     The folder may be one of compressed-tensors in a scheme that we write, or of GPTQ or AWQ in 4 bits: its
     weights are then float32.
